@@ -1,0 +1,172 @@
+"""The configuration of an ATM SAE, checked field by field when it is made."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    JumpReLUSAEConfig,
+    JumpReLUTrainingSAEConfig,
+    SAEConfig,
+    StandardTrainingSAEConfig,
+)
+from typing_extensions import Self, override
+
+from sae_lens_atm.importance import Combine
+
+Activation = Literal["batchtopk", "jumprelu", "relu"]
+Schedule = Literal["dual", "interleaved", "masked"]
+Granularity = Literal["step", "sample"]
+
+
+@dataclass
+class ATMTrainingSAEConfig(
+    BatchTopKTrainingSAEConfig, JumpReLUTrainingSAEConfig, StandardTrainingSAEConfig
+):
+    """Configuration of an `ATMTrainingSAE`: a SAELens SAE trained under Adaptive Temporal Masking.
+
+    The fields of SAELens' `batchtopk`, `jumprelu` and `standard` training configurations are
+    inherited; those of the activation in use apply, the others are ignored.
+
+    Args:
+        activation: the activation under the mask, SAELens' own: "batchtopk" (field `k`),
+            "jumprelu" (`l0_coefficient` and the `jumprelu_*` fields) or "relu" (`l1_coefficient`,
+            `lp_norm`; the paper's "reconstruction error plus a sparsity penalty").
+        schedule: what a training step minimises, with L the loss of the ordinary, full SAE and
+            L' that of the masked one. "dual": (1 - w) L + w L'. "interleaved": L' with
+            probability q, else L. "masked": L' (the paper's reading).
+        masked_weight: w of the dual schedule, in [0, 1].
+        masked_probability: q of the interleaved schedule, in [0, 1].
+        mask_granularity: one mask for the whole batch ("step") or one per sample ("sample").
+        importance_decay: decay of the moving averages of the three signals, in [0, 1).
+        magnitude_weight: weight in the importance of M_i = |d_i| E[a_i].
+        frequency_weight: weight in the importance of F_i = P(a_i > 0).
+        contribution_weight: weight in the importance of R_i = E[2 a_i <d_i, e>] + |d_i|^2 E[a_i^2],
+            the squared error that leaving latent i out would add.
+        importance_combine: weighted arithmetic ("sum") or geometric ("geometric") mean of the
+            signals, each divided by its mean over the latents.
+        c_start: c at the first step, in theta_t = mu_t + c * sigma_t.
+        c_end: c from step `c_ramp_steps` on.
+        c_ramp_steps: steps over which c goes linearly from `c_start` to `c_end`. The SAE is not
+            told how long training is: for a ramp over all of it, give the number of steps.
+        mask_rate: r in p_i = 1 - exp(-r * (theta_t - Importance_i) / theta_t). 0 masks nothing.
+        mask_warm_up_steps: steps at the start without masking, while the averages fill.
+        mask_ramp_steps: steps after those over which p_i grows linearly to its full value.
+        mask_seed: seed of the masks, which depend on it and on the step alone.
+    """
+
+    activation: Activation = "batchtopk"
+    schedule: Schedule = "dual"
+    masked_weight: float = 0.5
+    masked_probability: float = 0.5
+    mask_granularity: Granularity = "step"
+    importance_decay: float = 0.99
+    magnitude_weight: float = 1.0
+    frequency_weight: float = 1.0
+    contribution_weight: float = 1.0
+    importance_combine: Combine = "sum"
+    c_start: float = 0.0
+    c_end: float = 1.0
+    c_ramp_steps: int = 10_000
+    mask_rate: float = 1.0
+    mask_warm_up_steps: int = 100
+    mask_ramp_steps: int = 0
+    mask_seed: int = 0
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "atm"
+
+    @classmethod
+    def paper(cls, d_in: int, d_sae: int, **overrides: Any) -> Self:
+        """The literal reading of the paper: ReLU, an L1 penalty, every step masked.
+
+        What the paper leaves open (see the README) keeps this project's defaults, but for c,
+        which is constant. Any field can be overridden.
+        """
+        literal: dict[str, Any] = {"activation": "relu", "schedule": "masked", "c_end": 0.0}
+        return cls(d_in=d_in, d_sae=d_sae, **{**literal, **overrides})
+
+    @override
+    def get_inference_config_class(self) -> type[SAEConfig]:
+        return JumpReLUSAEConfig
+
+    @property
+    def signal_weights(self) -> tuple[float, float, float]:
+        return (self.magnitude_weight, self.frequency_weight, self.contribution_weight)
+
+    @override
+    def __post_init__(self) -> None:
+        self._validate()
+        super().__post_init__()
+
+    def _validate(self) -> None:
+        for name, choices in _CHOICES.items():
+            self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
+        for name, (low, high, allowed) in _RANGES.items():
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            self._require(name, number and math.isfinite(value) and low <= value <= high, allowed)
+        for name in _WHOLE:
+            self._require(name, isinstance(getattr(self, name), int), "a whole number")
+        self._require("importance_decay", self.importance_decay < 1, "in [0, 1)")
+        if sum(self.signal_weights) == 0:
+            raise ValueError(
+                "magnitude_weight, frequency_weight and contribution_weight are all 0: "
+                "allowed are weights of which at least one is above 0"
+            )
+        if self.activation == "batchtopk":
+            self._require("k", 0 < self.k <= self.d_sae, f"in (0, d_sae = {self.d_sae}]")
+
+    def _require(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} is {getattr(self, name)!r}: allowed is {allowed}")
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "activation": get_args(Activation),
+    "schedule": get_args(Schedule),
+    "mask_granularity": get_args(Granularity),
+    "importance_combine": get_args(Combine),
+}
+_INF = math.inf
+_UNIT = (0, 1, "in [0, 1]")
+_NOT_NEGATIVE = (0, _INF, "0 or more, and finite")
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "d_in": (1, _INF, "1 or more"),
+    "d_sae": (1, _INF, "1 or more"),
+    "masked_weight": _UNIT,
+    "masked_probability": _UNIT,
+    "importance_decay": (0, 1, "in [0, 1)"),
+    "magnitude_weight": _NOT_NEGATIVE,
+    "frequency_weight": _NOT_NEGATIVE,
+    "contribution_weight": _NOT_NEGATIVE,
+    "c_start": (-_INF, _INF, "any finite number"),
+    "c_end": (-_INF, _INF, "any finite number"),
+    "mask_rate": _NOT_NEGATIVE,
+    "c_ramp_steps": _NOT_NEGATIVE,
+    "mask_warm_up_steps": _NOT_NEGATIVE,
+    "mask_ramp_steps": _NOT_NEGATIVE,
+    "mask_seed": (-_INF, _INF, "a whole number"),
+    "topk_threshold_lr": _UNIT,
+    "aux_loss_coefficient": _NOT_NEGATIVE,
+    "l0_coefficient": _NOT_NEGATIVE,
+    "l1_coefficient": _NOT_NEGATIVE,
+    "jumprelu_bandwidth": (1e-12, _INF, "above 0"),
+}
+_WHOLE = ("d_in", "d_sae", "c_ramp_steps", "mask_warm_up_steps", "mask_ramp_steps", "mask_seed")
+
+
+@dataclass
+class ATMSAEConfig(JumpReLUSAEConfig):
+    """Configuration of an `ATMSAE`, for inference.
+
+    How it was trained is in `metadata.training_architecture_details`.
+    """
+
+    @override
+    @classmethod
+    def architecture(cls) -> str:
+        return "atm"

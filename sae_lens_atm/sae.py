@@ -1,0 +1,346 @@
+"""The "atm" architecture: SAELens' SAEs, trained under an importance mask, saved as stock ones.
+
+`ATMTrainingSAE` is one class to its users. Making one returns the subclass for `cfg.activation`,
+which inherits the activation, its penalty, auxiliary loss and folding from SAELens' own class.
+"""
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    JumpReLUSAE,
+    JumpReLUTrainingSAE,
+    StandardTrainingSAE,
+    TrainingSAE,
+)
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.util import filter_valid_dataclass_fields
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_atm.config import ATMSAEConfig, ATMTrainingSAEConfig
+from sae_lens_atm.importance import (
+    ExactBuffers,
+    ImportanceTracker,
+    batch_signals,
+    combine_signals,
+)
+from sae_lens_atm.masking import (
+    Mask,
+    importance_threshold,
+    mask_probability,
+    ramp,
+    sample_mask,
+    uniform_at,
+)
+
+_MASK, _COIN = 0, 1  # independent streams of the mask's random numbers
+_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+# What SAELens' run-time normalisations leave on the SAE between encode and decode.
+_NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
+
+
+class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
+    """A SAE trained under Adaptive Temporal Masking.
+
+    Each training step draws a mask from the latents' importance so far, computes the loss of the
+    full SAE, of the masked one, or of both (`cfg.schedule`), and updates the importance. Nothing
+    is masked or updated in eval mode, where the SAE is the one that `save_inference_model` saves.
+    """
+
+    tracker: ImportanceTracker
+    b_enc: torch.nn.Parameter
+
+    def __new__(cls, cfg: ATMTrainingSAEConfig | None = None, *_: Any, **__: Any) -> Any:
+        # `cfg` is missing when copy or pickle rebuild an instance, of a subclass then.
+        if cls is ATMTrainingSAE and cfg is not None:
+            cls = _CLASS_OF_ACTIVATION[cfg.activation]
+        return super().__new__(cls)
+
+    def __init__(self, cfg: ATMTrainingSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        self.tracker = ImportanceTracker(cfg.d_sae, cfg.importance_decay, self.device)
+
+    # --- importance and mask ---------------------------------------------------------------
+
+    @property
+    def importance(self) -> Tensor:
+        """``Importance_i``, shape ``(d_sae,)``, free of units; its mean is 1 for "sum"."""
+        averages = self.tracker.averages()
+        return combine_signals(averages, self.cfg.signal_weights, self.cfg.importance_combine)
+
+    @property
+    def c(self) -> Tensor:
+        """``c`` now: from `c_start` to `c_end` over `c_ramp_steps`."""
+        cfg = self.cfg
+        return cfg.c_start + (cfg.c_end - cfg.c_start) * ramp(
+            self.tracker.steps, 0, cfg.c_ramp_steps
+        )
+
+    @torch.no_grad()
+    def draw_mask(self, batch_size: int) -> Mask:
+        """The mask of this step, and what it was drawn from.
+
+        On the full steps of the interleaved schedule everything is kept.
+        """
+        cfg, steps = self.cfg, self.tracker.steps
+        importance, c = self.importance, self.c
+        threshold = importance_threshold(importance, c)
+        probability = mask_probability(importance, threshold, cfg.mask_rate)
+        probability = probability * ramp(steps, cfg.mask_warm_up_steps, cfg.mask_ramp_steps)
+        if cfg.schedule == "interleaved":
+            coin = uniform_at(steps, cfg.mask_seed, _COIN, (1,))
+            probability = torch.where(coin < cfg.masked_probability, probability, 0.0)
+        shape = (batch_size, cfg.d_sae) if cfg.mask_granularity == "sample" else (cfg.d_sae,)
+        keep = sample_mask(probability, uniform_at(steps, cfg.mask_seed, _MASK, shape))
+        return Mask(keep, probability, threshold, importance, c)
+
+    def mask_view(self, acts: Tensor, hidden_pre: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Activations and pre-activations of the SAE without the masked latents.
+
+        A masked latent's pre-activation is moved to where neither activation nor penalty of it
+        has a value or a gradient.
+        """
+        return acts * keep, hidden_pre.where(keep, self._silent_pre)
+
+    # A pre-activation at which a latent is silent, out of reach of any straight-through gradient.
+    _silent_pre: float = 0.0
+
+    # --- training --------------------------------------------------------------------------
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        cfg = self.cfg
+        mask = self.draw_mask(step_input.sae_in.shape[0])
+        keep = mask.keep
+
+        acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
+        masked_acts, masked_pre = self.mask_view(acts, hidden_pre, keep)
+        if cfg.schedule == "dual":
+            sae_out, full_losses = self._view_losses(step_input, acts, hidden_pre)
+            # Dead latents are revived by what the full SAE leaves over, not by what a mask hides.
+            blind = replace(step_input, dead_neuron_mask=None)
+            _, masked_losses = self._view_losses(blind, masked_acts, masked_pre)
+            losses = {k: (1 - cfg.masked_weight) * v for k, v in full_losses.items()}
+            losses |= {f"masked_{k}": cfg.masked_weight * v for k, v in masked_losses.items()}
+            self._update_importance(step_input.sae_in, acts, sae_out, torch.ones_like(keep))
+        else:
+            dead = step_input.dead_neuron_mask
+            if dead is not None and keep.dim() == 1:
+                dead = dead & keep
+            view = replace(step_input, dead_neuron_mask=dead)
+            sae_out, losses = self._view_losses(view, masked_acts, masked_pre)
+            self._update_importance(step_input.sae_in, masked_acts, sae_out, keep)
+            if step_input.is_logging_step:  # explained variance is logged of the SAE we will save
+                with torch.no_grad():
+                    sae_out = self._decode_again(acts)
+
+        return TrainStepOutput(
+            sae_in=step_input.sae_in,
+            sae_out=sae_out,
+            # Of the full SAE, so that SAELens does not take a masked latent for a dead one.
+            feature_acts=acts,
+            hidden_pre=hidden_pre,
+            loss=torch.stack(list(losses.values())).sum(),
+            losses=losses,
+            metrics=_mask_metrics(mask, step_input.dead_neuron_mask),
+        )
+
+    def _view_losses(
+        self, step_input: TrainStepInput, acts: Tensor, hidden_pre: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction of one view, and its losses: squared error, penalties, auxiliary loss."""
+        sae_out = self._decode_again(acts)
+        squared_error = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+        others = self.calculate_aux_loss(
+            step_input=step_input, feature_acts=acts, hidden_pre=hidden_pre, sae_out=sae_out
+        )
+        assert isinstance(others, dict)
+        return sae_out, {"mse_loss": squared_error, **others}
+
+    def _decode_again(self, acts: Tensor) -> Tensor:
+        """Decode without using up what encode left behind for undoing a normalisation."""
+        state = self._normalisation_state()
+        sae_out = self.decode(acts)
+        for name, value in state.items():
+            setattr(self, name, value)
+        return sae_out
+
+    def _normalisation_state(self) -> dict[str, Tensor]:
+        return {n: getattr(self, n) for n in _NORMALISATION_STATE if hasattr(self, n)}
+
+    @torch.no_grad()
+    def _update_importance(self, x: Tensor, acts: Tensor, sae_out: Tensor, keep: Tensor) -> None:
+        exposure = keep.float() if keep.dim() == 1 else keep.float().mean(0)
+        state = self._normalisation_state()
+        if "ln_std" in state:
+            acts = acts * state["ln_std"]
+        elif "x_norm_coeff" in state:
+            acts = acts / state["x_norm_coeff"]
+        self.tracker.update(batch_signals(acts, self._decoder(), x - sae_out), exposure)
+
+    def _decoder(self) -> Tensor:
+        """The rows that activations multiply in the reconstruction."""
+        return self.W_dec
+
+    @override
+    def log_histograms(self) -> dict[str, NDArray[Any]]:
+        return {**super().log_histograms(), "weights/importance": self.importance.cpu().numpy()}
+
+    # --- inference, saving, loading ----------------------------------------------------------
+
+    @override
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.training:
+            return super().encode_with_hidden_pre(x)  # pyright: ignore[reportAbstractUsage]
+        weights = self.inference_state()
+        hidden_pre = self.process_sae_in(x) @ weights["W_enc"] + weights["b_enc"]
+        hidden_pre = self.hook_sae_acts_pre(hidden_pre)
+        fires = (hidden_pre > weights["threshold"]).to(hidden_pre.dtype)
+        return self.hook_sae_acts_post(hidden_pre.relu() * fires), hidden_pre
+
+    @override
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        if self.training:
+            return super().decode(feature_acts)
+        sae_out = self.hook_sae_recons(feature_acts @ self.inference_state()["W_dec"] + self.b_dec)
+        return self.reshape_fn_out(self.run_time_activation_norm_fn_out(sae_out), self.d_head)
+
+    @torch.no_grad()
+    def inference_state(self) -> dict[str, Tensor]:
+        """The tensors of the stock `jumprelu` SAE that this SAE is saved as, in its own dtype."""
+        state = self.state_dict()
+        self.process_state_dict_for_saving_inference(state)
+        return {name: tensor.to(self.dtype) for name, tensor in state.items()}
+
+    @override
+    def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
+        for name in [name for name in state_dict if name.startswith("tracker.")]:
+            del state_dict[name]
+        super().process_state_dict_for_saving_inference(state_dict)
+        state_dict.setdefault("threshold", torch.zeros_like(state_dict["b_enc"]))
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        # SAELens' loaders cast every tensor to the SAE's dtype, counters too.
+        super().process_state_dict_for_loading(state_dict)
+        for name, buffer in self.named_buffers():
+            if name in state_dict:
+                state_dict[name] = state_dict[name].to(buffer.dtype)
+
+    @override
+    def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
+        """Save a stock `jumprelu` SAE. How it was trained is in its metadata, with a summary of
+        the importance scores; the scores themselves are in checkpoints (`save_model`)."""
+        quantiles = self.importance.quantile(torch.tensor(_QUANTILES, device=self.device))
+        self.cfg.metadata.importance_quantiles = dict(
+            zip(map(str, _QUANTILES), quantiles.tolist(), strict=True)
+        )
+        return super().save_inference_model(path)
+
+
+def _mask_metrics(mask: Mask, dead: Tensor | None) -> dict[str, Any]:
+    """Metrics of one step's mask, computed only where SAELens logs them."""
+    importance = mask.importance
+    return {
+        "importance_threshold": mask.threshold,
+        "importance_mean": importance.mean,
+        **{f"importance_q{round(100 * q)}": partial(importance.quantile, q) for q in _QUANTILES},
+        "mask_c": mask.c,
+        "mask_probability": mask.probability.mean,
+        "masked_fraction": lambda: 1 - mask.keep.float().mean(),
+        "alive_latents": lambda: len(importance) - (0 if dead is None else int(dead.sum())),
+    }
+
+
+class _BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE):
+    """ATM over SAELens' `batchtopk`: the masked view chooses its k again among the kept latents."""
+
+    exact_buffers = ("topk_threshold",)
+
+    @override
+    def mask_view(self, acts: Tensor, hidden_pre: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        masked_pre = hidden_pre * keep
+        return self.activation_fn(masked_pre), masked_pre
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        output = super().training_forward_pass(step_input)
+        self.update_topk_threshold(output.feature_acts)  # of the full SAE, as at inference
+        output.metrics["topk_threshold"] = self.topk_threshold
+        return output
+
+    @override
+    def _decoder(self) -> Tensor:
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            return self.W_dec
+        return self.W_dec / self.get_W_dec_norm().unsqueeze(1)
+
+
+class _JumpReLUATM(ATMTrainingSAE, JumpReLUTrainingSAE):
+    """ATM over SAELens' `jumprelu`, whose penalty counts the kept latents only."""
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        with torch.no_grad():  # as SAELens' class does before each of its steps
+            self.threshold.clamp_(min=0.0)
+        return super().training_forward_pass(step_input)
+
+    @property
+    def _silent_pre(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # Thresholds are not negative and their gradient reaches half a bandwidth to either side.
+        return -self.bandwidth
+
+
+class _ReLUATM(ATMTrainingSAE, StandardTrainingSAE):
+    """ATM over SAELens' `standard`, whose penalty counts the kept latents only."""
+
+
+_CLASS_OF_ACTIVATION: dict[str, type[ATMTrainingSAE]] = {
+    "batchtopk": _BatchTopKATM,
+    "jumprelu": _JumpReLUATM,
+    "relu": _ReLUATM,
+}
+
+
+class ATMSAE(ExactBuffers, JumpReLUSAE):
+    """An ATM SAE for inference, read from a training checkpoint: a JumpReLU SAE that knows how
+    important each of its latents was."""
+
+    cfg: ATMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    importance: Tensor
+    """``Importance_i`` at the end of training, float32, shape ``(d_sae,)``."""
+    exact_buffers = ("importance",)
+
+    def __init__(self, cfg: ATMSAEConfig, use_error_term: bool = False) -> None:
+        super().__init__(cfg, use_error_term)
+        importance = torch.zeros(cfg.d_sae, dtype=torch.float32, device=self.device)
+        self.register_buffer("importance", importance)
+
+    @override
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Take the tensors of a training checkpoint, or of an ATMSAE saved before."""
+        super().process_state_dict_for_loading(state_dict)
+        if "importance" in state_dict:
+            state_dict["importance"] = state_dict["importance"].float()
+            return
+        sae = ATMTrainingSAE(self._training_config())
+        sae.process_state_dict_for_loading(state_dict)
+        sae.load_state_dict(state_dict, assign=True)
+        state_dict.clear()
+        state_dict.update(sae.inference_state(), importance=sae.importance)
+
+    def _training_config(self) -> ATMTrainingSAEConfig:
+        details = self.cfg.metadata.training_architecture_details
+        if not details:
+            raise ValueError(
+                "this SAE's cfg.json says architecture 'atm', but its metadata lacks the "
+                "training_architecture_details that a training checkpoint holds"
+            )
+        known = {**asdict(self.cfg), **details, "device": "meta", "metadata": self.cfg.metadata}
+        return ATMTrainingSAEConfig(**filter_valid_dataclass_fields(known, ATMTrainingSAEConfig))

@@ -1,0 +1,79 @@
+"""Absorption by the letter of its definition, one sample and one parent at a time."""
+
+import math
+
+import torch
+
+
+def brute_force(acts, features, decoder, vectors, children):
+    n, m = acts.shape
+    cosines = torch.nn.functional.normalize(decoder, dim=1) @ torch.nn.functional.normalize(
+        vectors, dim=1
+    ).T
+    learned = [bool((cosines[:, f] > 0.8).any()) for f in range(len(vectors))]
+    rows = []
+    for p, kids in children.items():
+        g = vectors[p] / vectors[p].norm()
+        positive = [s for s in range(n) if features[s, p] > 0]
+        if not positive:
+            continue
+
+        def f1(latents, p=p, positive=positive):
+            predicted = [s for s in range(n) if any(acts[s, j] != 0 for j in latents)]
+            hits = len(set(predicted) & set(positive))
+            return 2 * hits / max(len(predicted) + len(positive), 1)
+
+        main, score = [], -1.0
+        while True:
+            options = [(f1([*main, j]), cosines[j, p].item(), j) for j in range(m) if j not in main]
+            best = max(options)
+            if main and not best[0] > score + 0.03:
+                break
+            if not main and not best[0] > 0:
+                break
+            main.append(best[2])
+            score = best[0]
+
+        full, fraction, hit = {}, {}, {}
+        for s in positive:
+            t = (features[s, p] * vectors[p].norm()).item()
+            contribution = [(acts[s, j] * (decoder[j] @ g)).item() for j in range(m)]
+            main_part = sum(contribution[j] for j in main)
+            others = [j for j in range(m) if j not in main and contribution[j] > 0]
+            strong = sorted((contribution[j] for j in others if cosines[j, p] >= 0.1), reverse=True)
+            absorbed = sum(strong[:3])
+            if main_part >= t or absorbed < 0.4 * t:
+                fraction[s] = 0.0
+            elif main_part <= 0:
+                fraction[s] = 1.0
+            else:
+                a = min(absorbed, t - main_part)
+                fraction[s] = a / (a + main_part)
+            hit[s] = float(any(acts[s, j] != 0 for j in main))
+            largest = max((contribution[j] for j in others if cosines[j, p] >= 0.025), default=0.0)
+            full[s] = float(not hit[s] and largest >= 0.4 * t)
+
+        def mean(values, where):
+            chosen = [v for s, v in values.items() if where(s)]
+            return sum(chosen) / len(chosen) if chosen else math.nan
+
+        def any_child(s, kids=kids):
+            return any(features[s, k] > 0 for k in kids)
+
+        def any_learned(s, kids=kids):
+            return any(features[s, k] > 0 and learned[k] for k in kids)
+
+        rows.append(
+            {
+                "full": mean(full, lambda _: True),
+                "fraction": mean(fraction, lambda _: True),
+                "recall_gap": mean(hit, lambda s: not any_child(s)) - mean(hit, any_child),
+                "full_learned": mean(full, any_learned),
+                "fraction_learned": mean(fraction, any_learned),
+            }
+        )
+    result = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows if not math.isnan(row[name])]
+        result[name] = sum(values) / len(values) if values else math.nan
+    return result
