@@ -18,6 +18,7 @@ from sae_lens.synthetic import (
     hierarchy_modifier,
 )
 
+
 @dataclass(frozen=True)
 class HierarchyModelConfig:
     """A forest of features, and lone features beside it. The defaults are our "sister A".

@@ -7,10 +7,25 @@ import torch
 
 def brute_force(acts, features, decoder, vectors, children):
     n, m = acts.shape
-    cosines = torch.nn.functional.normalize(decoder, dim=1) @ torch.nn.functional.normalize(
-        vectors, dim=1
-    ).T
+    cosines = (
+        torch.nn.functional.normalize(decoder, dim=1)
+        @ torch.nn.functional.normalize(vectors, dim=1).T
+    )
     learned = [bool((cosines[:, f] > 0.8).any()) for f in range(len(vectors))]
+    sets = [{s for s in range(n) if acts[s, j] != 0} for j in range(m)]
+    truth = [{s for s in range(n) if features[s, f] > 0} for f in range(len(vectors))]
+
+    def overlap(a, b):
+        return 2 * len(a & b) / max(len(a) + len(b), 1)
+
+    owner = []
+    for j in range(m):
+        scores = [overlap(sets[j], truth[f]) for f in range(len(vectors))]
+        owner.append(scores.index(max(scores)))
+
+    def below(p):
+        return {c for k in children.get(p, ()) for c in {k} | below(k)}
+
     rows = []
     for p, kids in children.items():
         g = vectors[p] / vectors[p].norm()
@@ -18,18 +33,16 @@ def brute_force(acts, features, decoder, vectors, children):
         if not positive:
             continue
 
-        def f1(latents, p=p, positive=positive):
-            predicted = [s for s in range(n) if any(acts[s, j] != 0 for j in latents)]
-            hits = len(set(predicted) & set(positive))
-            return 2 * hits / max(len(predicted) + len(positive), 1)
-
-        main, score = [], -1.0
+        allowed = [j for j in range(m) if owner[j] not in below(p)]
+        main, score = [], 0.0
         while True:
-            options = [(f1([*main, j]), cosines[j, p].item(), j) for j in range(m) if j not in main]
-            best = max(options)
-            if main and not best[0] > score + 0.03:
-                break
-            if not main and not best[0] > 0:
+            options = [
+                (overlap(set().union(*(sets[i] for i in [*main, j])), truth[p]), cosines[j, p], j)
+                for j in allowed
+                if j not in main
+            ]
+            best = max(options, default=(0.0, 0.0, 0))
+            if not best[0] > score + (0.03 if main else 0.0):
                 break
             main.append(best[2])
             score = best[0]

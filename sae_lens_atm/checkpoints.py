@@ -1,0 +1,113 @@
+"""Checkpoints of a run: written to the side and renamed, found again, checked before use.
+
+The contents are SAELens' own (`SAETrainer.save_checkpoint`), with the state of torch's random
+numbers beside them.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import SAETrainer, TrainingSAEConfig
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
+from safetensors import SafetensorError, safe_open
+
+RANDOM_STATE_FILENAME = "random_state.pt"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed from, and why."""
+
+
+def save_atomically(trainer: SAETrainer[Any, Any]) -> None:
+    """Make every later `trainer.save_checkpoint` all or nothing.
+
+    A checkpoint is complete when its folder has its name. Whatever is left under a hidden name
+    was being written when the process died.
+    """
+    save = trainer.save_checkpoint
+
+    def save_checkpoint(
+        checkpoint_name: str,
+        base_path: Path | str | None = None,
+        wandb_aliases: list[str] | None = None,
+    ) -> None:
+        base = Path(base_path or trainer.cfg.checkpoint_path or ".")
+        partial, final = base / f".{checkpoint_name}.partial", base / checkpoint_name
+        shutil.rmtree(partial, ignore_errors=True)
+        save(partial.name, base_path=base, wandb_aliases=wandb_aliases)
+        save_random_state(partial)
+        if final.exists():  # saved at this very step before
+            shutil.rmtree(final)
+        partial.rename(final)
+
+    trainer.save_checkpoint = save_checkpoint  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def save_random_state(folder: Path) -> None:
+    """Keep torch's global random state, from which synthetic data are drawn."""
+    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    torch.save(state, folder / RANDOM_STATE_FILENAME)
+
+
+def load_random_state(folder: Path) -> None:
+    """Undo the draws since `save_random_state`."""
+    path = folder / RANDOM_STATE_FILENAME
+    if not path.exists():
+        return
+    state = torch.load(path, weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a complete checkpoint that training can go on from."""
+    files = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME)
+    return not folder.name.startswith(".") and all((folder / name).is_file() for name in files)
+
+
+def newest_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest in a run's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    folder = Path(path)
+    if is_checkpoint(folder):
+        return folder
+    inside = [*folder.glob("*"), *folder.glob("checkpoints/*")] if folder.is_dir() else []
+    complete = [candidate for candidate in inside if is_checkpoint(candidate)]
+    if not complete:
+        what = "holds no complete checkpoint" if folder.exists() else "does not exist"
+        raise CheckpointError(f"cannot resume: {folder} {what}")
+    return max(complete, key=lambda c: ((c / TRAINER_STATE_FILENAME).stat().st_mtime_ns, c.name))
+
+
+def check_resumable(folder: Path, cfg: TrainingSAEConfig) -> None:
+    """Check that a checkpoint belongs to this SAE and can be read, before anything is built.
+
+    Raises:
+        CheckpointError: it is of another architecture or shape, or damaged.
+    """
+    try:
+        saved = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
+        with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as tensors:
+            shape = tuple(tensors.get_slice("W_dec").get_shape())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"cannot resume: {folder} is damaged ({error})") from error
+    wanted: dict[str, Any] = {"architecture": cfg.architecture(), "d_in": cfg.d_in}
+    wanted |= {"d_sae": cfg.d_sae, "activation": getattr(cfg, "activation", None)}
+    for key, value in wanted.items():
+        if saved.get(key) != value:
+            raise CheckpointError(
+                f"cannot resume: {key} is {value!r} in this run and {saved.get(key)!r} in {folder}"
+            )
+    if shape != (cfg.d_sae, cfg.d_in):
+        raise CheckpointError(
+            f"cannot resume: W_dec in {folder} has shape {shape}, not {(cfg.d_sae, cfg.d_in)}"
+        )

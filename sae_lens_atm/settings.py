@@ -1,0 +1,292 @@
+"""Run configurations: YAML, checked to the last key before anything is loaded.
+
+A run file says which SAELens runner it is for and then holds that runner's own fields:
+
+    runner: synthetic            # or language_model
+    seed: 0
+    hierarchy_model: {...}       # synthetic only, or synthetic_model, as in SAELens
+    sae: {architecture: atm, ...}
+    ...                          # the fields of SyntheticSAERunnerConfig or
+                                 # LanguageModelSAERunnerConfig, under their own names
+
+The schemas are made from SAELens' dataclasses, so a field that SAELens gains is valid here at once.
+"""
+
+import difflib
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic_core import ErrorDetails
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+from sae_lens.synthetic import (
+    SyntheticModelConfig,
+    SyntheticSAERunnerConfig,
+)
+
+from sae_lens_atm.synthetic import HierarchyModelConfig
+
+RUNNERS = ("synthetic", "language_model")
+
+
+class SettingsError(ValueError):
+    """A run file that cannot be run; the message names the key, the value and what is allowed."""
+
+
+@dataclass
+class SyntheticRun:
+    """A run on synthetic data, ready to start."""
+
+    runner: SyntheticSAERunnerConfig[Any]
+    hierarchy: HierarchyModelConfig | None
+    seed: int
+
+
+@dataclass
+class LanguageModelRun:
+    """A run on the activations of a language model, ready to start."""
+
+    runner: LanguageModelSAERunnerConfig[Any]
+    seed: int
+
+
+Run = SyntheticRun | LanguageModelRun
+
+
+def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """Read a run file, apply `key.subkey=value` overrides, check everything.
+
+    Raises:
+        SettingsError: with one line for each thing that is wrong.
+    """
+    return parse_run(apply_overrides(read_yaml(path), overrides), f"runs/{Path(path).stem}")
+
+
+def shipped_config(name: str) -> Path:
+    """The run file of a name in `configs/`, which comes with the package.
+
+    Raises:
+        SettingsError: there is none of that name.
+    """
+    package = Path(__file__).parent
+    # In the wheel configs/ is inside the package, in a checkout beside it.
+    folders = (package / "configs", package.parent / "configs")
+    names = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+    if name not in names:
+        raise SettingsError(
+            f"no run file {name!r}: allowed is a path or one of {', '.join(sorted(names))}"
+        )
+    return names[name]
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not YAML: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path} holds {type(content).__name__}: allowed is a mapping of keys")
+    return cast(dict[str, Any], content)
+
+
+def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Set `key.subkey=value` pairs, the values read as YAML, in a copy."""
+    result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path:
+            raise SettingsError(f"--set {override!r}: allowed is key=value or key.subkey=value")
+        *parents, key = path.split(".")
+        target = result
+        for parent in parents:
+            inner = target.get(parent)
+            target[parent] = dict(inner) if isinstance(inner, dict) else {}
+            target = target[parent]
+        try:
+            target[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"--set {override!r}: the value is not YAML") from error
+    return result
+
+
+def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
+    """Check the content of a run file and make the run."""
+    runner = content.get("runner")
+    if runner not in RUNNERS:
+        raise SettingsError(f"runner is {runner!r}: allowed is one of {', '.join(RUNNERS)}")
+    sae = _parse_sae(content.get("sae"))
+    schema = _schemas()[runner]
+    values = _validate(schema, {k: v for k, v in content.items() if k not in ("runner", "sae")})
+    seed = values.pop("seed", 0)
+    # Nothing here needs an account: wandb is on when a run file says so.
+    logger = LoggingConfig(**{"log_to_wandb": False, **values.pop("logger", {})})
+    output = values.setdefault("output_path", default_output)
+    if output is None:
+        raise SettingsError("output_path is None: allowed is a folder, where the run is kept")
+    checkpoints = values.pop("checkpoint_path", None) or f"{output}/checkpoints"
+    if runner == "language_model":
+        values.setdefault("verbose", False)
+        # SAELens appends a random folder to a checkpoint_path that it is given at this point.
+        cfg = _build(
+            LanguageModelSAERunnerConfig,
+            sae=sae,
+            logger=logger,
+            seed=seed,
+            checkpoint_path=None,
+            **values,
+        )
+        cfg.checkpoint_path = checkpoints
+        return LanguageModelRun(cfg, seed)
+
+    hierarchy_values = values.pop("hierarchy_model", None)
+    model_values = values.pop("synthetic_model", None)
+    if (hierarchy_values is None) == (model_values is None):
+        raise SettingsError("one of hierarchy_model and synthetic_model must be given, not both")
+    hierarchy = None
+    if hierarchy_values is not None:
+        hierarchy = _build(HierarchyModelConfig, "hierarchy_model", **hierarchy_values)
+        model: Any = SyntheticModelConfig(hierarchy.num_features, hierarchy.hidden_dim)
+    elif isinstance(model_values, str):
+        model = model_values
+    else:
+        # The one nested config that from_dict insists on; this is SAELens' default.
+        model_values.setdefault("firing_probability", {"generator_name": "zipfian"})
+        model = _build(SyntheticModelConfig.from_dict, "synthetic_model", d=model_values)
+    if isinstance(model, SyntheticModelConfig) and sae.d_in != model.hidden_dim:
+        raise SettingsError(
+            f"sae.d_in is {sae.d_in}: allowed is {model.hidden_dim}, the hidden_dim of the "
+            "synthetic model"
+        )
+    cfg = _build(
+        SyntheticSAERunnerConfig,
+        synthetic_model=model,
+        sae=sae,
+        logger=logger,
+        checkpoint_path=checkpoints,
+        **values,
+    )
+    return SyntheticRun(cfg, hierarchy, seed)
+
+
+def _parse_sae(content: Any) -> Any:
+    if not isinstance(content, dict):
+        raise SettingsError(f"sae is {content!r}: allowed is a mapping with an architecture")
+    values = cast(dict[str, Any], content)
+    architecture = values.get("architecture")
+    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        raise SettingsError(
+            f"sae.architecture is {architecture!r}: allowed is one of "
+            f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}"
+            + _did_you_mean(str(architecture), SAE_TRAINING_CLASS_REGISTRY)
+        )
+    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    checked = _validate(
+        _schema(config_class), {k: v for k, v in values.items() if k != "architecture"}, "sae"
+    )
+    return _build(config_class, "sae", **checked)
+
+
+def _schemas() -> dict[str, type[BaseModel]]:
+    logger = _schema(LoggingConfig)
+    return {
+        "language_model": _schema(
+            LanguageModelSAERunnerConfig,
+            # `--resume` and the training of one SAE from a run file make these moot.
+            without={"sae", "logger", "resume_from_checkpoint", "hook_eval"},
+            extra={"logger": (logger, {}), "seed": (int, 0)},
+        ),
+        "synthetic": _schema(
+            SyntheticSAERunnerConfig,
+            without={"sae", "logger", "synthetic_model"},
+            extra={
+                "logger": (logger, {}),
+                "seed": (int, 0),
+                "hierarchy_model": (_schema(HierarchyModelConfig) | None, None),
+                "synthetic_model": (_schema(SyntheticModelConfig) | str | None, None),
+            },
+        ),
+    }
+
+
+def _schema(
+    cls: type, without: Iterable[str] = (), extra: dict[str, tuple[Any, Any]] | None = None
+) -> type[BaseModel]:
+    """A pydantic model with the fields of a dataclass, that forbids all others."""
+    hints = get_type_hints(cls)
+    skipped = {"metadata", *without}
+    spec: dict[str, Any] = {}
+    for field in fields(cls):
+        if field.name not in skipped:
+            required = field.default is MISSING and field.default_factory is MISSING
+            spec[field.name] = (_schema_of_hint(hints[field.name]), ... if required else None)
+    return create_model(
+        cls.__name__,
+        __config__=ConfigDict(extra="forbid", protected_namespaces=()),
+        **{**spec, **(extra or {})},
+    )
+
+
+def _schema_of_hint(hint: Any) -> Any:
+    """The hint with dataclasses replaced by their schemas, and abstract ones by dictionaries."""
+    if is_dataclass(hint) and isinstance(hint, type):
+        return dict[str, Any] if getattr(hint, "__abstractmethods__", None) else _schema(hint)
+    if get_origin(hint) in (Union, types.UnionType):
+        return Union[tuple(_schema_of_hint(part) for part in get_args(hint))]  # noqa: UP007
+    return hint
+
+
+def _validate(schema: type[BaseModel], values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    try:
+        return schema.model_validate(values).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        lines = {_describe(e, schema, where): None for e in error.errors()}
+        raise SettingsError("\n".join(lines)) from error
+
+
+def _describe(error: ErrorDetails, schema: type[BaseModel], where: str) -> str:
+    """One line: the key, the value, what is allowed."""
+    # The location of a union holds the names of its members, which are not keys.
+    location = [str(part) for part in error["loc"] if not str(part)[:1].isupper()]
+    location = [part for part in location if "[" not in part and part not in ("str", "none")]
+    key = ".".join([where, *location] if where else location)
+    if error["type"] == "extra_forbidden":
+        names = _names_at(schema, location[:-1])
+        return f"{key}: unknown key{_did_you_mean(location[-1], names)}"
+    if error["type"] == "missing":
+        return f"{key}: missing, and has no default"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key} is {error['input']!r}: {message}"
+
+
+def _names_at(schema: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        annotation = schema.model_fields[part].annotation
+        options = [annotation, *get_args(annotation)]
+        schema = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(schema.model_fields)
+
+
+def _did_you_mean(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _build(cls: Any, where: str = "", **values: Any) -> Any:
+    """Make a config, its own complaints turned into ours."""
+    try:
+        return cls(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        message = f"missing key {error}" if isinstance(error, KeyError) else _one_line(error)
+        raise SettingsError(f"{where}.{message}" if where else message) from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,376 @@
+"""Training a run through SAELens' trainer: watched, interruptible, resumable.
+
+The trainer is SAELens' own. It is watched through two of its public seams: `step`, which does one
+training step, and `maybe_reset_sparsity`, which `fit` calls between two steps.
+"""
+
+import difflib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import wandb
+from datasets import Dataset, DatasetDict, load_from_disk
+from sae_lens import LanguageModelSAETrainingRunner, SAETrainer, TrainingSAE
+from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
+from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.synthetic import SyntheticModel, eval_sae_on_synthetic_data
+from sae_lens.synthetic.training import SyntheticActivationIterator
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.types import DataProvider
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_atm.checkpoints import (
+    check_resumable,
+    is_checkpoint,
+    load_random_state,
+    newest_checkpoint,
+    save_atomically,
+)
+from sae_lens_atm.evaluation import evaluate
+from sae_lens_atm.settings import LanguageModelRun, Run, SettingsError, SyntheticRun
+from sae_lens_atm.synthetic import build_hierarchy_model
+
+OnStep = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; its state is in `checkpoint`."""
+
+    def __init__(self, checkpoint: Path, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}, saved {checkpoint}")
+        self.checkpoint = checkpoint
+        self.signal_number = signal_number
+
+
+class NonFiniteBatchError(RuntimeError):
+    """A batch held NaN or Inf values; it reached neither weights nor importance."""
+
+
+class _StopRequested(Exception):
+    pass
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class StopFlag:
+    """Asks for a stop at the next step boundary, from a signal or from another thread."""
+
+    signal_number: int | None = None
+
+    def request(self, signal_number: int = signal.SIGINT) -> None:
+        self.signal_number = signal_number
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM request a stop; a second SIGINT stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, _frame: FrameType | None) -> None:
+            if self.signal_number is not None and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.request(number)
+
+        before = {number: signal.signal(number, handle) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Result:
+    """A finished run."""
+
+    sae: TrainingSAE[Any]
+    output_path: Path
+    seconds: float
+    figures: dict[str, float] = field(default_factory=dict[str, float])
+    """What the final evaluation found."""
+
+
+def train(
+    run: Run,
+    resume: str | Path | None = None,
+    on_step: OnStep | None = None,
+    stop: StopFlag | None = None,
+) -> Result:
+    """Train a run to its end and save the SAE in its `output_path`.
+
+    Args:
+        run: what to train.
+        resume: a checkpoint to go on from, or the folder of a run (then its newest one).
+        on_step: called after each training step.
+        stop: asks for a stop from outside; signals set it too.
+
+    Raises:
+        Interrupted: a signal or `stop` asked for it; a checkpoint is there.
+        SettingsError, CheckpointError: something does not fit, before any training.
+        NonFiniteBatchError: after a checkpoint of the last good step.
+    """
+    output = check_output(run, resume)
+    checkpoint = None
+    if resume is not None:
+        checkpoint = newest_checkpoint(resume)
+        check_resumable(checkpoint, run.runner.sae)
+    stop = stop or StopFlag()
+    start = time.perf_counter()
+    torch.manual_seed(run.seed)
+    watch = _Watch(on_step, stop, checkpoint)
+    if isinstance(run, SyntheticRun):
+        sae, figures = _train_synthetic(run, watch)
+    else:
+        sae, figures = _train_language_model(run, watch)
+    _publish(_partial(output), output)
+    return Result(sae, output, time.perf_counter() - start, figures)
+
+
+def check_output(run: Run, resume: str | Path | None = None) -> Path:
+    """The run's folder, made if need be: writable, and without anything that would be lost.
+
+    Raises:
+        SettingsError: naming the folder and what to do.
+    """
+    output = Path(run.runner.output_path or "")
+    checkpoints = Path(run.runner.checkpoint_path or "")
+    try:
+        for folder in (output, checkpoints):
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise SettingsError(f"output_path {output} is not writable: {error.strerror}") from error
+    if resume is None:
+        if (output / SAE_CFG_FILENAME).exists():
+            raise SettingsError(
+                f"output_path {output} already holds a finished SAE: choose another folder"
+            )
+        if any(is_checkpoint(folder) for folder in checkpoints.iterdir()):
+            raise SettingsError(
+                f"output_path {output} holds checkpoints of an unfinished run: go on with "
+                f"--resume {output}, or choose another folder"
+            )
+    return output
+
+
+def _partial(output: Path) -> Path:
+    return output / ".sae.partial"
+
+
+def _publish(partial: Path, output: Path) -> None:
+    """Move finished files into place, the one that makes the folder a SAE last."""
+    for file in sorted(partial.iterdir(), key=lambda f: f.name == SAE_CFG_FILENAME):
+        file.replace(output / file.name)
+    partial.rmdir()
+
+
+@dataclass
+class _Watch:
+    """What stands around a trainer's `fit`: progress, stopping, resuming, checkpoints."""
+
+    on_step: OnStep | None
+    stop: StopFlag
+    checkpoint: Path | None
+
+    def fit(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
+        save_atomically(trainer)
+        if self.checkpoint is not None:
+            self._finish_resuming(trainer, self.checkpoint)
+        self._attach(trainer)
+        try:
+            with self.stop.on_signals():
+                return trainer.fit()
+        except _StopRequested:
+            number = self.stop.signal_number or signal.SIGINT
+            raise Interrupted(self._save(trainer), number) from None
+        except NonFiniteBatchError as error:
+            raise NonFiniteBatchError(f"{error}; saved {self._save(trainer)}") from None
+
+    def _attach(self, trainer: SAETrainer[Any, Any]) -> None:
+        step, between_steps = trainer.step, trainer.maybe_reset_sparsity
+
+        def checked_step(batch: Tensor) -> TrainStepOutput:
+            if not batch.isfinite().all():
+                raise NonFiniteBatchError(
+                    f"the batch of step {trainer.n_training_steps} holds NaN or Inf values"
+                )
+            output = step(batch)
+            if self.on_step is not None:
+                self.on_step(trainer, output)
+            return output
+
+        def maybe_stop() -> dict[str, Any]:
+            if self.stop.signal_number is not None:
+                raise _StopRequested
+            return between_steps()
+
+        trainer.step = checked_step  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
+
+    @staticmethod
+    def _save(trainer: SAETrainer[Any, Any]) -> Path:
+        trainer.save_checkpoint(str(trainer.n_training_samples))
+        return Path(trainer.cfg.checkpoint_path or "") / str(trainer.n_training_samples)
+
+    @staticmethod
+    def _finish_resuming(trainer: SAETrainer[Any, Any], checkpoint: Path) -> None:
+        """Restore what SAELens' trainer leaves out."""
+        samples = trainer.n_training_samples
+        # A periodic checkpoint is written before its step is counted.
+        trainer.n_training_steps = samples // trainer.cfg.train_batch_size_samples
+        trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= samples]
+        load_random_state(checkpoint)
+
+
+# --- synthetic data ------------------------------------------------------------------------------
+
+
+def build_synthetic_model(run: SyntheticRun) -> SyntheticModel:
+    """The synthetic model of a run; its directions do not depend on the run's seed."""
+    if run.hierarchy is not None:
+        return build_hierarchy_model(run.hierarchy, run.runner.device)
+    return SyntheticModel.load_from_source(run.runner.synthetic_model, run.runner.device)
+
+
+def _train_synthetic(run: SyntheticRun, watch: _Watch) -> tuple[TrainingSAE[Any], dict[str, float]]:
+    cfg = run.runner
+    model = build_synthetic_model(run)
+    if model.cfg.hidden_dim != cfg.sae.d_in:
+        raise SettingsError(
+            f"sae.d_in is {cfg.sae.d_in}: allowed is {model.cfg.hidden_dim}, the hidden_dim of "
+            "the synthetic model"
+        )
+    sae = TrainingSAE[Any].from_dict(cfg.sae.to_dict()).to(cfg.device)
+
+    def evaluator(sae: Any, _data: DataProvider, scaler: ActivationScaler) -> dict[str, Any]:
+        result = eval_sae_on_synthetic_data(
+            sae,
+            model.feature_dict,
+            model.activation_generator,
+            cfg.eval_samples,
+            cfg.batch_size,
+            scaler,
+        )
+        return dict(result.to_log_dict(prefix="synthetic/"))
+
+    trainer: SAETrainer[Any, Any] = SAETrainer(
+        cfg=cfg.to_sae_trainer_config(),
+        sae=sae,
+        data_provider=SyntheticActivationIterator(
+            model.feature_dict, model.activation_generator, cfg.batch_size, cfg.autocast_data
+        ),
+        evaluator=evaluator if cfg.eval_frequency > 0 else None,
+    )
+    if watch.checkpoint is not None:
+        trainer.load_trainer_state(watch.checkpoint)
+        sae.load_weights_from_checkpoint(watch.checkpoint)
+    logger = cfg.logger
+    wandb_run = (
+        wandb.init(
+            project=logger.wandb_project,
+            entity=logger.wandb_entity,
+            config=cfg.to_dict(),
+            name=logger.run_name,
+            id=logger.wandb_id,
+        )
+        if logger.log_to_wandb
+        else nullcontext()
+    )
+    with wandb_run:
+        watch.fit(trainer)
+        figures: dict[str, float] = {}
+        if cfg.run_final_eval and cfg.eval_samples > 0:
+            sae.eval()
+            figures = evaluate(sae, model, cfg.eval_samples, run.seed, cfg.batch_size)
+            if logger.log_to_wandb:
+                wandb.log({f"final/{name}": value for name, value in figures.items()})
+    partial = _partial(Path(cfg.output_path or ""))
+    sae.save_inference_model(partial)
+    _save_sparsity_and_config(trainer, partial, cfg.to_dict())
+    return sae, figures
+
+
+def _save_sparsity_and_config(
+    trainer: SAETrainer[Any, Any], folder: Path, config: dict[str, Any]
+) -> None:
+    save_file({"sparsity": trainer.log_feature_sparsity}, folder / SPARSITY_FILENAME)
+    (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+# --- language models -----------------------------------------------------------------------------
+
+
+class WatchedRunner(LanguageModelSAETrainingRunner):
+    """SAELens' language-model runner, stopping between steps and with a checkpoint."""
+
+    watch: _Watch
+
+    @override
+    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+        return self.watch.fit(trainer)
+
+
+def _train_language_model(
+    run: LanguageModelRun, watch: _Watch
+) -> tuple[TrainingSAE[Any], dict[str, float]]:
+    cfg = run.runner
+    cfg.resume_from_checkpoint = None if watch.checkpoint is None else str(watch.checkpoint)
+    output, cfg.output_path = cfg.output_path, str(_partial(Path(cfg.output_path or "")))
+    runner = WatchedRunner(cfg, override_dataset=_saved_dataset(cfg.dataset_path))
+    runner.watch = watch
+    check_hook(runner)
+    try:
+        sae = runner.run()
+    finally:
+        cfg.output_path = output
+    evaluator: LLMSaeEvaluator[Any] = runner.evaluator
+    sae.eval()
+    figures = evaluator(sae, runner.activations_store, ActivationScaler())
+    return sae, {name: value for name, value in figures.items() if isinstance(value, float)}
+
+
+def _saved_dataset(path: str) -> Dataset | None:
+    """A dataset that `Dataset.save_to_disk` wrote, which SAELens' `load_dataset` does not read."""
+    if not any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return None
+    dataset = load_from_disk(path)
+    return dataset["train"] if isinstance(dataset, DatasetDict) else dataset
+
+
+@torch.no_grad()
+def check_hook(runner: LanguageModelSAETrainingRunner) -> None:
+    """Check that the hook exists and that the SAE fits it, with one token.
+
+    Raises:
+        SettingsError: naming the nearest hooks, or the width that fits.
+    """
+    cfg, model = runner.cfg, runner.model
+    if cfg.hook_name not in model.hook_dict:
+        inner: Any = getattr(model, "model", model)
+        names = [*model.hook_dict, *(name for name, _ in inner.named_modules())]
+        close = difflib.get_close_matches(cfg.hook_name, names, n=3, cutoff=0.4)
+        near = f", near it are {', '.join(close)}" if close else ""
+        raise SettingsError(f"hook_name is {cfg.hook_name!r}: no such hook in the model{near}")
+    token = torch.zeros(1, 1, dtype=torch.long, device=cfg.llm_device)
+    _, cache = model.run_with_cache(token, names_filter=[cfg.hook_name], **cfg.model_kwargs)
+    shape = cache[cfg.hook_name].shape[2:]
+    width = shape[-1] if cfg.hook_head_index is not None else shape.numel()
+    if width != cfg.sae.d_in:
+        raise SettingsError(f"sae.d_in is {cfg.sae.d_in}: allowed is {width}, the hook's width")
