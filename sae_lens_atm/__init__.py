@@ -31,22 +31,20 @@ def register() -> None:
     Raises:
         ValueError: another class is registered under the name.
     """
-    for registry, add, entry in (
-        (SAE_CLASS_REGISTRY, register_sae_class, (ATMSAE, ATMSAEConfig)),
-        (
-            SAE_TRAINING_CLASS_REGISTRY,
-            register_sae_training_class,
-            (ATMTrainingSAE, ATMTrainingSAEConfig),
-        ),
-    ):
-        present = registry.get("atm")
-        if present is None:
-            add("atm", *entry)
-        elif present != entry:
-            raise ValueError(
-                f"SAELens' registry already has {present[0].__module__}.{present[0].__qualname__} "
-                f"under 'atm', so sae_lens_atm cannot register {entry[0].__qualname__} there"
-            )
+    inference, training = (ATMSAE, ATMSAEConfig), (ATMTrainingSAE, ATMTrainingSAEConfig)
+    if _is_free(SAE_CLASS_REGISTRY.get("atm"), inference):
+        register_sae_class("atm", *inference)
+    if _is_free(SAE_TRAINING_CLASS_REGISTRY.get("atm"), training):
+        register_sae_training_class("atm", *training)
+
+
+def _is_free(present: tuple[type, type] | None, ours: tuple[type, type]) -> bool:
+    if present is not None and present != ours:
+        raise ValueError(
+            f"SAELens' registry already has {present[0].__module__}.{present[0].__qualname__} "
+            f"under 'atm', so sae_lens_atm cannot register {ours[0].__qualname__} there"
+        )
+    return present is None
 
 
 register()

@@ -2,14 +2,14 @@
 
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAE, SAETrainer, TopKTrainingSAEConfig, TrainingSAE
+from sae_lens import SAE, TopKTrainingSAEConfig, TrainingSAE
 from sae_lens.synthetic import SyntheticModel
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.util import cosine_similarities, temporary_seed
@@ -19,16 +19,19 @@ from sae_lens_atm.evaluation import evaluate, measure_absorption
 from sae_lens_atm.sae import ATMTrainingSAE
 from sae_lens_atm.settings import SyntheticRun, load_run, shipped_config
 from sae_lens_atm.synthetic import children_of
-from sae_lens_atm.train import build_synthetic_model
+from sae_lens_atm.train import OnStep, build_synthetic_model
 
 SCHEMA_VERSION = 1
 HOOK = "synthetic"  # SAELens' multi-SAE trainer routes batches by hook; there is one here
 # Quick enough for a test, and only for that: nothing is learned in so few steps.
-QUICK = ("training_samples=204800", "lr_decay_steps=60", "eval_samples=4000", "sae.c_ramp_steps=200")
+QUICK = (
+    "training_samples=204800",
+    "lr_decay_steps=60",
+    "eval_samples=4000",
+    "sae.c_ramp_steps=200",
+)
 _SNAPSHOTS = 12
 _SNAPSHOT_SAMPLES = 4000
-
-OnStep = Callable[[dict[str, SAETrainer[Any, Any]]], None]
 
 
 @dataclass
@@ -49,11 +52,22 @@ class DemoResult:
     files: list[Path]
 
 
-def run_demo(output: Path, quick: bool = False, on_step: OnStep | None = None) -> DemoResult:
-    """Train, evaluate, and write the SAEs, `results.json` and `importance.png`."""
+def demo_steps(quick: bool = False) -> int:
+    """Training steps of the demo."""
+    return _load_run(quick).runner.total_training_steps
+
+
+def _load_run(quick: bool) -> SyntheticRun:
     run = load_run(shipped_config("demo"), QUICK if quick else ())
     assert isinstance(run, SyntheticRun)
+    return run
+
+
+def run_demo(output: Path, quick: bool = False, on_step: OnStep | None = None) -> DemoResult:
+    """Train, evaluate, and write the SAEs, `results.json` and `importance.png`."""
+    run = _load_run(quick)
     cfg = run.runner
+    output.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not in vain
     model = build_synthetic_model(run)
     with temporary_seed(run.seed):
         saes: dict[str, TrainingSAE[Any]] = {
@@ -133,16 +147,16 @@ def _snapshot(
 
 
 def _call_after_each_step(trainer: MultiSAETrainer, on_step: OnStep | None) -> None:
-    last = list(trainer.trainers.values())[-1]
-    step = last.step
+    atm = trainer.trainers["atm"]
+    step = atm.step
 
     def watched(batch: Tensor) -> Any:
         output = step(batch)
         if on_step is not None:
-            on_step(trainer.trainers)
+            on_step(atm, output)
         return output
 
-    last.step = watched  # pyright: ignore[reportAttributeAccessIssue]
+    atm.step = watched  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def feature_groups(model: SyntheticModel, decoder: Tensor) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ which inherits the activation, its penalty, auxiliary loss and folding from SAEL
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ from sae_lens_atm.masking import (
 )
 
 _MASK, _COIN = 0, 1  # independent streams of the mask's random numbers
-_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+IMPORTANCE_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 # What SAELens' run-time normalisations leave on the SAE between encode and decode.
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
@@ -56,11 +56,11 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     tracker: ImportanceTracker
     b_enc: torch.nn.Parameter
 
-    def __new__(cls, cfg: ATMTrainingSAEConfig | None = None, *_: Any, **__: Any) -> Any:
-        # `cfg` is missing when copy or pickle rebuild an instance, of a subclass then.
-        if cls is ATMTrainingSAE and cfg is not None:
-            cls = _CLASS_OF_ACTIVATION[cfg.activation]
-        return super().__new__(cls)
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if cls is not ATMTrainingSAE:
+            return super().__new__(cls)
+        cfg: ATMTrainingSAEConfig = args[0] if args else kwargs["cfg"]
+        return super().__new__(cast(Any, _CLASS_OF_ACTIVATION[cfg.activation]))
 
     def __init__(self, cfg: ATMTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
@@ -237,9 +237,9 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save a stock `jumprelu` SAE. How it was trained is in its metadata, with a summary of
         the importance scores; the scores themselves are in checkpoints (`save_model`)."""
-        quantiles = self.importance.quantile(torch.tensor(_QUANTILES, device=self.device))
+        quantiles = self.importance.quantile(torch.tensor(IMPORTANCE_QUANTILES, device=self.device))
         self.cfg.metadata.importance_quantiles = dict(
-            zip(map(str, _QUANTILES), quantiles.tolist(), strict=True)
+            zip(map(str, IMPORTANCE_QUANTILES), quantiles.tolist(), strict=True)
         )
         return super().save_inference_model(path)
 
@@ -247,10 +247,14 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 def _mask_metrics(mask: Mask, dead: Tensor | None) -> dict[str, Any]:
     """Metrics of one step's mask, computed only where SAELens logs them."""
     importance = mask.importance
+    quantiles = {
+        f"importance_q{round(100 * q)}": partial(importance.quantile, q)
+        for q in IMPORTANCE_QUANTILES
+    }
     return {
         "importance_threshold": mask.threshold,
         "importance_mean": importance.mean,
-        **{f"importance_q{round(100 * q)}": partial(importance.quantile, q) for q in _QUANTILES},
+        **quantiles,
         "mask_c": mask.c,
         "mask_probability": mask.probability.mean,
         "masked_fraction": lambda: 1 - mask.keep.float().mean(),
@@ -258,7 +262,8 @@ def _mask_metrics(mask: Mask, dead: Tensor | None) -> dict[str, Any]:
     }
 
 
-class _BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE):
+# SAELens' classes name their own config as the type of `cfg`; ATM's config inherits from each.
+class _BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE):  # pyright: ignore[reportGeneralTypeIssues]
     """ATM over SAELens' `batchtopk`: the masked view chooses its k again among the kept latents."""
 
     exact_buffers = ("topk_threshold",)
@@ -282,7 +287,7 @@ class _BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE):
         return self.W_dec / self.get_W_dec_norm().unsqueeze(1)
 
 
-class _JumpReLUATM(ATMTrainingSAE, JumpReLUTrainingSAE):
+class _JumpReLUATM(ATMTrainingSAE, JumpReLUTrainingSAE):  # pyright: ignore[reportGeneralTypeIssues]
     """ATM over SAELens' `jumprelu`, whose penalty counts the kept latents only."""
 
     @override
@@ -297,7 +302,7 @@ class _JumpReLUATM(ATMTrainingSAE, JumpReLUTrainingSAE):
         return -self.bandwidth
 
 
-class _ReLUATM(ATMTrainingSAE, StandardTrainingSAE):
+class _ReLUATM(ATMTrainingSAE, StandardTrainingSAE):  # pyright: ignore[reportGeneralTypeIssues]
     """ATM over SAELens' `standard`, whose penalty counts the kept latents only."""
 
 
@@ -329,7 +334,8 @@ class ATMSAE(ExactBuffers, JumpReLUSAE):
         if "importance" in state_dict:
             state_dict["importance"] = state_dict["importance"].float()
             return
-        sae = ATMTrainingSAE(self._training_config())
+        cfg = self._training_config()
+        sae = _CLASS_OF_ACTIVATION[cfg.activation](cfg)
         sae.process_state_dict_for_loading(state_dict)
         sae.load_state_dict(state_dict, assign=True)
         state_dict.clear()
@@ -342,5 +348,6 @@ class ATMSAE(ExactBuffers, JumpReLUSAE):
                 "this SAE's cfg.json says architecture 'atm', but its metadata lacks the "
                 "training_architecture_details that a training checkpoint holds"
             )
-        known = {**asdict(self.cfg), **details, "device": "meta", "metadata": self.cfg.metadata}
+        known: dict[str, Any] = {**asdict(self.cfg), **details}
+        known |= {"device": "meta", "metadata": self.cfg.metadata}
         return ATMTrainingSAEConfig(**filter_valid_dataclass_fields(known, ATMTrainingSAEConfig))

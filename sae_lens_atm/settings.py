@@ -127,7 +127,8 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     values = _validate(schema, {k: v for k, v in content.items() if k not in ("runner", "sae")})
     seed = values.pop("seed", 0)
     # Nothing here needs an account: wandb is on when a run file says so.
-    logger = LoggingConfig(**{"log_to_wandb": False, **values.pop("logger", {})})
+    logging: dict[str, Any] = {"log_to_wandb": False, **values.pop("logger", {})}
+    logger = LoggingConfig(**logging)
     output = values.setdefault("output_path", default_output)
     if output is None:
         raise SettingsError("output_path is None: allowed is a folder, where the run is kept")
@@ -227,11 +228,8 @@ def _schema(
         if field.name not in skipped:
             required = field.default is MISSING and field.default_factory is MISSING
             spec[field.name] = (_schema_of_hint(hints[field.name]), ... if required else None)
-    return create_model(
-        cls.__name__,
-        __config__=ConfigDict(extra="forbid", protected_namespaces=()),
-        **{**spec, **(extra or {})},
-    )
+    config = ConfigDict(extra="forbid", protected_namespaces=())
+    return cast(Any, create_model)(cls.__name__, __config__=config, **spec, **(extra or {}))
 
 
 def _schema_of_hint(hint: Any) -> Any:

@@ -9,7 +9,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +75,7 @@ class StopFlag:
         self.signal_number = signal_number
 
     @contextmanager
-    def on_signals(self) -> Iterator[None]:
+    def on_signals(self) -> Generator[None]:
         """Let SIGINT and SIGTERM request a stop; a second SIGINT stops at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -139,6 +139,40 @@ def train(
         sae, figures = _train_language_model(run, watch)
     _publish(_partial(output), output)
     return Result(sae, output, time.perf_counter() - start, figures)
+
+
+def plan(run: Run, resume: str | Path | None = None) -> dict[str, Any]:
+    """Check what can be checked without loading data or models, and say what would be done.
+
+    Raises:
+        SettingsError, CheckpointError: something does not fit.
+    """
+    cfg = run.runner
+    output = check_output(run, resume)
+    facts: dict[str, Any] = {"architecture": cfg.sae.architecture()}
+    if isinstance(run, LanguageModelRun):
+        facts |= {
+            "model": f"{run.runner.model_name} at {run.runner.hook_name}",
+            "dataset": run.runner.dataset_path or "(none)",
+        }
+        if not run.runner.dataset_path and not run.runner.use_cached_activations:
+            raise SettingsError("dataset_path: missing, a language-model run needs a dataset")
+        batch = run.runner.train_batch_size_tokens
+    else:
+        batch = run.runner.batch_size
+    parameters = cfg.sae.d_sae * (2 * cfg.sae.d_in + 1) + cfg.sae.d_in
+    facts |= {
+        "d_in, d_sae": f"{cfg.sae.d_in}, {cfg.sae.d_sae} ({parameters:,} parameters)",
+        "steps": f"{cfg.total_training_steps:,} of {batch:,}",
+        # weights, gradients and the two moments of Adam
+        "memory": f"{16 * parameters / 2**30:.2f} GiB for the SAE in float32, activations aside",
+        "output": output,
+    }
+    if resume is not None:
+        checkpoint = newest_checkpoint(resume)
+        check_resumable(checkpoint, cfg.sae)
+        facts["resuming from"] = checkpoint
+    return facts
 
 
 def check_output(run: Run, resume: str | Path | None = None) -> Path:

@@ -1,0 +1,3 @@
+from sae_lens_atm.cli import main
+
+main()

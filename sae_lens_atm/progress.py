@@ -1,0 +1,67 @@
+"""What a person sees of long work: a progress bar, or lines where there is no terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from sae_lens import SAETrainer
+from sae_lens.saes.sae import TrainStepOutput
+from typing_extensions import Self
+
+_REFRESH = 20  # steps between two readings: each waits for the device
+_LINES = 10  # lines over a whole run where there is no terminal
+
+
+class Progress:
+    """Shows loss, L0, masked fraction and the time left of a training run."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._bar = RichProgress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=steps, figures="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_step(self, trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> None:
+        """Show the step that was just done."""
+        step = trainer.n_training_steps + 1
+        every = _REFRESH if self._console.is_terminal else max(self._steps // _LINES, 1)
+        if step % every and step != self._steps:
+            return
+        l0 = (output.feature_acts != 0).sum() / output.feature_acts.shape[0]
+        figures = f"loss {output.loss.item():.4g}  L0 {l0.item():.1f}"
+        masked = output.metrics.get("masked_fraction")
+        if callable(masked):
+            figures += f"  masked {float(masked()):.0%}"
+        self._bar.update(self._task, completed=step, figures=figures)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}/{self._steps}  {figures}")
+
+
+def figures_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """One row a figure, one column a SAE."""
+    table = Table(title=title)
+    table.add_column("figure")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for figure in next(iter(columns.values()), {}):
+        values = [columns[name].get(figure, float("nan")) for name in columns]
+        table.add_row(figure, *(f"{v:d}" if isinstance(v, int) else f"{v:.4g}" for v in values))
+    return table
