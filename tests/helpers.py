@@ -1,0 +1,43 @@
+import torch
+from sae_lens import TrainingSAE
+from sae_lens.saes.sae import TrainStepInput
+
+from sae_lens_atm import ATMTrainingSAEConfig
+
+ACTIVATIONS = ("batchtopk", "jumprelu", "relu")
+SCHEDULES = ("dual", "interleaved", "masked")
+GRANULARITIES = ("step", "sample")
+
+
+def make_sae(d_in=8, d_sae=24, k=3, **fields):
+    fields = {"mask_warm_up_steps": 2, "c_ramp_steps": 10, "d_in": d_in, "d_sae": d_sae, **fields}
+    cfg = ATMTrainingSAEConfig(k=k, **fields)
+    return TrainingSAE.from_dict(cfg.to_dict())
+
+
+def step_input(x, dead=None, step=0, logging=False):
+    """The one place that knows SAELens' fields, which grow now and then."""
+    return TrainStepInput(
+        sae_in=x,
+        coefficients={"l0": 0.1, "l1": 0.1},
+        dead_neuron_mask=dead,
+        n_training_steps=step,
+        is_logging_step=logging,
+    )
+
+
+def train(sae, steps, batch_size=64, lr=1e-2, data=None):
+    optimizer = torch.optim.Adam(sae.parameters(), lr)
+    sae.train()
+    for step in range(steps):
+        x = torch.randn(batch_size, sae.cfg.d_in, dtype=sae.dtype) if data is None else data(step)
+        dead = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+        output = sae.training_forward_pass(step_input(x, dead, step))
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return sae
+
+
+def state_equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

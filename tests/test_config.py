@@ -1,0 +1,121 @@
+import pytest
+from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, TrainingSAEConfig
+from sae_lens.llm_sae_training_runner import _parse_cfg_args
+
+from sae_lens_atm import ATMTrainingSAEConfig
+
+BAD = {
+    "activation": "gelu",
+    "schedule": "sometimes",
+    "mask_granularity": "token",
+    "importance_combine": "product",
+    "masked_weight": 1.5,
+    "masked_probability": -0.1,
+    "importance_decay": 1.0,
+    "magnitude_weight": -1.0,
+    "frequency_weight": float("nan"),
+    "contribution_weight": float("inf"),
+    "c_start": float("inf"),
+    "c_end": "high",
+    "c_ramp_steps": -1,
+    "mask_rate": -2.0,
+    "mask_warm_up_steps": 1.5,
+    "mask_ramp_steps": -3,
+    "mask_seed": 0.5,
+    "k": 0,
+    "d_in": 0,
+    "d_sae": -4,
+    "l1_coefficient": -1.0,
+    "l0_coefficient": float("nan"),
+    "aux_loss_coefficient": -1.0,
+    "topk_threshold_lr": 2.0,
+    "jumprelu_bandwidth": 0.0,
+}
+
+
+@pytest.mark.parametrize(("field", "value"), BAD.items())
+def test_an_error_names_field_value_and_what_is_allowed(field, value):
+    with pytest.raises(ValueError, match=field) as caught:
+        ATMTrainingSAEConfig(**{"d_in": 8, "d_sae": 200, field: value})
+    message = str(caught.value)
+    assert repr(value) in message
+    assert "allowed is" in message
+    assert "\n" not in message
+
+
+def test_all_weights_zero_is_an_error():
+    weights = dict.fromkeys(("magnitude_weight", "frequency_weight", "contribution_weight"), 0.0)
+    with pytest.raises(ValueError, match="contribution_weight are all 0"):
+        ATMTrainingSAEConfig(d_in=8, d_sae=200, **weights)
+
+
+def test_k_is_checked_only_where_it_applies():
+    ATMTrainingSAEConfig(d_in=8, d_sae=16, activation="relu")
+    with pytest.raises(ValueError, match="k is 100"):
+        ATMTrainingSAEConfig(d_in=8, d_sae=16)
+
+
+def test_paper_preset_is_the_literal_reading_and_can_be_overridden():
+    cfg = ATMTrainingSAEConfig.paper(8, 16, l1_coefficient=3.0, mask_rate=2.0)
+    assert (cfg.activation, cfg.schedule, cfg.mask_granularity) == ("relu", "masked", "step")
+    assert cfg.c_start == cfg.c_end
+    assert (cfg.l1_coefficient, cfg.mask_rate) == (3.0, 2.0)
+
+
+def test_dictionary_round_trip():
+    cfg = ATMTrainingSAEConfig(d_in=8, d_sae=32, k=4, schedule="interleaved", c_start=-0.5)
+    again = TrainingSAEConfig.from_dict({**cfg.to_dict(), "something_else": 1})
+    assert isinstance(again, ATMTrainingSAEConfig)
+    assert again.to_dict() == cfg.to_dict()
+
+
+def test_provenance_goes_into_the_metadata():
+    metadata = ATMTrainingSAEConfig(d_in=8, d_sae=32, k=4, mask_rate=2.0).metadata
+    assert metadata.training_architecture == "atm"
+    assert metadata.training_architecture_details["mask_rate"] == 2.0
+
+
+def test_every_field_is_a_flag_of_saelens_command_line():
+    flags = ["--architecture", "atm", "--d_in", "8", "--d_sae", "64", "--dataset_path", "x"]
+    flags += ["--schedule", "interleaved", "--masked_probability", "0.25", "--c_start", "-0.5"]
+    flags += ["--activation", "relu", "--l1_coefficient", "2.5", "--mask_seed", "3"]
+    flags += ["--mask_granularity", "sample", "--importance_combine", "geometric"]
+    flags += ["--masked_weight", "0.1", "--importance_decay", "0.9", "--magnitude_weight", "2"]
+    flags += ["--frequency_weight", "0", "--contribution_weight", "4", "--c_end", "2"]
+    flags += ["--c_ramp_steps", "7", "--mask_rate", "3", "--mask_warm_up_steps", "5"]
+    flags += ["--mask_ramp_steps", "6"]
+    sae = _parse_cfg_args(flags).sae
+    assert isinstance(sae, ATMTrainingSAEConfig)
+    expected = ATMTrainingSAEConfig(
+        d_in=8,
+        d_sae=64,
+        schedule="interleaved",
+        masked_probability=0.25,
+        c_start=-0.5,
+        activation="relu",
+        l1_coefficient=2.5,
+        mask_seed=3,
+        mask_granularity="sample",
+        importance_combine="geometric",
+        masked_weight=0.1,
+        importance_decay=0.9,
+        magnitude_weight=2,
+        frequency_weight=0,
+        contribution_weight=4,
+        c_end=2,
+        c_ramp_steps=7,
+        mask_rate=3,
+        mask_warm_up_steps=5,
+        mask_ramp_steps=6,
+    )
+    assert sae.to_dict() == expected.to_dict()
+
+
+def test_runner_config_round_trip():
+    cfg = LanguageModelSAERunnerConfig(
+        sae=ATMTrainingSAEConfig(d_in=8, d_sae=32, k=4),
+        logger=LoggingConfig(log_to_wandb=False),
+        verbose=False,
+    )
+    again = LanguageModelSAERunnerConfig.from_dict(cfg.to_dict())
+    assert again.sae.to_dict() == cfg.sae.to_dict()

@@ -1,0 +1,49 @@
+import subprocess
+import sys
+
+import pytest
+import sae_lens
+from sae_lens.registry import (
+    SAE_CLASS_REGISTRY,
+    SAE_TRAINING_CLASS_REGISTRY,
+    get_sae_class,
+    get_sae_training_class,
+)
+
+import sae_lens_atm
+
+
+def test_importing_registers_both_classes():
+    assert get_sae_class("atm") == (sae_lens_atm.ATMSAE, sae_lens_atm.ATMSAEConfig)
+    expected = (sae_lens_atm.ATMTrainingSAE, sae_lens_atm.ATMTrainingSAEConfig)
+    assert get_sae_training_class("atm") == expected
+
+
+def test_registering_again_is_no_error():
+    sae_lens_atm.register()
+
+
+@pytest.mark.parametrize("registry", [SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY])
+def test_a_clash_is_a_clear_error(registry, monkeypatch):
+    monkeypatch.setitem(registry, "atm", (sae_lens.StandardSAE, sae_lens.StandardSAEConfig))
+    with pytest.raises(ValueError, match=r"StandardSAE under 'atm'.*cannot register ATM"):
+        sae_lens_atm.register()
+
+
+def test_every_public_name_is_there():
+    for name in sae_lens_atm.__all__:
+        assert getattr(sae_lens_atm, name) is not None
+
+
+def test_importing_loads_nothing_heavy_and_draws_no_random_numbers():
+    code = """
+import sys, torch, sae_lens
+before, state = set(sys.modules), torch.get_rng_state()
+import sae_lens_atm
+new = {name for name in set(sys.modules) - before if not name.startswith("sae_lens_atm")}
+assert not new, new
+assert torch.equal(torch.get_rng_state(), state)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
