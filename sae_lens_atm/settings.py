@@ -135,6 +135,7 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     checkpoints = values.pop("checkpoint_path", None) or f"{output}/checkpoints"
     if runner == "language_model":
         values.setdefault("verbose", False)
+        values.setdefault("dataset_trust_remote_code", False)
         # SAELens appends a random folder to a checkpoint_path that it is given at this point.
         cfg = _build(
             LanguageModelSAERunnerConfig,
@@ -229,7 +230,7 @@ def _schema(
             required = field.default is MISSING and field.default_factory is MISSING
             spec[field.name] = (_schema_of_hint(hints[field.name]), ... if required else None)
     config = ConfigDict(extra="forbid", protected_namespaces=())
-    return cast(Any, create_model)(cls.__name__, __config__=config, **spec, **(extra or {}))
+    return cast(Any, create_model)(cls.__name__, __config__=config, **{**spec, **(extra or {})})
 
 
 def _schema_of_hint(hint: Any) -> Any:

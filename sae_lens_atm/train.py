@@ -367,7 +367,14 @@ def _train_language_model(
     cfg = run.runner
     cfg.resume_from_checkpoint = None if watch.checkpoint is None else str(watch.checkpoint)
     output, cfg.output_path = cfg.output_path, str(_partial(Path(cfg.output_path or "")))
-    runner = WatchedRunner(cfg, override_dataset=_saved_dataset(cfg.dataset_path))
+    try:
+        runner = WatchedRunner(cfg, override_dataset=_saved_dataset(cfg.dataset_path))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(
+            f"cannot load model_name {cfg.model_name!r} with dataset_path {cfg.dataset_path!r}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
     runner.watch = watch
     check_hook(runner)
     try:
@@ -376,8 +383,9 @@ def _train_language_model(
         cfg.output_path = output
     evaluator: LLMSaeEvaluator[Any] = runner.evaluator
     sae.eval()
-    figures = evaluator(sae, runner.activations_store, ActivationScaler())
-    return sae, {name: value for name, value in figures.items() if isinstance(value, float)}
+    groups = evaluator(sae, runner.activations_store, ActivationScaler())
+    figures = {name: value for group in groups.values() for name, value in group.items()}
+    return sae, figures
 
 
 def _saved_dataset(path: str) -> Dataset | None:

@@ -1,0 +1,140 @@
+import random
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
+
+SPECIAL = ["<bos>", "<eos>", "<pad>", "<unk>"]
+VOCABULARY = [*SPECIAL, *(f"w{i}" for i in range(60))]
+CONTEXT = 16
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed_and_place(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def gemma_folder(tmp_path_factory):
+    """A tiny random Gemma-2 and its tokenizer, on disk as `from_pretrained` wants them."""
+    folder = tmp_path_factory.mktemp("gemma-2-tiny")
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        name_or_path=str(folder),
+        add_bos_token=True,
+    ).save_pretrained(folder)
+    Gemma2ForCausalLM(
+        Gemma2Config(
+            vocab_size=len(VOCABULARY),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory):
+    """Text, as `Dataset.save_to_disk` writes it."""
+    words = random.Random(0).choices(VOCABULARY[len(SPECIAL) :], k=8000)
+    rows = [{"text": " ".join(words[i : i + 40])} for i in range(0, 8000, 40)]
+    folder = tmp_path_factory.mktemp("text")
+    Dataset.from_list(rows).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_dataset():
+    rows = random.Random(1)
+    return Dataset.from_list(
+        [{"tokens": [0, *rows.choices(range(4, 64), k=CONTEXT - 1)]} for _ in range(400)]
+    )
+
+
+@pytest.fixture(scope="session")
+def hooked_model():
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=16,
+            n_ctx=CONTEXT,
+            d_head=8,
+            n_heads=2,
+            d_vocab=64,
+            act_fn="gelu",
+            device="cpu",
+        )
+    )
+    torch.manual_seed(0)  # TransformerLens seeds the global generator as it likes
+    return model
+
+
+@pytest.fixture
+def synthetic_yaml(tmp_path):
+    """A run file of a few steps on a small hierarchy."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        """
+runner: synthetic
+seed: 3
+hierarchy_model: {hidden_dim: 16, roots: 4, lone_features: 4, depth: 1}
+sae: {architecture: atm, d_in: 16, d_sae: 32, k: 2, c_ramp_steps: 40, mask_warm_up_steps: 5}
+training_samples: 2560
+batch_size: 64
+lr: 1e-3
+lr_warm_up_steps: 5
+lr_decay_steps: 10
+eval_samples: 1000
+output_path: out
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def language_model_yaml(tmp_path, gemma_folder, text_folder):
+    """A run file of a few steps on the tiny Gemma-2."""
+    path = tmp_path / "gemma.yaml"
+    path.write_text(
+        f"""
+runner: language_model
+seed: 1
+model_name: {gemma_folder}
+model_class_name: AutoModelForCausalLM
+hook_name: model.layers.1
+dataset_path: {text_folder}
+is_dataset_tokenized: false
+streaming: false
+context_size: {CONTEXT}
+training_tokens: 2560
+train_batch_size_tokens: 64
+store_batch_size_prompts: 4
+n_batches_in_buffer: 4
+n_eval_batches: 1
+activations_mixing_fraction: 0
+sae: {{architecture: atm, d_in: 16, d_sae: 64, k: 4, c_ramp_steps: 40, mask_warm_up_steps: 5}}
+output_path: out
+"""
+    )
+    return path
