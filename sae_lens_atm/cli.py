@@ -149,5 +149,6 @@ def _facts_table(facts: dict[str, Any]) -> Table:
 
 def _print_result(result: Result, language_model: bool) -> None:
     title = "on the language model" if language_model else "on fresh synthetic samples"
-    console.print(figures_table(f"The saved SAE {title}", {"value": result.figures}))
+    if result.figures:
+        console.print(figures_table(f"The saved SAE {title}", {"value": result.figures}))
     console.print(f"saved {result.output_path} in {result.seconds:.0f} s")

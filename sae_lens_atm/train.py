@@ -9,17 +9,18 @@ import json
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import wandb
 from datasets import Dataset, DatasetDict, load_from_disk
-from sae_lens import LanguageModelSAETrainingRunner, SAETrainer, TrainingSAE
+from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig, SAETrainer, TrainingSAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.saes.sae import TrainStepOutput
@@ -124,21 +125,30 @@ def train(
         SettingsError, CheckpointError: something does not fit, before any training.
         NonFiniteBatchError: after a checkpoint of the last good step.
     """
-    output = check_output(run, resume)
-    checkpoint = None
-    if resume is not None:
-        checkpoint = newest_checkpoint(resume)
-        check_resumable(checkpoint, run.runner.sae)
+    plan(run, resume)
+    output = Path(run.runner.output_path or "")
+    checkpoint = None if resume is None else newest_checkpoint(resume)
     stop = stop or StopFlag()
     start = time.perf_counter()
     torch.manual_seed(run.seed)
     watch = _Watch(on_step, stop, checkpoint)
-    if isinstance(run, SyntheticRun):
-        sae, figures = _train_synthetic(run, watch)
-    else:
-        sae, figures = _train_language_model(run, watch)
-    _publish(_partial(output), output)
+    prepare = _prepare_synthetic if isinstance(run, SyntheticRun) else _prepare_language_model
+    job = prepare(cast(Any, run), watch)
+    sae = job.fit().eval()
+    figures: dict[str, float] = {}
+    try:
+        figures = job.evaluate(sae)
+    except Exception as error:  # whatever it is, hours of training must not end in it
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"the SAE is saved, but evaluating it failed ({reason})", stacklevel=2)
     return Result(sae, output, time.perf_counter() - start, figures)
+
+
+class _Job(NamedTuple):
+    """The two halves of a run: training, which saves, and evaluating what came out."""
+
+    fit: Callable[[], TrainingSAE[Any]]
+    evaluate: Callable[[TrainingSAE[Any]], dict[str, float]]
 
 
 def plan(run: Run, resume: str | Path | None = None) -> dict[str, Any]:
@@ -158,6 +168,12 @@ def plan(run: Run, resume: str | Path | None = None) -> dict[str, Any]:
         if not run.runner.dataset_path and not run.runner.use_cached_activations:
             raise SettingsError("dataset_path: missing, a language-model run needs a dataset")
         batch = run.runner.train_batch_size_tokens
+        buffer = run.runner.n_batches_in_buffer * run.runner.context_size
+        if buffer < batch and not run.runner.use_cached_activations:
+            raise SettingsError(
+                f"n_batches_in_buffer is {run.runner.n_batches_in_buffer}: times context_size "
+                f"{run.runner.context_size} it must reach train_batch_size_tokens, {batch}"
+            )
     else:
         batch = run.runner.batch_size
     parameters = cfg.sae.d_sae * (2 * cfg.sae.d_in + 1) + cfg.sae.d_in
@@ -204,12 +220,12 @@ def check_output(run: Run, resume: str | Path | None = None) -> Path:
     return output
 
 
-def _partial(output: Path) -> Path:
-    return output / ".sae.partial"
-
-
-def _publish(partial: Path, output: Path) -> None:
-    """Move finished files into place, the one that makes the folder a SAE last."""
+@contextmanager
+def saved_at_once(output: Path) -> Generator[Path]:
+    """A folder to write a SAE in, whose files then move to `output`, last the one that makes that
+    folder a SAE: what stands there is never half written."""
+    partial = output / ".sae.partial"
+    yield partial
     for file in sorted(partial.iterdir(), key=lambda f: f.name == SAE_CFG_FILENAME):
         file.replace(output / file.name)
     partial.rmdir()
@@ -283,7 +299,7 @@ def build_synthetic_model(run: SyntheticRun) -> SyntheticModel:
     return SyntheticModel.load_from_source(run.runner.synthetic_model, run.runner.device)
 
 
-def _train_synthetic(run: SyntheticRun, watch: _Watch) -> tuple[TrainingSAE[Any], dict[str, float]]:
+def _prepare_synthetic(run: SyntheticRun, watch: _Watch) -> _Job:
     cfg = run.runner
     model = build_synthetic_model(run)
     if model.cfg.hidden_dim != cfg.sae.d_in:
@@ -315,37 +331,36 @@ def _train_synthetic(run: SyntheticRun, watch: _Watch) -> tuple[TrainingSAE[Any]
     if watch.checkpoint is not None:
         trainer.load_trainer_state(watch.checkpoint)
         sae.load_weights_from_checkpoint(watch.checkpoint)
-    logger = cfg.logger
-    wandb_run = (
-        wandb.init(
-            project=logger.wandb_project,
-            entity=logger.wandb_entity,
-            config=cfg.to_dict(),
-            name=logger.run_name,
-            id=logger.wandb_id,
-        )
-        if logger.log_to_wandb
-        else nullcontext()
+
+    def fit() -> TrainingSAE[Any]:
+        with _wandb_run(cfg.logger, cfg.to_dict()):
+            watch.fit(trainer)
+        with saved_at_once(Path(cfg.output_path or "")) as folder:
+            sae.save_inference_model(folder)
+            save_file({"sparsity": trainer.log_feature_sparsity}, folder / SPARSITY_FILENAME)
+            config = json.dumps(cfg.to_dict(), indent=2)
+            (folder / RUNNER_CFG_FILENAME).write_text(config, encoding="utf-8")
+        return sae
+
+    def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
+        if not cfg.run_final_eval or cfg.eval_samples == 0:
+            return {}
+        return evaluate(sae, model, cfg.eval_samples, run.seed, cfg.batch_size)
+
+    return _Job(fit, final_evaluation)
+
+
+def _wandb_run(logger: LoggingConfig, config: dict[str, Any]) -> AbstractContextManager[Any]:
+    """SAELens' trainer logs to the wandb run that is open; its language-model runner opens one."""
+    if not logger.log_to_wandb:
+        return nullcontext()
+    return wandb.init(
+        project=logger.wandb_project,
+        entity=logger.wandb_entity,
+        config=config,
+        name=logger.run_name,
+        id=logger.wandb_id,
     )
-    with wandb_run:
-        watch.fit(trainer)
-        figures: dict[str, float] = {}
-        if cfg.run_final_eval and cfg.eval_samples > 0:
-            sae.eval()
-            figures = evaluate(sae, model, cfg.eval_samples, run.seed, cfg.batch_size)
-            if logger.log_to_wandb:
-                wandb.log({f"final/{name}": value for name, value in figures.items()})
-    partial = _partial(Path(cfg.output_path or ""))
-    sae.save_inference_model(partial)
-    _save_sparsity_and_config(trainer, partial, cfg.to_dict())
-    return sae, figures
-
-
-def _save_sparsity_and_config(
-    trainer: SAETrainer[Any, Any], folder: Path, config: dict[str, Any]
-) -> None:
-    save_file({"sparsity": trainer.log_feature_sparsity}, folder / SPARSITY_FILENAME)
-    (folder / RUNNER_CFG_FILENAME).write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 # --- language models -----------------------------------------------------------------------------
@@ -360,13 +375,20 @@ class WatchedRunner(LanguageModelSAETrainingRunner):
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
         return self.watch.fit(trainer)
 
+    @override
+    def save_final_sae(
+        self,
+        sae: TrainingSAE[Any],
+        output_path: str,
+        log_feature_sparsity: Tensor | None = None,
+    ) -> None:
+        with saved_at_once(Path(output_path)) as folder:
+            super().save_final_sae(sae, str(folder), log_feature_sparsity)
 
-def _train_language_model(
-    run: LanguageModelRun, watch: _Watch
-) -> tuple[TrainingSAE[Any], dict[str, float]]:
+
+def _prepare_language_model(run: LanguageModelRun, watch: _Watch) -> _Job:
     cfg = run.runner
     cfg.resume_from_checkpoint = None if watch.checkpoint is None else str(watch.checkpoint)
-    output, cfg.output_path = cfg.output_path, str(_partial(Path(cfg.output_path or "")))
     try:
         runner = WatchedRunner(cfg, override_dataset=_saved_dataset(cfg.dataset_path))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -377,15 +399,13 @@ def _train_language_model(
         ) from error
     runner.watch = watch
     check_hook(runner)
-    try:
-        sae = runner.run()
-    finally:
-        cfg.output_path = output
-    evaluator: LLMSaeEvaluator[Any] = runner.evaluator
-    sae.eval()
-    groups = evaluator(sae, runner.activations_store, ActivationScaler())
-    figures = {name: value for group in groups.values() for name, value in group.items()}
-    return sae, figures
+
+    def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
+        evaluator: LLMSaeEvaluator[Any] = runner.evaluator
+        groups = evaluator(sae, runner.activations_store, ActivationScaler())
+        return {name: value for group in groups.values() for name, value in group.items()}
+
+    return _Job(runner.run, final_evaluation)
 
 
 def _saved_dataset(path: str) -> Dataset | None:

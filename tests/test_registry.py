@@ -45,5 +45,3 @@ assert not new, new
 assert torch.equal(torch.get_rng_state(), state)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-

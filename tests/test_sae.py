@@ -8,7 +8,15 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.sae_trainer import SAETrainer
 
 from sae_lens_atm import ATMTrainingSAE, importance_threshold, mask_probability
-from tests.helpers import ACTIVATIONS, GRANULARITIES, SCHEDULES, make_sae, state_equal, step_input, train
+from tests.helpers import (
+    ACTIVATIONS,
+    GRANULARITIES,
+    SCHEDULES,
+    make_sae,
+    state_equal,
+    step_input,
+    train,
+)
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 every_schedule = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -144,7 +152,9 @@ def test_a_masked_latent_is_not_called_dead():
     sae = with_importance(
         make_sae(schedule="masked", mask_rate=20.0), torch.cat([torch.zeros(12), torch.ones(12)])
     )
-    cfg = SAETrainerConfig(total_training_samples=640, train_batch_size_samples=64, lr=0.0, lr_end=0)
+    cfg = SAETrainerConfig(
+        total_training_samples=640, train_batch_size_samples=64, lr=0.0, lr_end=0
+    )
     trainer = SAETrainer(cfg, sae, iter(torch.randn(10, 64, 8)))
     for _ in range(10):
         trainer.step(next(trainer.data_provider))
@@ -195,18 +205,14 @@ def test_masking_off_trains_exactly_as_batchtopk():
 
 def test_dual_weighs_the_two_views():
     x = torch.randn(64, 8)
-    outputs = {}
+    sae = make_sae(mask_rate=20.0, activation="relu")
+    losses = {}
     for weight in (0.0, 0.3, 1.0):
-        sae = with_importance(
-            make_sae(masked_weight=weight, mask_rate=20.0, activation="relu"),
-            torch.cat([torch.zeros(12), torch.ones(12)]),
-        )
-        if outputs:
-            sae.W_enc.data, sae.W_dec.data = weights
-        weights = (sae.W_enc.data, sae.W_dec.data)
-        outputs[weight] = sae.training_forward_pass(step_input(x)).loss
-    torch.testing.assert_close(outputs[0.3], 0.7 * outputs[0.0] + 0.3 * outputs[1.0])
-    assert outputs[1.0] > outputs[0.0]
+        with_importance(sae, torch.cat([torch.zeros(12), torch.ones(12)]))
+        sae.cfg.masked_weight = weight
+        losses[weight] = sae.training_forward_pass(step_input(x)).loss
+    torch.testing.assert_close(losses[0.3], 0.7 * losses[0.0] + 0.3 * losses[1.0])
+    assert losses[1.0] > losses[0.0]
 
 
 def test_the_masked_view_of_batchtopk_chooses_its_k_again():
@@ -322,7 +328,9 @@ def test_dead_latents_get_an_auxiliary_loss_from_the_full_view_alone(activation)
     sae = make_sae(activation=activation, pre_act_loss_coefficient=1.0)
     dead = torch.ones(24, dtype=torch.bool)
     losses = sae.training_forward_pass(step_input(torch.randn(64, 8), dead)).losses
-    name = {"batchtopk": "auxiliary_reconstruction_loss", "jumprelu": "pre_act_loss"}.get(activation)
+    name = {"batchtopk": "auxiliary_reconstruction_loss", "jumprelu": "pre_act_loss"}.get(
+        activation
+    )
     if name is not None:
         assert losses[name] > 0
         assert losses.get(f"masked_{name}", torch.tensor(0.0)) == 0

@@ -4,10 +4,11 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens import SAE, JumpReLUSAE, TrainingSAE, upload_saes_to_huggingface
 from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.training import upload_saes_to_huggingface as upload_module
+from safetensors.torch import load_file, save_file
 
 from sae_lens_atm import ATMSAE, ATMTrainingSAE
 from tests.helpers import ACTIVATIONS, make_sae, state_equal, train
@@ -73,6 +74,7 @@ def test_loads_in_a_process_that_never_imports_the_plugin(sae, tmp_path):
     code = f"""
 import sys, torch
 from pathlib import Path
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from sae_lens import SAE
 sae = SAE.load_from_disk({str(tmp_path)!r})
@@ -155,14 +157,11 @@ def test_hub_upload_of_an_object_comes_back_as_atm(sae, tmp_path, monkeypatch):
     def download(repo_id, filename, **_):
         assert repo_id == "someone/saes"
         if not (hub / filename).exists():
-            raise pretrained_sae_loaders.EntryNotFoundError(filename)
+            raise LocalEntryNotFoundError(filename)  # the one of them that needs no HTTP response
         return str(hub / filename)
 
     monkeypatch.setattr(upload_module, "HfApi", Api)
     monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
-    monkeypatch.setattr(
-        pretrained_sae_loaders.EntryNotFoundError, "__init__", lambda self, *_: None
-    )
     upload_saes_to_huggingface({"layer_0": sae}, "someone/saes", add_default_readme=False)
 
     loaded = SAE.from_pretrained("someone/saes", "layer_0")

@@ -93,7 +93,7 @@ def test_misspelt_architecture_gets_a_suggestion(synthetic_yaml):
 def test_missing_field(synthetic_yaml):
     content = yaml.safe_load(synthetic_yaml.read_text())
     del content["sae"]["d_sae"]
-    with pytest.raises(SettingsError, match="sae.d_sae: missing, and has no default"):
+    with pytest.raises(SettingsError, match=r"sae\.d_sae: missing, and has no default"):
         parse_run(content)
 
 
