@@ -1,12 +1,13 @@
 """The demo: ATM and SAELens' TopK side by side on a small hierarchy, with a picture."""
 
 import json
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens import SAE, TopKTrainingSAEConfig, TrainingSAE
@@ -107,10 +108,19 @@ def run_demo(output: Path, quick: bool = False, on_step: OnStep | None = None) -
         "history": {"steps": history.steps, "absorption_fraction_learned": history.absorption},
     }
     results_path = output / "results.json"
-    results_path.write_text(json.dumps(results, indent=2), encoding="utf-8")
+    results_path.write_text(json.dumps(_without_nan(results), indent=2), encoding="utf-8")
     picture_path = output / "importance.png"
     draw_picture(picture_path, history, feature_groups(model, saes["atm"].W_dec))
     return DemoResult(figures, [*files, results_path, picture_path])
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: a mean over nothing is null there."""
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in cast(list[Any], value)]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _topk_beside(cfg: Any) -> TopKTrainingSAEConfig:
@@ -182,7 +192,7 @@ def draw_picture(path: Path, history: History, groups: dict[str, list[int]]) -> 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     importance = torch.stack(history.importance)
     colours = ("#1f5fa8", "#4b9fd5", "#e07b39")
     for (name, latents), colour in zip(groups.items(), colours, strict=True):
@@ -191,15 +201,16 @@ def draw_picture(path: Path, history: History, groups: dict[str, list[int]]) -> 
             left.plot(history.steps, middle, color=colour, label=f"{name} ({len(latents)} latents)")
             left.fill_between(history.steps, low, high, color=colour, alpha=0.2, linewidth=0)
     left.plot(history.steps, history.threshold, "--", color="#444", label=r"threshold $\theta_t$")
-    left.set(xlabel="training step", ylabel="importance (median, quartiles)", ylim=(0, None))
-    left.set_title("Below the threshold, latents are masked now and then")
-    left.legend(frameon=False)
+    left.set(xlabel="training step", ylabel="importance (median, quartiles)")
+    left.set(yscale="log", ylim=(0.01, 60))
+    left.set_title("Latents below the threshold are masked now and then")
+    left.legend(frameon=False, loc="upper center", ncols=2, fontsize="small")
 
     styles = {"atm": ("ATM", "#1f5fa8"), "topk": ("TopK", "#b3302f")}
     for name, values in history.absorption.items():
         label, colour = styles[name]
         right.plot(history.steps, values, color=colour, label=label)
-    right.set(xlabel="training step", ylabel="absorbed fraction of parents", ylim=(0, None))
+    right.set(xlabel="training step", ylabel="absorbed fraction of the parent", ylim=(0, None))
     right.set_title("Absorption beside a learned child (lower is better)")
     right.legend(frameon=False)
     for axes in (left, right):

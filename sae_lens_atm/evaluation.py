@@ -10,6 +10,14 @@ from sae_lens.util import temporary_seed
 from sae_lens_atm.metrics import Absorption, AbsorptionScores
 from sae_lens_atm.synthetic import children_of
 
+BETTER = {
+    **dict.fromkeys(("explained_variance", "mcc", "f1", "precision", "recall", "uniqueness"), "↑"),
+    **dict.fromkeys(("parents_learned", "children_learned"), "↑"),
+    **dict.fromkeys(("dead_latents", "absorption_full", "absorption_fraction"), "↓"),
+    **dict.fromkeys(("absorption_full_learned", "absorption_fraction_learned"), "↓"),
+}
+"""Which way a figure is better."""
+
 
 @torch.no_grad()
 def measure_absorption(

@@ -11,6 +11,8 @@ from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 from typing_extensions import Self
 
+from sae_lens_atm.evaluation import BETTER
+
 _REFRESH = 20  # steps between two readings: each waits for the device
 _LINES = 10  # lines over a whole run where there is no terminal
 
@@ -56,12 +58,13 @@ class Progress:
 
 
 def figures_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
-    """One row a figure, one column a SAE."""
+    """One row a figure, with an arrow to its better side; one column a SAE."""
     table = Table(title=title)
     table.add_column("figure")
     for name in columns:
         table.add_column(name, justify="right")
     for figure in next(iter(columns.values()), {}):
         values = [columns[name].get(figure, float("nan")) for name in columns]
-        table.add_row(figure, *(f"{v:d}" if isinstance(v, int) else f"{v:.4g}" for v in values))
+        label = f"{figure} {BETTER.get(figure, '')}"
+        table.add_row(label, *(f"{v:d}" if isinstance(v, int) else f"{v:.4g}" for v in values))
     return table
