@@ -26,7 +26,7 @@ from sae_lens_atm.settings import SettingsError, load_run
 from sae_lens_atm.synthetic import HierarchyModelConfig, build_hierarchy_model
 from sae_lens_atm.train import Interrupted, NonFiniteBatchError, StopFlag, train
 from tests.conftest import CONTEXT
-from tests.helpers import ACTIVATIONS, SCHEDULES
+from tests.helpers import ACTIVATIONS, SCHEDULES, make_sae, step_input
 
 QUIET = LoggingConfig(log_to_wandb=False)
 
@@ -381,17 +381,19 @@ def test_synthetic_runner(tmp_path):
     assert type(SAE.load_from_disk(tmp_path / "sae")) is JumpReLUSAE
 
 
-def test_compiled_training_agrees_with_eager():
-    from tests.helpers import make_sae, step_input
-
-    eager, compiled = (make_sae(mask_warm_up_steps=0, activation="relu") for _ in range(2))
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("activation", ["jumprelu", "relu"])
+def test_compiled_training_is_one_graph_and_agrees_with_eager(activation, schedule):
+    fields = {"activation": activation, "schedule": schedule, "mask_warm_up_steps": 0}
+    eager, compiled = make_sae(**fields), make_sae(**fields)
     compiled.load_state_dict(eager.state_dict())
-    compiled.training_forward_pass = torch.compile(compiled.training_forward_pass, backend="eager")
-    for sae in (eager, compiled):
-        torch.manual_seed(1)
-        for _ in range(5):
-            loss = sae.training_forward_pass(step_input(torch.randn(32, 8))).loss
-    torch.testing.assert_close(
-        eager.tracker.averages().contribution, compiled.tracker.averages().contribution
+    compiled.training_forward_pass = torch.compile(
+        compiled.training_forward_pass, backend="eager", fullgraph=True
     )
-    assert loss.isfinite()
+    batches, dead = torch.randn(5, 32, 8), torch.zeros(24, dtype=torch.bool)
+    for sae in (eager, compiled):
+        for x in batches:
+            sae.training_forward_pass(step_input(x, dead)).loss.backward()
+    torch.testing.assert_close(compiled.W_dec.grad, eager.W_dec.grad)
+    torch.testing.assert_close(compiled.importance, eager.importance)
+    assert compiled.tracker.steps.item() == 5
