@@ -6,6 +6,7 @@ training step, and `maybe_reset_sparsity`, which `fit` calls between two steps.
 
 import difflib
 import json
+import os
 import signal
 import threading
 import time
@@ -127,6 +128,7 @@ def train(
     """
     plan(run, resume)
     output = Path(run.runner.output_path or "")
+    output.mkdir(parents=True, exist_ok=True)
     checkpoint = None if resume is None else newest_checkpoint(resume)
     stop = stop or StopFlag()
     start = time.perf_counter()
@@ -192,27 +194,23 @@ def plan(run: Run, resume: str | Path | None = None) -> dict[str, Any]:
 
 
 def check_output(run: Run, resume: str | Path | None = None) -> Path:
-    """The run's folder, made if need be: writable, and without anything that would be lost.
+    """The run's folder, checked: writable, and without anything that would be lost.
 
     Raises:
         SettingsError: naming the folder and what to do.
     """
     output = Path(run.runner.output_path or "")
     checkpoints = Path(run.runner.checkpoint_path or "")
-    try:
-        for folder in (output, checkpoints):
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        raise SettingsError(f"output_path {output} is not writable: {error.strerror}") from error
+    for folder in (output, checkpoints):
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise SettingsError(f"output_path {folder} is not writable: see {existing}")
     if resume is None:
         if (output / SAE_CFG_FILENAME).exists():
             raise SettingsError(
                 f"output_path {output} already holds a finished SAE: choose another folder"
             )
-        if any(is_checkpoint(folder) for folder in checkpoints.iterdir()):
+        if any(is_checkpoint(folder) for folder in checkpoints.glob("*")):
             raise SettingsError(
                 f"output_path {output} holds checkpoints of an unfinished run: go on with "
                 f"--resume {output}, or choose another folder"

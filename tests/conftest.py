@@ -1,4 +1,7 @@
+import os
 import random
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 import pytest
 import torch
@@ -19,7 +22,6 @@ def _seed_and_place(monkeypatch, tmp_path):
     torch.manual_seed(0)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
 

@@ -62,7 +62,6 @@ def test_synthetic_run_saves_a_stock_sae_and_its_figures(synthetic_yaml, tmp_pat
         "sae_weights.safetensors",
         "sparsity.safetensors",
         "runner_cfg.json",
-        "checkpoints",
     }
     assert type(SAE.load_from_disk(out)) is JumpReLUSAE
     assert result.sae.tracker.steps.item() == 40
