@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast
@@ -15,6 +16,8 @@ VOCABULARY = [*SPECIAL, *(f"w{i}" for i in range(60))]
 CONTEXT = 16
 
 torch.set_num_threads(1)
+settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("ours")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from sae_lens_atm import importance_threshold, mask_probability, sample_mask, uniform_at
 from sae_lens_atm.masking import ramp
 
-importances = st.lists(st.floats(0, 1e4, width=32), min_size=1, max_size=30).map(torch.tensor)
+# Not so small that float32 itself runs out of numbers.
+sizes = st.one_of(st.just(0.0), st.floats(1e-4, 1e4))
+importances = st.lists(sizes, min_size=1, max_size=30).map(torch.tensor)
 thresholds = st.floats(-10, 1e4, width=32).map(torch.tensor)
 rates = st.floats(0, 20)
 

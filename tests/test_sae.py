@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 
 import pytest
@@ -164,14 +165,47 @@ def test_a_masked_latent_is_not_called_dead():
 @every_activation
 def test_masked_latents_keep_their_averages(activation):
     sae = with_importance(
-        make_sae(activation=activation, schedule="masked", mask_rate=20.0),
-        torch.cat([torch.zeros(12), torch.ones(12)]),
+        make_sae(activation=activation, schedule="masked", mask_rate=60.0),
+        torch.cat([torch.full((12,), 0.1), torch.ones(12)]),
     )
     before = sae.tracker.averages().magnitude.clone()
     sae.training_forward_pass(step_input(torch.randn(64, 8)))
     after = sae.tracker.averages().magnitude
-    torch.testing.assert_close(after[:12], before[:12])
+    assert torch.equal(after[:12], before[:12])
     assert (after[12:] != before[12:]).all()
+
+
+@every_activation
+def test_dual_measures_the_full_view(activation):
+    sae = with_importance(
+        make_sae(activation=activation, mask_rate=20.0, importance_decay=0.0),
+        torch.cat([torch.zeros(12), torch.ones(12)]),
+    )
+    x = torch.randn(256, 8)
+    acts = sae.training_forward_pass(step_input(x)).feature_acts
+    frequency = (acts > 0).float().mean(0)
+    assert frequency[:12].any()
+    torch.testing.assert_close(sae.tracker.averages().frequency, frequency)
+
+
+@every_activation
+def test_per_sample_masks_measure_each_latent_where_it_was_kept(activation):
+    sae = with_importance(
+        make_sae(
+            activation=activation,
+            schedule="masked",
+            mask_granularity="sample",
+            importance_decay=0.0,
+        ),
+        torch.linspace(0, 1, 24),
+    )
+    x = torch.randn(256, 8)
+    keep = sae.draw_mask(256).keep
+    acts, _ = sae.mask_view(*sae.encode_with_hidden_pre(x), keep)
+    sae.training_forward_pass(step_input(x))
+    for i in range(24):
+        expected = (acts[keep[:, i], i] > 0).float().mean()
+        torch.testing.assert_close(sae.tracker.averages().frequency[i], expected)
 
 
 @every_activation
@@ -237,6 +271,29 @@ def test_interleaved_steps_are_full_or_masked_by_the_coin():
         sae.tracker.steps.fill_(100 + step)
         masked.append(not sae.draw_mask(1).keep.all())
     assert sum(masked) / 1000 == pytest.approx(0.3, abs=0.06)
+
+
+def test_the_coin_and_the_masks_are_drawn_apart():
+    sae = with_importance(
+        make_sae(schedule="interleaved", masked_probability=0.5, c_end=0.0, mask_rate=1.0),
+        torch.cat([torch.zeros(12), torch.ones(12)]),
+    )
+    kept = []
+    for step in range(3000):
+        sae.tracker.steps.fill_(100 + step)
+        mask = sae.draw_mask(1)
+        if mask.probability.any():
+            kept.append(mask.keep[:12])
+    expected = torch.full((12,), math.exp(-1))
+    torch.testing.assert_close(torch.stack(kept).float().mean(0), expected, atol=0.07, rtol=0)
+
+
+def test_jumprelu_thresholds_are_kept_from_going_negative():
+    sae = make_sae(activation="jumprelu")
+    sae.threshold.data.fill_(-0.5)
+    acts = sae.training_forward_pass(step_input(torch.randn(64, 8))).feature_acts
+    assert (acts >= 0).all()
+    assert (sae.threshold == 0).all()
 
 
 @every_activation

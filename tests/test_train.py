@@ -18,7 +18,7 @@ from sae_lens import (
 )
 from sae_lens.synthetic import SyntheticSAERunner, SyntheticSAERunnerConfig
 from sae_lens.synthetic.training import SyntheticActivationIterator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sae_lens_atm import ATMSAE, ATMTrainingSAE, ATMTrainingSAEConfig
 from sae_lens_atm.checkpoints import CheckpointError, newest_checkpoint
@@ -103,7 +103,13 @@ def test_resuming_from_a_periodic_checkpoint_is_exact_and_saves_no_checkpoint_tw
     assert checkpoints == [704, 1344, 1984]
 
     again = load_run(synthetic_yaml, [*settings, "output_path=again"])
-    train(again, resume=tmp_path / "out/checkpoints/704")
+    seen = []
+    train(
+        again,
+        resume=tmp_path / "out/checkpoints/704",
+        on_step=lambda trainer, _: seen.append(trainer.n_training_steps),
+    )
+    assert seen == list(range(11, 40))
     assert sorted(int(p.name) for p in (tmp_path / "again/checkpoints").iterdir()) == [1344, 1984]
     assert equal(trained_files(tmp_path / "out"), trained_files(tmp_path / "again"))
 
@@ -188,6 +194,9 @@ def test_checkpoints_that_do_not_fit_or_are_damaged(synthetic_yaml, tmp_path):
         weights.write_bytes(damaged)
         assert "is damaged" in message()
     weights.write_bytes(content)
+    state = load_file(weights)
+    save_file({**state, "W_dec": state["W_dec"][:5].clone()}, weights)
+    assert "has shape (5, 16), not (32, 16)" in message()
     (checkpoint / "cfg.json").write_text("{")
     assert "is damaged" in message()
 
@@ -215,6 +224,18 @@ def test_dying_while_saving_keeps_the_older_checkpoint(synthetic_yaml, monkeypat
     with pytest.raises(OSError, match="No space left"):
         train(load_run(synthetic_yaml, ["n_checkpoints=2"]))
     assert newest_checkpoint("out").name == "896"
+
+
+def test_dying_while_saving_the_result_leaves_no_half_of_it(synthetic_yaml, tmp_path, monkeypatch):
+    def full_disk(_, path):
+        path.mkdir()
+        (path / "cfg.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ATMTrainingSAE, "save_inference_model", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        train(load_run(synthetic_yaml))
+    assert not (tmp_path / "out/cfg.json").exists()
 
 
 def test_wandb_offline_logs_the_mask(synthetic_yaml, tmp_path, monkeypatch):
