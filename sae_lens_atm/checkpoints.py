@@ -39,9 +39,11 @@ def save_atomically(trainer: SAETrainer[Any, Any]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         save(partial.name, base_path=base, wandb_aliases=wandb_aliases)
         save_random_state(partial)
+        replaced = base / f".{checkpoint_name}.replaced"
         if final.exists():  # saved at this very step before
-            shutil.rmtree(final)
+            final.rename(replaced)
         partial.rename(final)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     trainer.save_checkpoint = save_checkpoint  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -56,7 +56,9 @@ def train_command(
 ) -> None:
     """Train the SAE of a run file."""
     with _clear_errors():
-        path = Path(config) if Path(config).suffix else shipped_config(config)
+        path = Path(config)
+        if not path.is_file() and path.suffix not in (".yaml", ".yml"):
+            path = shipped_config(config)
         run = load_run(path, overrides or [])
         console.print(_facts_table(plan(run, resume)))
         if dry_run:

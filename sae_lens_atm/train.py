@@ -7,6 +7,7 @@ training step, and `maybe_reset_sparsity`, which `fit` calls between two steps.
 import difflib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -223,6 +224,7 @@ def saved_at_once(output: Path) -> Generator[Path]:
     """A folder to write a SAE in, whose files then move to `output`, last the one that makes that
     folder a SAE: what stands there is never half written."""
     partial = output / ".sae.partial"
+    shutil.rmtree(partial, ignore_errors=True)
     yield partial
     for file in sorted(partial.iterdir(), key=lambda f: f.name == SAE_CFG_FILENAME):
         file.replace(output / file.name)
