@@ -6,13 +6,15 @@ numbers beside them.
 
 import json
 import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAETrainer, TrainingSAEConfig
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 RANDOM_STATE_FILENAME = "random_state.pt"
 
@@ -87,7 +89,23 @@ def newest_checkpoint(path: str | Path) -> Path:
     if not complete:
         what = "holds no complete checkpoint" if folder.exists() else "does not exist"
         raise CheckpointError(f"cannot resume: {folder} {what}")
-    return max(complete, key=lambda c: ((c / TRAINER_STATE_FILENAME).stat().st_mtime_ns, c.name))
+    return max(complete, key=_samples_of)
+
+
+def _samples_of(checkpoint: Path) -> int:
+    """The samples trained on, which SAELens names checkpoints after (`1024`, `final_2048`)."""
+    number = checkpoint.name.rpartition("_")[2]
+    return int(number) if number.isdigit() else -1
+
+
+@contextmanager
+def reading(folder: Path) -> Generator[None]:
+    """Say which checkpoint is damaged, whatever it is that reading it stumbles on."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CheckpointError(f"cannot resume: {folder} is damaged ({reason})") from error
 
 
 def check_resumable(folder: Path, cfg: TrainingSAEConfig) -> None:
@@ -96,20 +114,27 @@ def check_resumable(folder: Path, cfg: TrainingSAEConfig) -> None:
     Raises:
         CheckpointError: it is of another architecture or shape, or damaged.
     """
-    try:
+    with reading(folder):
         saved = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
+        differing = [key for key, value in _as_saved(cfg).items() if saved.get(key) != value]
         with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as tensors:
             shape = tuple(tensors.get_slice("W_dec").get_shape())
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot resume: {folder} is damaged ({error})") from error
-    wanted: dict[str, Any] = {"architecture": cfg.architecture(), "d_in": cfg.d_in}
-    wanted |= {"d_sae": cfg.d_sae, "activation": getattr(cfg, "activation", None)}
-    for key, value in wanted.items():
-        if saved.get(key) != value:
-            raise CheckpointError(
-                f"cannot resume: {key} is {value!r} in this run and {saved.get(key)!r} in {folder}"
-            )
+        for name in (TRAINER_STATE_FILENAME, RANDOM_STATE_FILENAME):
+            if (folder / name).exists():
+                torch.load(folder / name, map_location="cpu", weights_only=True)
+    for key in differing:
+        raise CheckpointError(
+            f"cannot resume: {key} is {_as_saved(cfg)[key]!r} in this run and "
+            f"{saved.get(key)!r} in {folder}"
+        )
     if shape != (cfg.d_sae, cfg.d_in):
         raise CheckpointError(
             f"cannot resume: W_dec in {folder} has shape {shape}, not {(cfg.d_sae, cfg.d_in)}"
         )
+
+
+def _as_saved(cfg: TrainingSAEConfig) -> dict[str, Any]:
+    """What a checkpoint's cfg.json must say: everything but where the SAE is and comes from."""
+    content = json.loads(json.dumps({**cfg.to_dict(), "metadata": None}))
+    first = {"architecture": content["architecture"], "d_in": cfg.d_in, "d_sae": cfg.d_sae}
+    return {**first, **{k: v for k, v in content.items() if k not in ("metadata", "device")}}

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from huggingface_hub.errors import HfHubHTTPError
 from rich.console import Console
 from rich.table import Table
 from sae_lens.training import multi_sae_trainer, sae_trainer
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from sae_lens_atm.checkpoints import CheckpointError
@@ -58,7 +56,7 @@ def train_command(
     with _clear_errors():
         path = Path(config)
         if not path.is_file() and path.suffix not in (".yaml", ".yml"):
-            path = shipped_config(config)
+            path = shipped_config(path.name)
         run = load_run(path, overrides or [])
         console.print(_facts_table(plan(run, resume)))
         if dry_run:
@@ -124,10 +122,13 @@ def _clear_errors() -> Generator[None]:
         _exit(str(error), BAD_INPUT)
     except NonFiniteBatchError as error:
         _exit(str(error), 1)
-    except (OSError, ValueError, HfHubHTTPError, SafetensorError, RuntimeError) as error:
+    except typer.Exit:
+        raise
+    except Exception as error:
         if os.environ.get("SAE_LENS_ATM_DEBUG"):
             raise
-        _exit(f"{type(error).__name__}: {' '.join(str(error).split())}", 1)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        _exit(f"{reason} (SAE_LENS_ATM_DEBUG=1 shows where)", 1)
 
 
 def _exit(message: str, code: int) -> NoReturn:

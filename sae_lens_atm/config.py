@@ -11,6 +11,7 @@ from sae_lens import (
     SAEConfig,
     StandardTrainingSAEConfig,
 )
+from sae_lens.constants import DTYPE_MAP
 from typing_extensions import Self, override
 
 from sae_lens_atm.importance import Combine
@@ -53,7 +54,7 @@ class ATMTrainingSAEConfig(
         mask_rate: r in p_i = 1 - exp(-r * (theta_t - Importance_i) / theta_t). 0 masks nothing.
         mask_warm_up_steps: steps at the start without masking, while the averages fill.
         mask_ramp_steps: steps after those over which p_i grows linearly to its full value.
-        mask_seed: seed of the masks, which depend on it and on the step alone.
+        mask_seed: seed of the masks' random numbers, which depend on it and the step alone.
     """
 
     activation: Activation = "batchtopk"
@@ -107,8 +108,7 @@ class ATMTrainingSAEConfig(
             self._require(name, getattr(self, name) in choices, f"one of {', '.join(choices)}")
         for name, (low, high, allowed) in _RANGES.items():
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            self._require(name, number and math.isfinite(value) and low <= value <= high, allowed)
+            self._require(name, _is_number(value) and low <= value <= high, allowed)
         for name in _WHOLE:
             self._require(name, isinstance(getattr(self, name), int), "a whole number")
         self._require("importance_decay", self.importance_decay < 1, "in [0, 1)")
@@ -118,11 +118,29 @@ class ATMTrainingSAEConfig(
                 "allowed are weights of which at least one is above 0"
             )
         if self.activation == "batchtopk":
+            self._require("k", _is_number(self.k), "a number")
             self._require("k", 0 < self.k <= self.d_sae, f"in (0, d_sae = {self.d_sae}]")
+            # SAELens' auxiliary loss raises at the first dead latent, long into training.
+            supported = ("none", "expected_average_only_in", "covariance_whitening")
+            self._require(
+                "normalize_activations",
+                self.normalize_activations in supported,
+                f"one of {', '.join(supported)} with activation='batchtopk'",
+            )
+        if self.activation == "jumprelu" and self.jumprelu_sparsity_loss_mode == "quadratic":
+            self._require(
+                "target_l0",
+                _is_number(self.target_l0) and 0 < (self.target_l0 or 0) <= self.d_sae,
+                f"in (0, d_sae = {self.d_sae}] with jumprelu_sparsity_loss_mode='quadratic'",
+            )
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise ValueError(f"{name} is {getattr(self, name)!r}: allowed is {allowed}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -130,10 +148,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": get_args(Schedule),
     "mask_granularity": get_args(Granularity),
     "importance_combine": get_args(Combine),
+    "jumprelu_sparsity_loss_mode": ("step", "tanh", "quadratic"),
+    "dtype": tuple(DTYPE_MAP),
 }
 _INF = math.inf
 _UNIT = (0, 1, "in [0, 1]")
 _NOT_NEGATIVE = (0, _INF, "0 or more, and finite")
+_STEPS = (0, 2**53, "a whole number, 0 or more")
 _RANGES: dict[str, tuple[float, float, str]] = {
     "d_in": (1, _INF, "1 or more"),
     "d_sae": (1, _INF, "1 or more"),
@@ -146,15 +167,19 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "c_start": (-_INF, _INF, "any finite number"),
     "c_end": (-_INF, _INF, "any finite number"),
     "mask_rate": _NOT_NEGATIVE,
-    "c_ramp_steps": _NOT_NEGATIVE,
-    "mask_warm_up_steps": _NOT_NEGATIVE,
-    "mask_ramp_steps": _NOT_NEGATIVE,
+    "c_ramp_steps": _STEPS,
+    "mask_warm_up_steps": _STEPS,
+    "mask_ramp_steps": _STEPS,
     "mask_seed": (-_INF, _INF, "a whole number"),
     "topk_threshold_lr": _UNIT,
     "aux_loss_coefficient": _NOT_NEGATIVE,
     "l0_coefficient": _NOT_NEGATIVE,
     "l1_coefficient": _NOT_NEGATIVE,
     "jumprelu_bandwidth": (1e-12, _INF, "above 0"),
+    "jumprelu_init_threshold": _NOT_NEGATIVE,
+    "lp_norm": (1e-12, _INF, "above 0"),
+    "l0_warm_up_steps": _NOT_NEGATIVE,
+    "l1_warm_up_steps": _NOT_NEGATIVE,
 }
 _WHOLE = ("d_in", "d_sae", "c_ramp_steps", "mask_warm_up_steps", "mask_ramp_steps", "mask_seed")
 

@@ -1,13 +1,11 @@
 """The demo: ATM and SAELens' TopK side by side on a small hierarchy, with a picture."""
 
-import json
-import math
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sae_lens import SAE, TopKTrainingSAEConfig, TrainingSAE
@@ -16,7 +14,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.util import cosine_similarities, temporary_seed
 from torch import Tensor
 
-from sae_lens_atm.evaluation import evaluate, measure_absorption
+from sae_lens_atm.evaluation import evaluate, measure_absorption, to_json
 from sae_lens_atm.sae import ATMTrainingSAE
 from sae_lens_atm.settings import SyntheticRun, load_run, shipped_config
 from sae_lens_atm.synthetic import children_of
@@ -68,6 +66,7 @@ def run_demo(output: Path, quick: bool = False, on_step: OnStep | None = None) -
     """Train, evaluate, and write the SAEs, `results.json` and `importance.png`."""
     run = _load_run(quick)
     cfg = run.runner
+    assert run.hierarchy is not None
     output.mkdir(parents=True, exist_ok=True)  # before the work, so that it is not in vain
     model = build_synthetic_model(run)
     with temporary_seed(run.seed):
@@ -103,24 +102,15 @@ def run_demo(output: Path, quick: bool = False, on_step: OnStep | None = None) -
         "quick": quick,
         "versions": {name: version(name) for name in ("sae-lens-atm", "sae-lens", "torch")},
         "python": platform.python_version(),
-        "config": cfg.to_dict(),
+        "config": {**cfg.to_dict(), "hierarchy_model": asdict(run.hierarchy)},
         "figures": figures,
         "history": {"steps": history.steps, "absorption_fraction_learned": history.absorption},
     }
     results_path = output / "results.json"
-    results_path.write_text(json.dumps(_without_nan(results), indent=2), encoding="utf-8")
+    results_path.write_text(to_json(results), encoding="utf-8")
     picture_path = output / "importance.png"
     draw_picture(picture_path, history, feature_groups(model, saes["atm"].W_dec))
     return DemoResult(figures, [*files, results_path, picture_path])
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: a mean over nothing is null there."""
-    if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in cast(dict[str, Any], value).items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in cast(list[Any], value)]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _topk_beside(cfg: Any) -> TopKTrainingSAEConfig:

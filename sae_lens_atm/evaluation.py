@@ -1,6 +1,8 @@
 """Figures of a SAE on a synthetic model: SAELens' own, and absorption beside them."""
 
-from typing import Any
+import json
+import math
+from typing import Any, cast
 
 import torch
 from sae_lens import SAE
@@ -69,3 +71,16 @@ def evaluate(
             "children_learned": scores.children_learned,
         }
     return figures
+
+
+def to_json(value: Any) -> str:
+    """JSON text, in which NaN (a mean over nothing) is null: JSON has no other word for it."""
+    return json.dumps(_without_nan(value), indent=2)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in cast(list[Any], value)]
+    return None if isinstance(value, float) and math.isnan(value) else value

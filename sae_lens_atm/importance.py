@@ -40,7 +40,8 @@ def batch_signals(acts: Tensor, decoder: Tensor, residual: Tensor) -> Signals:
     """
     wide = torch.promote_types(acts.dtype, torch.float32)
     length = decoder.to(wide).norm(dim=-1)
-    aligned = residual @ decoder.T
+    # A bfloat16 SAE may be trained on float32 activations, and the residual is float32 then.
+    aligned = residual.to(decoder.dtype) @ decoder.T
     return Signals(
         magnitude=length * acts.mean(0, dtype=wide),
         frequency=(acts > 0).mean(0, dtype=wide),

@@ -108,6 +108,11 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         """
         return acts * keep, hidden_pre.where(keep, self._silent_pre)
 
+    def _dead_and_kept(self, dead: Tensor, keep: Tensor) -> Tensor:
+        # SAELens' auxiliary loss wants one mask for the batch; under masks per sample the masked
+        # pre-activations, which are 0, keep the masked latents out of it.
+        return dead & keep if keep.dim() == 1 else dead
+
     # A pre-activation at which a latent is silent, out of reach of any straight-through gradient.
     _silent_pre: float = 0.0
 
@@ -126,15 +131,16 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
             # Dead latents are revived by what the full SAE leaves over, not by what a mask hides.
             blind = replace(step_input, dead_neuron_mask=None)
             _, masked_losses = self._view_losses(blind, masked_acts, masked_pre)
-            losses = {k: (1 - cfg.masked_weight) * v for k, v in full_losses.items()}
-            losses |= {f"masked_{k}": cfg.masked_weight * v for k, v in masked_losses.items()}
+            full, masked = (sum(part.values()) for part in (full_losses, masked_losses))
+            loss = (1 - cfg.masked_weight) * full + cfg.masked_weight * masked
+            losses = full_losses | {f"masked_{k}": v for k, v in masked_losses.items()}
             self._update_importance(step_input.sae_in, acts, sae_out, torch.ones_like(keep))
         else:
             dead = step_input.dead_neuron_mask
-            if dead is not None and keep.dim() == 1:
-                dead = dead & keep
+            dead = None if dead is None else self._dead_and_kept(dead, keep)
             view = replace(step_input, dead_neuron_mask=dead)
             sae_out, losses = self._view_losses(view, masked_acts, masked_pre)
+            loss = sum(losses.values())
             self._update_importance(step_input.sae_in, masked_acts, sae_out, keep)
             if step_input.is_logging_step:  # explained variance is logged of the SAE we will save
                 with torch.no_grad():
@@ -146,7 +152,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
             # Of the full SAE, so that SAELens does not take a masked latent for a dead one.
             feature_acts=acts,
             hidden_pre=hidden_pre,
-            loss=torch.stack(list(losses.values())).sum(),
+            loss=cast(Tensor, loss),
             losses=losses,
             metrics=_mask_metrics(mask, step_input.dead_neuron_mask),
         )
@@ -295,6 +301,10 @@ class _JumpReLUATM(ATMTrainingSAE, JumpReLUTrainingSAE):  # pyright: ignore[repo
         with torch.no_grad():  # as SAELens' class does before each of its steps
             self.threshold.clamp_(min=0.0)
         return super().training_forward_pass(step_input)
+
+    @override
+    def _dead_and_kept(self, dead: Tensor, keep: Tensor) -> Tensor:
+        return dead & keep  # the pre-activation loss takes a mask per sample as well
 
     @property
     def _silent_pre(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]

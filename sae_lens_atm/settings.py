@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
@@ -32,6 +33,20 @@ from sae_lens.synthetic import (
 from sae_lens_atm.synthetic import HierarchyModelConfig
 
 RUNNERS = ("synthetic", "language_model")
+_LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+_POSITIVE = (
+    "training_samples",
+    "training_tokens",
+    "batch_size",
+    "train_batch_size_tokens",
+    "store_batch_size_prompts",
+    "n_batches_in_buffer",
+    "context_size",
+    "feature_sampling_window",
+    "dead_feature_window",
+    "n_batches_for_norm_estimate",
+    "lr",
+)
 
 
 class SettingsError(ValueError):
@@ -130,8 +145,12 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     logging: dict[str, Any] = {"log_to_wandb": False, **values.pop("logger", {})}
     logger = LoggingConfig(**logging)
     output = values.setdefault("output_path", default_output)
-    if output is None:
-        raise SettingsError("output_path is None: allowed is a folder, where the run is kept")
+    if not output:
+        raise SettingsError(
+            f"output_path is {output!r}: allowed is a folder, where the run is kept"
+        )
+    output = values["output_path"] = str(Path(output).expanduser())
+    _check_common(values)
     checkpoints = values.pop("checkpoint_path", None) or f"{output}/checkpoints"
     if runner == "language_model":
         values.setdefault("verbose", False)
@@ -178,12 +197,32 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     return SyntheticRun(cfg, hierarchy, seed)
 
 
+def _check_common(values: dict[str, Any]) -> None:
+    """What SAELens' runner configs take without a word and stumble on later."""
+    for name in _POSITIVE:
+        value = values.get(name)
+        if value is not None and not value > 0:
+            raise SettingsError(f"{name} is {value!r}: allowed is more than 0")
+    scheduler = values.get("lr_scheduler_name", "constant")
+    if scheduler not in _LR_SCHEDULERS:
+        raise SettingsError(
+            f"lr_scheduler_name is {scheduler!r}: allowed is one of {', '.join(_LR_SCHEDULERS)}"
+            + _did_you_mean(scheduler, _LR_SCHEDULERS)
+        )
+    for name in ("device", "llm_device", "act_store_device"):
+        value = values.get(name)
+        try:
+            torch.device(value or "cpu")
+        except RuntimeError as error:
+            raise SettingsError(f"{name} is {value!r}: allowed is a device of torch") from error
+
+
 def _parse_sae(content: Any) -> Any:
     if not isinstance(content, dict):
         raise SettingsError(f"sae is {content!r}: allowed is a mapping with an architecture")
     values = cast(dict[str, Any], content)
     architecture = values.get("architecture")
-    if architecture not in SAE_TRAINING_CLASS_REGISTRY:
+    if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
         raise SettingsError(
             f"sae.architecture is {architecture!r}: allowed is one of "
             f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}"
@@ -246,15 +285,34 @@ def _validate(schema: type[BaseModel], values: dict[str, Any], where: str = "") 
     try:
         return schema.model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
-        lines = {_describe(e, schema, where): None for e in error.errors()}
+        # A value that fits no member of a union gives an error for each: one is enough, and the
+        # deepest says most.
+        located = [(_location(e, values), e) for e in error.errors()]
+        deepest = {
+            key: e
+            for key, e in reversed(located)
+            if not any(len(other) > len(key) and other[: len(key)] == key for other, _ in located)
+        }
+        lines = [_describe(e, key, schema, where) for key, e in reversed(deepest.items())]
         raise SettingsError("\n".join(lines)) from error
 
 
-def _describe(error: ErrorDetails, schema: type[BaseModel], where: str) -> str:
+def _location(error: ErrorDetails, values: Any) -> tuple[str, ...]:
+    """The keys that lead to an error, without the names of union members among them."""
+    keys: list[str] = []
+    for part in error["loc"]:
+        if isinstance(values, dict) and part in values:
+            keys.append(str(part))
+            values = cast(dict[Any, Any], values)[part]
+    if error["type"] == "missing":
+        keys.append(str(error["loc"][-1]))
+    return tuple(keys)
+
+
+def _describe(
+    error: ErrorDetails, location: tuple[str, ...], schema: type[BaseModel], where: str
+) -> str:
     """One line: the key, the value, what is allowed."""
-    # The location of a union holds the names of its members, which are not keys.
-    location = [str(part) for part in error["loc"] if not str(part)[:1].isupper()]
-    location = [part for part in location if "[" not in part and part not in ("str", "none")]
     key = ".".join([where, *location] if where else location)
     if error["type"] == "extra_forbidden":
         names = _names_at(schema, location[:-1])
@@ -265,7 +323,7 @@ def _describe(error: ErrorDetails, schema: type[BaseModel], where: str) -> str:
     return f"{key} is {error['input']!r}: {message}"
 
 
-def _names_at(schema: type[BaseModel], path: list[str]) -> list[str]:
+def _names_at(schema: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     for part in path:
         annotation = schema.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]
@@ -284,7 +342,9 @@ def _build(cls: Any, where: str = "", **values: Any) -> Any:
         return cls(**values)
     except (ValueError, TypeError, KeyError) as error:
         message = f"missing key {error}" if isinstance(error, KeyError) else _one_line(error)
-        raise SettingsError(f"{where}.{message}" if where else message) from error
+        # Our own configs' messages start with the field, the others' with whatever they like.
+        joint = "." if " is " in message and message.split(" is ")[0].isidentifier() else ": "
+        raise SettingsError(f"{where}{joint}{message}" if where else message) from error
 
 
 def _one_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, cast
@@ -39,9 +39,10 @@ from sae_lens_atm.checkpoints import (
     is_checkpoint,
     load_random_state,
     newest_checkpoint,
+    reading,
     save_atomically,
 )
-from sae_lens_atm.evaluation import evaluate
+from sae_lens_atm.evaluation import evaluate, to_json
 from sae_lens_atm.settings import LanguageModelRun, Run, SettingsError, SyntheticRun
 from sae_lens_atm.synthetic import build_hierarchy_model
 
@@ -78,20 +79,23 @@ class StopFlag:
         self.signal_number = signal_number
 
     @contextmanager
-    def on_signals(self) -> Generator[None]:
-        """Let SIGINT and SIGTERM request a stop; a second SIGINT stops at once."""
+    def on_signals(self) -> Generator[threading.Event]:
+        """Let SIGINT and SIGTERM request a stop; a second SIGINT stops at once, unless the event
+        that is given says that the state is being saved."""
+        saving = threading.Event()
         if threading.current_thread() is not threading.main_thread():
-            yield
+            yield saving
             return
 
         def handle(number: int, _frame: FrameType | None) -> None:
-            if self.signal_number is not None and number == signal.SIGINT:
+            again = self.signal_number is not None and number == signal.SIGINT
+            if again and not saving.is_set():
                 raise KeyboardInterrupt
             self.request(number)
 
         before = {number: signal.signal(number, handle) for number in _SIGNALS}
         try:
-            yield
+            yield saving
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -128,6 +132,7 @@ def train(
         NonFiniteBatchError: after a checkpoint of the last good step.
     """
     plan(run, resume)
+    _check_devices(run)
     output = Path(run.runner.output_path or "")
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = None if resume is None else newest_checkpoint(resume)
@@ -141,6 +146,8 @@ def train(
     figures: dict[str, float] = {}
     try:
         figures = job.evaluate(sae)
+        if figures:
+            (output / "eval_stats.json").write_text(to_json(figures), encoding="utf-8")
     except Exception as error:  # whatever it is, hours of training must not end in it
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(f"the SAE is saved, but evaluating it failed ({reason})", stacklevel=2)
@@ -194,6 +201,17 @@ def plan(run: Run, resume: str | Path | None = None) -> dict[str, Any]:
     return facts
 
 
+def _check_devices(run: Run) -> None:
+    """A dry run may be made elsewhere than the run, so it does not look at the machine."""
+    cfg = run.runner
+    devices = {"device": cfg.device, "sae.device": cfg.sae.device}
+    if isinstance(run, LanguageModelRun):
+        devices |= {"llm_device": run.runner.llm_device or ""}
+    for name, device in devices.items():
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise SettingsError(f"{name} is {device!r}: this machine has no CUDA device")
+
+
 def check_output(run: Run, resume: str | Path | None = None) -> Path:
     """The run's folder, checked: writable, and without anything that would be lost.
 
@@ -206,16 +224,15 @@ def check_output(run: Run, resume: str | Path | None = None) -> Path:
         existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise SettingsError(f"output_path {folder} is not writable: see {existing}")
-    if resume is None:
-        if (output / SAE_CFG_FILENAME).exists():
-            raise SettingsError(
-                f"output_path {output} already holds a finished SAE: choose another folder"
-            )
-        if any(is_checkpoint(folder) for folder in checkpoints.glob("*")):
-            raise SettingsError(
-                f"output_path {output} holds checkpoints of an unfinished run: go on with "
-                f"--resume {output}, or choose another folder"
-            )
+    if (output / SAE_CFG_FILENAME).exists():
+        raise SettingsError(
+            f"output_path {output} already holds a finished SAE: choose another folder"
+        )
+    if resume is None and any(is_checkpoint(folder) for folder in checkpoints.glob("*")):
+        raise SettingsError(
+            f"{checkpoints} holds checkpoints of an unfinished run: go on with "
+            f"--resume {checkpoints}, or choose another output_path"
+        )
     return output
 
 
@@ -244,14 +261,16 @@ class _Watch:
         if self.checkpoint is not None:
             self._finish_resuming(trainer, self.checkpoint)
         self._attach(trainer)
-        try:
-            with self.stop.on_signals():
+        with self.stop.on_signals() as saving:
+            try:
                 return trainer.fit()
-        except _StopRequested:
-            number = self.stop.signal_number or signal.SIGINT
-            raise Interrupted(self._save(trainer), number) from None
-        except NonFiniteBatchError as error:
-            raise NonFiniteBatchError(f"{error}; saved {self._save(trainer)}") from None
+            except _StopRequested:
+                number = self.stop.signal_number or signal.SIGINT
+                saving.set()
+                raise Interrupted(self._save(trainer), number) from None
+            except NonFiniteBatchError as error:
+                saving.set()
+                raise NonFiniteBatchError(f"{error}; saved {self._save(trainer)}") from None
 
     def _attach(self, trainer: SAETrainer[Any, Any]) -> None:
         step, between_steps = trainer.step, trainer.maybe_reset_sparsity
@@ -329,23 +348,30 @@ def _prepare_synthetic(run: SyntheticRun, watch: _Watch) -> _Job:
         evaluator=evaluator if cfg.eval_frequency > 0 else None,
     )
     if watch.checkpoint is not None:
-        trainer.load_trainer_state(watch.checkpoint)
-        sae.load_weights_from_checkpoint(watch.checkpoint)
+        with reading(watch.checkpoint):
+            trainer.load_trainer_state(watch.checkpoint)
+            sae.load_weights_from_checkpoint(watch.checkpoint)
+    config = {**cfg.to_dict(), "seed": run.seed}
+    if run.hierarchy is not None:  # which says what SAELens' config of the model cannot
+        config["hierarchy_model"] = asdict(run.hierarchy)
 
     def fit() -> TrainingSAE[Any]:
-        with _wandb_run(cfg.logger, cfg.to_dict()):
+        with _wandb_run(cfg.logger, config):
             watch.fit(trainer)
         with saved_at_once(Path(cfg.output_path or "")) as folder:
             sae.save_inference_model(folder)
             save_file({"sparsity": trainer.log_feature_sparsity}, folder / SPARSITY_FILENAME)
-            config = json.dumps(cfg.to_dict(), indent=2)
-            (folder / RUNNER_CFG_FILENAME).write_text(config, encoding="utf-8")
+            text = json.dumps(config, indent=2)
+            (folder / RUNNER_CFG_FILENAME).write_text(text, encoding="utf-8")
+        if cfg.save_synthetic_model:
+            model.save(Path(cfg.output_path or "") / "synthetic_model")
         return sae
 
     def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
         if not cfg.run_final_eval or cfg.eval_samples == 0:
             return {}
-        return evaluate(sae, model, cfg.eval_samples, run.seed, cfg.batch_size)
+        # Another seed than training's, which would draw the samples of training again.
+        return evaluate(sae, model, cfg.eval_samples, run.seed + 1, cfg.batch_size)
 
     return _Job(fit, final_evaluation)
 

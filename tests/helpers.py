@@ -30,7 +30,9 @@ def train(sae, steps, batch_size=64, lr=1e-2, data=None):
     optimizer = torch.optim.Adam(sae.parameters(), lr)
     sae.train()
     for step in range(steps):
-        x = torch.randn(batch_size, sae.cfg.d_in, dtype=sae.dtype) if data is None else data(step)
+        # float64 SAEs are for exactness; a bfloat16 one is trained on float32 activations too
+        dtype = torch.promote_types(sae.dtype, torch.float32)
+        x = torch.randn(batch_size, sae.cfg.d_in, dtype=dtype) if data is None else data(step)
         dead = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
         output = sae.training_forward_pass(step_input(x, dead, step))
         output.loss.backward()

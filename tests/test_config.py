@@ -22,7 +22,7 @@ BAD = {
     "mask_warm_up_steps": 1.5,
     "mask_ramp_steps": -3,
     "mask_seed": 0.5,
-    "k": 0,
+    "k": "5",
     "d_in": 0,
     "d_sae": -4,
     "l1_coefficient": -1.0,
@@ -30,6 +30,11 @@ BAD = {
     "aux_loss_coefficient": -1.0,
     "topk_threshold_lr": 2.0,
     "jumprelu_bandwidth": 0.0,
+    "jumprelu_init_threshold": float("nan"),
+    "jumprelu_sparsity_loss_mode": "cubic",
+    "lp_norm": -1.0,
+    "dtype": "float12",
+    "normalize_activations": "layer_norm",
 }
 
 
@@ -41,6 +46,13 @@ def test_an_error_names_field_value_and_what_is_allowed(field, value):
     assert repr(value) in message
     assert "allowed is" in message
     assert "\n" not in message
+
+
+def test_a_quadratic_penalty_needs_its_target():
+    fields = {"activation": "jumprelu", "jumprelu_sparsity_loss_mode": "quadratic"}
+    with pytest.raises(ValueError, match="target_l0 is None: allowed is in"):
+        ATMTrainingSAEConfig(d_in=8, d_sae=16, **fields)
+    ATMTrainingSAEConfig(d_in=8, d_sae=16, target_l0=3, **fields)
 
 
 def test_all_weights_zero_is_an_error():

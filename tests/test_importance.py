@@ -43,6 +43,8 @@ def test_contribution_is_what_leaving_the_latent_out_adds(dtype):
 @pytest.mark.parametrize("apply_b_dec", [True, False])
 @pytest.mark.parametrize("rescale", [True, False])
 def test_contribution_of_a_sae_is_exact(activation, normalization, apply_b_dec, rescale):
+    if activation == "batchtopk" and normalization != "none":
+        return  # refused: see test_config
     sae = make_sae(
         dtype="float64",
         activation=activation,

@@ -70,6 +70,20 @@ def test_language_model_run_file(language_model_yaml):
         ("output_path=null", ["output_path is None: allowed is a folder"]),
         ("sae.d_in=null", ["sae.d_in is None: input should be a valid integer"]),
         ("synthetic_model=x", ["one of hierarchy_model and synthetic_model must be given"]),
+        ("sae.K=3", ["sae.K: unknown key"]),
+        ("hierarchy_model.Roots=3", ["hierarchy_model.Roots: unknown key, did you mean 'roots'?"]),
+        ("batch_size=0", ["batch_size is 0: allowed is more than 0"]),
+        ("training_samples=-5", ["training_samples is -5: allowed is more than 0"]),
+        ("lr=-1", ["lr is -1.0: allowed is more than 0"]),
+        ("lr_scheduler_name=cosine", ["lr_scheduler_name is 'cosine': allowed is one of constant"]),
+        ("device=tpux", ["device is 'tpux': allowed is a device of torch"]),
+        ("output_path=''", ["output_path is '': allowed is a folder"]),
+        ("sae.architecture=[1]", ["sae.architecture is [1]: allowed is one of"]),
+        ("sae.dtype=float12", ["sae.dtype is 'float12': allowed is one of"]),
+        (
+            "sae.c_ramp_steps=1000000000000000000000",
+            ["sae.c_ramp_steps is 1000000000000000000000:"],
+        ),
         ("nonsense", ["--set 'nonsense': allowed is key=value"]),
         ("lr=[", ["--set 'lr=[': the value is not YAML"]),
     ],
@@ -84,6 +98,23 @@ def test_each_mistake_is_one_line(synthetic_yaml, override, expected):
 def test_every_mistake_is_reported(synthetic_yaml):
     lines = lines_of(synthetic_yaml, "batch_size=x", "lr=y")
     assert sorted(line.split()[0] for line in lines) == ["batch_size", "lr"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("synthetic_model.hierarchy.foo=1", "synthetic_model.hierarchy.foo: unknown key"),
+        ("synthetic_model.hierarchy=3", "synthetic_model.hierarchy is 3: "),
+        ("synthetic_model.mean_firing_magnitudes=abc", "synthetic_model.mean_firing_magnitudes is"),
+        (
+            "synthetic_model.firing_probability.generator_name=x",
+            "synthetic_model: Unknown name: 'x'",
+        ),
+    ],
+)
+def test_mistakes_in_a_nested_model_are_one_line_too(override, expected):
+    (line,) = lines_of(shipped_config("sister-b"), override)
+    assert line.startswith(expected)
 
 
 def test_misspelt_architecture_gets_a_suggestion(synthetic_yaml):

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import threading
@@ -16,7 +17,12 @@ from sae_lens import (
     MultiSAETrainingRunnerConfig,
     TopKTrainingSAEConfig,
 )
-from sae_lens.synthetic import SyntheticSAERunner, SyntheticSAERunnerConfig
+from sae_lens.synthetic import (
+    FeatureDictionary,
+    SyntheticModel,
+    SyntheticSAERunner,
+    SyntheticSAERunnerConfig,
+)
 from sae_lens.synthetic.training import SyntheticActivationIterator
 from safetensors.torch import load_file, save_file
 
@@ -62,12 +68,50 @@ def test_synthetic_run_saves_a_stock_sae_and_its_figures(synthetic_yaml, tmp_pat
         "sae_weights.safetensors",
         "sparsity.safetensors",
         "runner_cfg.json",
+        "eval_stats.json",
     }
     assert type(SAE.load_from_disk(out)) is JumpReLUSAE
     assert result.sae.tracker.steps.item() == 40
     assert 0 <= result.figures["absorption_full"] <= 1
     assert result.figures["l0"] > 0
-    assert json.loads((out / "runner_cfg.json").read_text())["output_path"] == "out"
+    for name, value in json.loads((out / "eval_stats.json").read_text()).items():
+        assert value == result.figures[name] or math.isnan(result.figures[name])
+    config = json.loads((out / "runner_cfg.json").read_text())
+    assert (config["output_path"], config["seed"]) == ("out", 3)
+    assert config["hierarchy_model"]["roots"] == 4
+
+
+def test_the_synthetic_model_can_be_saved_beside_it(synthetic_yaml):
+    run = load_run(synthetic_yaml, ["save_synthetic_model=true", "eval_samples=100"])
+    train(run)
+    saved = SyntheticModel.load_from_disk("out/synthetic_model")
+    expected = build_hierarchy_model(run.hierarchy).feature_dict.feature_vectors
+    assert torch.equal(saved.feature_dict.feature_vectors, expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_bfloat16_sae_trains(synthetic_yaml, activation):
+    settings = ["sae.dtype=bfloat16", f"sae.activation={activation}", "run_final_eval=false"]
+    result = train(load_run(synthetic_yaml, settings))
+    assert result.sae.W_dec.dtype == torch.bfloat16
+    assert all(p.isfinite().all() for p in result.sae.parameters())
+
+
+def test_evaluation_does_not_meet_the_samples_of_training_again(synthetic_yaml, monkeypatch):
+    # Every sample of either passes through the feature dictionary.
+    rows, forward = [], FeatureDictionary.forward
+
+    def listen(self, features):
+        rows.append(features[(features > 0).sum(1) >= 2])
+        return forward(self, features)
+
+    monkeypatch.setattr(FeatureDictionary, "forward", listen)
+    train(load_run(synthetic_yaml))
+    trained = {tuple(row.tolist()) for batch in rows[:40] for row in batch}
+    evaluated = {tuple(row.tolist()) for batch in rows[40:] for row in batch}
+    assert len(trained) > 500
+    assert len(evaluated) > 200
+    assert not trained & evaluated
 
 
 def test_the_plain_architectures_train_from_the_same_file(synthetic_yaml):
@@ -160,12 +204,13 @@ def test_a_bad_batch_stops_with_a_checkpoint_of_the_last_good_step(
 
 def test_nothing_finished_is_overwritten(synthetic_yaml, tmp_path):
     train(load_run(synthetic_yaml, ["run_final_eval=false"]))
-    with pytest.raises(SettingsError, match="output_path out already holds a finished SAE"):
-        train(load_run(synthetic_yaml))
+    for resume in (None, "out"):
+        with pytest.raises(SettingsError, match="output_path out already holds a finished SAE"):
+            train(load_run(synthetic_yaml), resume=resume)
     (tmp_path / "out/cfg.json").unlink()
     train(load_run(synthetic_yaml, ["output_path=b", "n_checkpoints=1", "run_final_eval=false"]))
     (tmp_path / "b/cfg.json").unlink()
-    with pytest.raises(SettingsError, match=r"holds checkpoints of an unfinished run.*--resume b"):
+    with pytest.raises(SettingsError, match=r"b/checkpoints holds checkpoints .*--resume b/checkp"):
         train(load_run(synthetic_yaml, ["output_path=b"]))
 
 
@@ -188,6 +233,14 @@ def test_checkpoints_that_do_not_fit_or_are_damaged(synthetic_yaml, tmp_path):
     assert "activation is 'relu' in this run and 'batchtopk' in" in message("sae.activation=relu")
     assert "nowhere does not exist" in message(resume="nowhere")
     assert "holds no complete checkpoint" in message(resume=tmp_path)
+    assert "k is 3.0 in this run and 2.0 in" in message("sae.k=3")
+    assert "mask_rate is 9.0 in this run and 1.0 in" in message("sae.mask_rate=9")
+    for name in ("trainer_state.pt", "random_state.pt"):
+        content = (checkpoint / name).read_bytes()
+        for damaged in (content[: len(content) // 2], b"", b"\xff" * 100):
+            (checkpoint / name).write_bytes(damaged)
+            assert "is damaged" in message()
+        (checkpoint / name).write_bytes(content)
     weights = checkpoint / "sae_weights.safetensors"
     content = weights.read_bytes()
     for damaged in (content[: len(content) // 2], b"", b"\xff" * 100):
@@ -210,6 +263,37 @@ def test_a_half_written_checkpoint_is_never_taken_for_one(synthetic_yaml, tmp_pa
     (folder / "896/trainer_state.pt").unlink()
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         newest_checkpoint("out")
+
+
+def test_the_newest_checkpoint_is_the_one_of_most_samples(synthetic_yaml, tmp_path):
+    train(load_run(synthetic_yaml, ["n_checkpoints=2", "run_final_eval=false"]))
+    (tmp_path / "out/checkpoints/896/trainer_state.pt").touch()
+    assert newest_checkpoint("out").name == "1728"
+
+
+def test_a_second_signal_does_not_spoil_the_saving(synthetic_yaml, monkeypatch):
+    save = ATMTrainingSAE.save_model
+
+    def interrupted_save(self, path):
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(self, path)
+
+    monkeypatch.setattr(ATMTrainingSAE, "save_model", interrupted_save)
+    stop = StopFlag()
+    with pytest.raises(Interrupted):
+        train(
+            load_run(synthetic_yaml),
+            on_step=stop_after(9, stop, lambda: os.kill(os.getpid(), signal.SIGINT)),
+            stop=stop,
+        )
+    assert newest_checkpoint("out").name == str(9 * 64)
+
+
+def test_a_device_that_is_not_there(synthetic_yaml, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("device", "sae.device"):
+        with pytest.raises(SettingsError, match=f"{name} is 'cuda:1': this machine has no CUDA"):
+            train(load_run(synthetic_yaml, [f"{name}=cuda:1"]))
 
 
 def test_dying_while_saving_keeps_the_older_checkpoint(synthetic_yaml, monkeypatch):
