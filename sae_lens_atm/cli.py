@@ -24,7 +24,8 @@ from sae_lens_atm.checkpoints import CheckpointError
 from sae_lens_atm.inspection import describe, load_sae
 from sae_lens_atm.progress import Progress, figures_table
 from sae_lens_atm.settings import LanguageModelRun, SettingsError, load_run, shipped_config
-from sae_lens_atm.train import Interrupted, NonFiniteBatchError, Result, plan, train
+from sae_lens_atm.train import Result, plan, train
+from sae_lens_atm.watch import Interrupted, NonFiniteBatchError
 
 BAD_INPUT = 2
 app = typer.Typer(

@@ -18,7 +18,8 @@ from sae_lens_atm.evaluation import evaluate, measure_absorption, to_json
 from sae_lens_atm.sae import ATMTrainingSAE
 from sae_lens_atm.settings import SyntheticRun, load_run, shipped_config
 from sae_lens_atm.synthetic import children_of
-from sae_lens_atm.train import OnStep, build_synthetic_model
+from sae_lens_atm.train import build_synthetic_model
+from sae_lens_atm.watch import OnStep
 
 SCHEMA_VERSION = 1
 HOOK = "synthetic"  # SAELens' multi-SAE trainer routes batches by hook; there is one here

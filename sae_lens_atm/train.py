@@ -1,22 +1,15 @@
-"""Training a run through SAELens' trainer: watched, interruptible, resumable.
-
-The trainer is SAELens' own. It is watched through two of its public seams: `step`, which does one
-training step, and `maybe_reset_sparsity`, which `fit` calls between two steps.
-"""
+"""Training a run with SAELens' trainer and runner, on synthetic data or on a language model."""
 
 import difflib
 import json
 import os
 import shutil
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,7 +18,6 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig, SAETrainer, TrainingSAE
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
-from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.synthetic import SyntheticModel, eval_sae_on_synthetic_data
 from sae_lens.synthetic.training import SyntheticActivationIterator
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -37,68 +29,13 @@ from typing_extensions import override
 from sae_lens_atm.checkpoints import (
     check_resumable,
     is_checkpoint,
-    load_random_state,
     newest_checkpoint,
     reading,
-    save_atomically,
 )
 from sae_lens_atm.evaluation import evaluate, to_json
 from sae_lens_atm.settings import LanguageModelRun, Run, SettingsError, SyntheticRun
 from sae_lens_atm.synthetic import build_hierarchy_model
-
-OnStep = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
-
-
-class Interrupted(Exception):
-    """Training was asked to stop; its state is in `checkpoint`."""
-
-    def __init__(self, checkpoint: Path, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}, saved {checkpoint}")
-        self.checkpoint = checkpoint
-        self.signal_number = signal_number
-
-
-class NonFiniteBatchError(RuntimeError):
-    """A batch held NaN or Inf values; it reached neither weights nor importance."""
-
-
-class _StopRequested(Exception):
-    pass
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@dataclass
-class StopFlag:
-    """Asks for a stop at the next step boundary, from a signal or from another thread."""
-
-    signal_number: int | None = None
-
-    def request(self, signal_number: int = signal.SIGINT) -> None:
-        self.signal_number = signal_number
-
-    @contextmanager
-    def on_signals(self) -> Generator[threading.Event]:
-        """Let SIGINT and SIGTERM request a stop; a second SIGINT stops at once, unless the event
-        that is given says that the state is being saved."""
-        saving = threading.Event()
-        if threading.current_thread() is not threading.main_thread():
-            yield saving
-            return
-
-        def handle(number: int, _frame: FrameType | None) -> None:
-            again = self.signal_number is not None and number == signal.SIGINT
-            if again and not saving.is_set():
-                raise KeyboardInterrupt
-            self.request(number)
-
-        before = {number: signal.signal(number, handle) for number in _SIGNALS}
-        try:
-            yield saving
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+from sae_lens_atm.watch import OnStep, StopFlag, Watch
 
 
 @dataclass
@@ -139,7 +76,7 @@ def train(
     stop = stop or StopFlag()
     start = time.perf_counter()
     torch.manual_seed(run.seed)
-    watch = _Watch(on_step, stop, checkpoint)
+    watch = Watch(on_step, stop, checkpoint)
     prepare = _prepare_synthetic if isinstance(run, SyntheticRun) else _prepare_language_model
     job = prepare(cast(Any, run), watch)
     sae = job.fit().eval()
@@ -248,66 +185,6 @@ def saved_at_once(output: Path) -> Generator[Path]:
     partial.rmdir()
 
 
-@dataclass
-class _Watch:
-    """What stands around a trainer's `fit`: progress, stopping, resuming, checkpoints."""
-
-    on_step: OnStep | None
-    stop: StopFlag
-    checkpoint: Path | None
-
-    def fit(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
-        save_atomically(trainer)
-        if self.checkpoint is not None:
-            self._finish_resuming(trainer, self.checkpoint)
-        self._attach(trainer)
-        with self.stop.on_signals() as saving:
-            try:
-                return trainer.fit()
-            except _StopRequested:
-                number = self.stop.signal_number or signal.SIGINT
-                saving.set()
-                raise Interrupted(self._save(trainer), number) from None
-            except NonFiniteBatchError as error:
-                saving.set()
-                raise NonFiniteBatchError(f"{error}; saved {self._save(trainer)}") from None
-
-    def _attach(self, trainer: SAETrainer[Any, Any]) -> None:
-        step, between_steps = trainer.step, trainer.maybe_reset_sparsity
-
-        def checked_step(batch: Tensor) -> TrainStepOutput:
-            if not batch.isfinite().all():
-                raise NonFiniteBatchError(
-                    f"the batch of step {trainer.n_training_steps} holds NaN or Inf values"
-                )
-            output = step(batch)
-            if self.on_step is not None:
-                self.on_step(trainer, output)
-            return output
-
-        def maybe_stop() -> dict[str, Any]:
-            if self.stop.signal_number is not None:
-                raise _StopRequested
-            return between_steps()
-
-        trainer.step = checked_step  # pyright: ignore[reportAttributeAccessIssue]
-        trainer.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
-
-    @staticmethod
-    def _save(trainer: SAETrainer[Any, Any]) -> Path:
-        trainer.save_checkpoint(str(trainer.n_training_samples))
-        return Path(trainer.cfg.checkpoint_path or "") / str(trainer.n_training_samples)
-
-    @staticmethod
-    def _finish_resuming(trainer: SAETrainer[Any, Any], checkpoint: Path) -> None:
-        """Restore what SAELens' trainer leaves out."""
-        samples = trainer.n_training_samples
-        # A periodic checkpoint is written before its step is counted.
-        trainer.n_training_steps = samples // trainer.cfg.train_batch_size_samples
-        trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= samples]
-        load_random_state(checkpoint)
-
-
 # --- synthetic data ------------------------------------------------------------------------------
 
 
@@ -318,7 +195,7 @@ def build_synthetic_model(run: SyntheticRun) -> SyntheticModel:
     return SyntheticModel.load_from_source(run.runner.synthetic_model, run.runner.device)
 
 
-def _prepare_synthetic(run: SyntheticRun, watch: _Watch) -> _Job:
+def _prepare_synthetic(run: SyntheticRun, watch: Watch) -> _Job:
     cfg = run.runner
     model = build_synthetic_model(run)
     if model.cfg.hidden_dim != cfg.sae.d_in:
@@ -395,7 +272,7 @@ def _wandb_run(logger: LoggingConfig, config: dict[str, Any]) -> AbstractContext
 class WatchedRunner(LanguageModelSAETrainingRunner):
     """SAELens' language-model runner, stopping between steps and with a checkpoint."""
 
-    watch: _Watch
+    watch: Watch
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
@@ -412,7 +289,7 @@ class WatchedRunner(LanguageModelSAETrainingRunner):
             super().save_final_sae(sae, str(folder), log_feature_sparsity)
 
 
-def _prepare_language_model(run: LanguageModelRun, watch: _Watch) -> _Job:
+def _prepare_language_model(run: LanguageModelRun, watch: Watch) -> _Job:
     cfg = run.runner
     cfg.resume_from_checkpoint = None if watch.checkpoint is None else str(watch.checkpoint)
     try:

@@ -30,7 +30,8 @@ from sae_lens_atm import ATMSAE, ATMTrainingSAE, ATMTrainingSAEConfig
 from sae_lens_atm.checkpoints import CheckpointError, newest_checkpoint
 from sae_lens_atm.settings import SettingsError, load_run
 from sae_lens_atm.synthetic import HierarchyModelConfig, build_hierarchy_model
-from sae_lens_atm.train import Interrupted, NonFiniteBatchError, StopFlag, train
+from sae_lens_atm.train import train
+from sae_lens_atm.watch import Interrupted, NonFiniteBatchError, StopFlag
 from tests.conftest import CONTEXT
 from tests.helpers import ACTIVATIONS, SCHEDULES, make_sae, step_input
 

@@ -1,0 +1,134 @@
+"""What stands around SAELens' trainer: stopping, resuming, checkpoints, bad batches.
+
+The trainer is SAELens' own. It is watched through two of its public seams: `step`, which does one
+training step, and `maybe_reset_sparsity`, which `fit` calls between two steps.
+"""
+
+import signal
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sae_lens import SAETrainer, TrainingSAE
+from sae_lens.saes.sae import TrainStepOutput
+from torch import Tensor
+
+from sae_lens_atm.checkpoints import load_random_state, save_atomically
+
+OnStep = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; its state is in `checkpoint`."""
+
+    def __init__(self, checkpoint: Path, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}, saved {checkpoint}")
+        self.checkpoint = checkpoint
+        self.signal_number = signal_number
+
+
+class NonFiniteBatchError(RuntimeError):
+    """A batch held NaN or Inf values; it reached neither weights nor importance."""
+
+
+class _StopRequested(Exception):
+    pass
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class StopFlag:
+    """Asks for a stop at the next step boundary, from a signal or from another thread."""
+
+    signal_number: int | None = None
+
+    def request(self, signal_number: int = signal.SIGINT) -> None:
+        self.signal_number = signal_number
+
+    @contextmanager
+    def on_signals(self) -> Generator[threading.Event]:
+        """Let SIGINT and SIGTERM request a stop; a second SIGINT stops at once, unless the event
+        that is given says that the state is being saved."""
+        saving = threading.Event()
+        if threading.current_thread() is not threading.main_thread():
+            yield saving
+            return
+
+        def handle(number: int, _frame: FrameType | None) -> None:
+            again = self.signal_number is not None and number == signal.SIGINT
+            if again and not saving.is_set():
+                raise KeyboardInterrupt
+            self.request(number)
+
+        before = {number: signal.signal(number, handle) for number in _SIGNALS}
+        try:
+            yield saving
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@dataclass
+class Watch:
+    """Watches one run of a trainer, from a checkpoint if one is given."""
+
+    on_step: OnStep | None
+    stop: StopFlag
+    checkpoint: Path | None
+
+    def fit(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
+        save_atomically(trainer)
+        if self.checkpoint is not None:
+            self._finish_resuming(trainer, self.checkpoint)
+        self._attach(trainer)
+        with self.stop.on_signals() as saving:
+            try:
+                return trainer.fit()
+            except _StopRequested:
+                number = self.stop.signal_number or signal.SIGINT
+                saving.set()
+                raise Interrupted(self._save(trainer), number) from None
+            except NonFiniteBatchError as error:
+                saving.set()
+                raise NonFiniteBatchError(f"{error}; saved {self._save(trainer)}") from None
+
+    def _attach(self, trainer: SAETrainer[Any, Any]) -> None:
+        step, between_steps = trainer.step, trainer.maybe_reset_sparsity
+
+        def checked_step(batch: Tensor) -> TrainStepOutput:
+            if not batch.isfinite().all():
+                raise NonFiniteBatchError(
+                    f"the batch of step {trainer.n_training_steps} holds NaN or Inf values"
+                )
+            output = step(batch)
+            if self.on_step is not None:
+                self.on_step(trainer, output)
+            return output
+
+        def maybe_stop() -> dict[str, Any]:
+            if self.stop.signal_number is not None:
+                raise _StopRequested
+            return between_steps()
+
+        trainer.step = checked_step  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
+
+    @staticmethod
+    def _save(trainer: SAETrainer[Any, Any]) -> Path:
+        trainer.save_checkpoint(str(trainer.n_training_samples))
+        return Path(trainer.cfg.checkpoint_path or "") / str(trainer.n_training_samples)
+
+    @staticmethod
+    def _finish_resuming(trainer: SAETrainer[Any, Any], checkpoint: Path) -> None:
+        """Restore what SAELens' trainer leaves out."""
+        samples = trainer.n_training_samples
+        # A periodic checkpoint is written before its step is counted.
+        trainer.n_training_steps = samples // trainer.cfg.train_batch_size_samples
+        trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= samples]
+        load_random_state(checkpoint)
