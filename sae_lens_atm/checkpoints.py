@@ -116,16 +116,18 @@ def check_resumable(folder: Path, cfg: TrainingSAEConfig) -> None:
     """
     with reading(folder):
         saved = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
-        differing = [key for key, value in _as_saved(cfg).items() if saved.get(key) != value]
+        wanted = _as_saved(cfg)
+        # A field that a newer SAELens has added is not in the file, and no difference.
+        differing = [key for key, value in wanted.items() if saved.get(key, value) != value]
         with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as tensors:
             shape = tuple(tensors.get_slice("W_dec").get_shape())
         for name in (TRAINER_STATE_FILENAME, RANDOM_STATE_FILENAME):
             if (folder / name).exists():
-                torch.load(folder / name, map_location="cpu", weights_only=True)
+                # Mapped, not read: the optimiser's state is twice as large as the SAE.
+                torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
     for key in differing:
         raise CheckpointError(
-            f"cannot resume: {key} is {_as_saved(cfg)[key]!r} in this run and "
-            f"{saved.get(key)!r} in {folder}"
+            f"cannot resume: {key} is {wanted[key]!r} in this run and {saved[key]!r} in {folder}"
         )
     if shape != (cfg.d_sae, cfg.d_in):
         raise CheckpointError(

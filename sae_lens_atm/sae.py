@@ -134,14 +134,16 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
             full, masked = (sum(part.values()) for part in (full_losses, masked_losses))
             loss = (1 - cfg.masked_weight) * full + cfg.masked_weight * masked
             losses = full_losses | {f"masked_{k}": v for k, v in masked_losses.items()}
-            self._update_importance(step_input.sae_in, acts, sae_out, torch.ones_like(keep))
+            everywhere = torch.ones_like(mask.importance)
+            self._update_importance(step_input.sae_in, acts, sae_out, everywhere)
         else:
             dead = step_input.dead_neuron_mask
             dead = None if dead is None else self._dead_and_kept(dead, keep)
             view = replace(step_input, dead_neuron_mask=dead)
             sae_out, losses = self._view_losses(view, masked_acts, masked_pre)
             loss = sum(losses.values())
-            self._update_importance(step_input.sae_in, masked_acts, sae_out, keep)
+            exposure = keep.float() if keep.dim() == 1 else keep.float().mean(0)
+            self._update_importance(step_input.sae_in, masked_acts, sae_out, exposure)
             if step_input.is_logging_step:  # explained variance is logged of the SAE we will save
                 with torch.no_grad():
                     sae_out = self._decode_again(acts)
@@ -181,8 +183,9 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         return {n: getattr(self, n) for n in _NORMALISATION_STATE if hasattr(self, n)}
 
     @torch.no_grad()
-    def _update_importance(self, x: Tensor, acts: Tensor, sae_out: Tensor, keep: Tensor) -> None:
-        exposure = keep.float() if keep.dim() == 1 else keep.float().mean(0)
+    def _update_importance(
+        self, x: Tensor, acts: Tensor, sae_out: Tensor, exposure: Tensor
+    ) -> None:
         state = self._normalisation_state()
         if "ln_std" in state:
             acts = acts * state["ln_std"]

@@ -79,7 +79,8 @@ def train(
     watch = Watch(on_step, stop, checkpoint)
     prepare = _prepare_synthetic if isinstance(run, SyntheticRun) else _prepare_language_model
     job = prepare(cast(Any, run), watch)
-    sae = job.fit().eval()
+    with stop.on_signals():  # until the result is saved, too
+        sae = job.fit().eval()
     figures: dict[str, float] = {}
     try:
         figures = job.evaluate(sae)
@@ -245,7 +246,7 @@ def _prepare_synthetic(run: SyntheticRun, watch: Watch) -> _Job:
         return sae
 
     def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
-        if not cfg.run_final_eval or cfg.eval_samples == 0:
+        if not cfg.run_final_eval or cfg.eval_samples <= 0:
             return {}
         # Another seed than training's, which would draw the samples of training again.
         return evaluate(sae, model, cfg.eval_samples, run.seed + 1, cfg.batch_size)

@@ -47,28 +47,28 @@ class StopFlag:
     """Asks for a stop at the next step boundary, from a signal or from another thread."""
 
     signal_number: int | None = None
+    saving: bool = False
+    """Whether the state is being saved, which a second SIGINT must not cut short."""
 
     def request(self, signal_number: int = signal.SIGINT) -> None:
         self.signal_number = signal_number
 
     @contextmanager
-    def on_signals(self) -> Generator[threading.Event]:
-        """Let SIGINT and SIGTERM request a stop; a second SIGINT stops at once, unless the event
-        that is given says that the state is being saved."""
-        saving = threading.Event()
+    def on_signals(self) -> Generator[None]:
+        """Let SIGINT and SIGTERM request a stop; a second SIGINT stops at once, saving excepted."""
         if threading.current_thread() is not threading.main_thread():
-            yield saving
+            yield
             return
 
         def handle(number: int, _frame: FrameType | None) -> None:
             again = self.signal_number is not None and number == signal.SIGINT
-            if again and not saving.is_set():
+            if again and not self.saving:
                 raise KeyboardInterrupt
             self.request(number)
 
         before = {number: signal.signal(number, handle) for number in _SIGNALS}
         try:
-            yield saving
+            yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -87,16 +87,13 @@ class Watch:
         if self.checkpoint is not None:
             self._finish_resuming(trainer, self.checkpoint)
         self._attach(trainer)
-        with self.stop.on_signals() as saving:
-            try:
-                return trainer.fit()
-            except _StopRequested:
-                number = self.stop.signal_number or signal.SIGINT
-                saving.set()
-                raise Interrupted(self._save(trainer), number) from None
-            except NonFiniteBatchError as error:
-                saving.set()
-                raise NonFiniteBatchError(f"{error}; saved {self._save(trainer)}") from None
+        try:
+            return trainer.fit()
+        except _StopRequested:
+            number = self.stop.signal_number or signal.SIGINT
+            raise Interrupted(self._save(trainer), number) from None
+        except NonFiniteBatchError as error:
+            raise NonFiniteBatchError(f"{error}; saved {self._save(trainer)}") from None
 
     def _attach(self, trainer: SAETrainer[Any, Any]) -> None:
         step, between_steps = trainer.step, trainer.maybe_reset_sparsity
@@ -119,8 +116,8 @@ class Watch:
         trainer.step = checked_step  # pyright: ignore[reportAttributeAccessIssue]
         trainer.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
 
-    @staticmethod
-    def _save(trainer: SAETrainer[Any, Any]) -> Path:
+    def _save(self, trainer: SAETrainer[Any, Any]) -> Path:
+        self.stop.saving = True
         trainer.save_checkpoint(str(trainer.n_training_samples))
         return Path(trainer.cfg.checkpoint_path or "") / str(trainer.n_training_samples)
 

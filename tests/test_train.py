@@ -36,6 +36,15 @@ from tests.conftest import CONTEXT
 from tests.helpers import ACTIVATIONS, SCHEDULES, make_sae, step_input
 
 QUIET = LoggingConfig(log_to_wandb=False)
+TINY = {
+    "model_name": "tiny",
+    "context_size": CONTEXT,
+    "training_tokens": 1920,
+    "train_batch_size_tokens": 64,
+    "store_batch_size_prompts": 4,
+    "n_batches_in_buffer": 4,
+    "logger": QUIET,
+}
 
 
 def stop_after(steps, stop, how=None):
@@ -290,6 +299,18 @@ def test_a_second_signal_does_not_spoil_the_saving(synthetic_yaml, monkeypatch):
     assert newest_checkpoint("out").name == str(9 * 64)
 
 
+def test_a_signal_while_the_result_is_saved_does_not_lose_it(synthetic_yaml, monkeypatch):
+    save = ATMTrainingSAE.save_inference_model
+
+    def interrupted_save(self, path):
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(self, path)
+
+    monkeypatch.setattr(ATMTrainingSAE, "save_inference_model", interrupted_save)
+    train(load_run(synthetic_yaml, ["run_final_eval=false"]))
+    assert type(SAE.load_from_disk("out")) is JumpReLUSAE
+
+
 def test_a_device_that_is_not_there(synthetic_yaml, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("device", "sae.device"):
@@ -415,15 +436,9 @@ def test_normalised_training_folds_into_the_saved_sae(language_model_yaml, tmp_p
 def language_model_config(**fields):
     return LanguageModelSAERunnerConfig(
         sae=ATMTrainingSAEConfig(d_in=16, d_sae=48, k=4, mask_warm_up_steps=5),
-        model_name="tiny",
         hook_name="blocks.1.hook_resid_post",
-        context_size=CONTEXT,
-        training_tokens=1920,
-        train_batch_size_tokens=64,
-        store_batch_size_prompts=4,
-        n_batches_in_buffer=4,
-        logger=QUIET,
         verbose=False,
+        **TINY,
         **fields,
     )
 
@@ -450,15 +465,9 @@ def test_multi_sae_runner(hooked_model, token_dataset):
                 "topk": TopKTrainingSAEConfig(d_in=16, d_sae=48, k=4),
             },
             hook_names="blocks.1.hook_resid_post",
-            model_name="tiny",
-            context_size=CONTEXT,
-            training_tokens=1920,
-            train_batch_size_tokens=64,
-            store_batch_size_prompts=4,
-            n_batches_in_buffer=4,
-            logger=QUIET,
             output_path=None,
             checkpoint_path=None,
+            **TINY,
         ),
         override_model=hooked_model,
         override_dataset=token_dataset,
