@@ -1,5 +1,13 @@
 """Metrics that SAELens does not have."""
 
 from sae_lens_atm.metrics.absorption import Absorption, AbsorptionScores, absorption
+from sae_lens_atm.metrics.stability import Stability, StabilityScores, stability
 
-__all__ = ["Absorption", "AbsorptionScores", "absorption"]
+__all__ = [
+    "Absorption",
+    "AbsorptionScores",
+    "Stability",
+    "StabilityScores",
+    "absorption",
+    "stability",
+]

@@ -20,6 +20,10 @@ projection of its own contribution on ``g_p``, and latent ``j`` contributes ``a_
 - Full: no main latent fires, and the largest single absorber (cosine >= 0.025) has at least 0.4 t.
 
 Scores are averaged over the samples of a parent, then over parents.
+
+Where activations can be negative, the cosine of an absorber is that of the direction that it
+writes on the sample, ``sign(a_j) cos(d_j, g_p)``: the sign of a decoder row means nothing there.
+For the same reason `signed` takes the other cosines, those of no sample, without their sign.
 """
 
 from collections.abc import Mapping, Sequence
@@ -143,7 +147,8 @@ def _firings(active: Active, latents: int) -> Tensor:
 
 def find_main_latents(active: Active, pairs: Pairs, cosine: Tensor, eligible: Tensor) -> Tensor:
     """Boolean ``(parents, latents)``: the best detector of each parent, and its feature splits,
-    among the latents that are `eligible`, of the same shape."""
+    among the latents that are `eligible`, of the same shape. Of equal ones, the one of the highest
+    `cosine`, of that shape as well."""
     shape = (cosine.shape[0], cosine.shape[1])
     parents = torch.arange(shape[0])
     positives = torch.bincount(pairs.parent, minlength=shape[0]).double().unsqueeze(1)
@@ -233,7 +238,7 @@ def score_pairs(
         sample, parent, t = pairs.sample[index], pairs.parent[index, None], pairs.target[index]
         latent, value = active.latent[sample], active.value[sample]
         contribution = value * projection[parent, latent]
-        is_main, cos = main[parent, latent], cosine[parent, latent]
+        is_main, cos = main[parent, latent], value.sign() * cosine[parent, latent]
         main_part = contribution.where(is_main, 0.0).sum(1)
         detected = (is_main & (value != 0)).any(1)
 
@@ -265,10 +270,16 @@ class Absorption:
         decoder: the SAE's decoder, rows of any length, ``(latents, d_in)``.
         feature_vectors: true directions of any length, ``(features, d_in)``.
         children: feature indices of the children of each parent.
+        signed: whether activations can be negative, as AbsTopK's: a decoder row and its opposite
+            are then one direction.
     """
 
     def __init__(
-        self, decoder: Tensor, feature_vectors: Tensor, children: Mapping[int, Sequence[int]]
+        self,
+        decoder: Tensor,
+        feature_vectors: Tensor,
+        children: Mapping[int, Sequence[int]],
+        signed: bool = False,
     ) -> None:
         if not children:
             raise ValueError(
@@ -286,8 +297,9 @@ class Absorption:
         directions = torch.nn.functional.normalize(vectors, dim=1)
         unit_decoder = torch.nn.functional.normalize(decoder, dim=1)
         best_cosine = torch.cat(
-            [(d @ unit_decoder.T).max(1).values for d in directions.split(4096)]
+            [_unsign(d @ unit_decoder.T, signed).max(1).values for d in directions.split(4096)]
         )
+        self._signed = signed
         self._learned = best_cosine > LEARNED_COSINE
         self._length = vectors.norm(dim=1)
         self._projection = (directions[self._parents] @ decoder.T).float()
@@ -336,7 +348,8 @@ class Absorption:
         firing = torch.cat(self._firing, dim=1)
         shape = (self._descends.shape[1], self._cosine.shape[1])
         owner = owners(active, (firing[0], firing[1]), shape)
-        main = find_main_latents(active, pairs, self._cosine, ~self._descends[:, owner])
+        closeness = _unsign(self._cosine, self._signed)
+        main = find_main_latents(active, pairs, closeness, ~self._descends[:, owner])
         scores = score_pairs(active, pairs, main, self._projection, self._cosine)
 
         def by_parent(values: Tensor, where: Tensor) -> Tensor:
@@ -360,6 +373,10 @@ class Absorption:
             fraction_by_parent=fraction,
             main_latents=main,
         )
+
+
+def _unsign(cosine: Tensor, signed: bool) -> Tensor:
+    return cosine.abs() if signed else cosine
 
 
 def _descendants(parent: int, children: Mapping[int, Sequence[int]]) -> list[int]:
@@ -386,8 +403,9 @@ def absorption(
     decoder: Tensor,
     feature_vectors: Tensor,
     children: Mapping[int, Sequence[int]],
+    signed: bool = False,
 ) -> AbsorptionScores:
     """`Absorption` of one batch."""
-    metric = Absorption(decoder, feature_vectors, children)
+    metric = Absorption(decoder, feature_vectors, children, signed)
     metric.update(acts, features)
     return metric.compute()

@@ -5,13 +5,14 @@ import math
 import torch
 
 
-def brute_force(acts, features, decoder, vectors, children):
+def brute_force(acts, features, decoder, vectors, children, signed=False):
     n, m = acts.shape
     cosines = (
         torch.nn.functional.normalize(decoder, dim=1)
         @ torch.nn.functional.normalize(vectors, dim=1).T
     )
-    learned = [bool((cosines[:, f] > 0.8).any()) for f in range(len(vectors))]
+    closeness = cosines.abs() if signed else cosines
+    learned = [bool((closeness[:, f] > 0.8).any()) for f in range(len(vectors))]
     sets = [{s for s in range(n) if acts[s, j] != 0} for j in range(m)]
     truth = [{s for s in range(n) if features[s, f] > 0} for f in range(len(vectors))]
 
@@ -37,7 +38,7 @@ def brute_force(acts, features, decoder, vectors, children):
         main, score = [], 0.0
         while True:
             options = [
-                (overlap(set().union(*(sets[i] for i in [*main, j])), truth[p]), cosines[j, p], j)
+                (overlap(set().union(*(sets[i] for i in [*main, j])), truth[p]), closeness[j, p], j)
                 for j in allowed
                 if j not in main
             ]
@@ -51,9 +52,11 @@ def brute_force(acts, features, decoder, vectors, children):
         for s in positive:
             t = (features[s, p] * vectors[p].norm()).item()
             contribution = [(acts[s, j] * (decoder[j] @ g)).item() for j in range(m)]
+            written = [acts[s, j].item() * decoder[j] for j in range(m)]
+            cosine = [torch.nn.functional.normalize(w, dim=0) @ g for w in written]
             main_part = sum(contribution[j] for j in main)
             others = [j for j in range(m) if j not in main and contribution[j] > 0]
-            strong = sorted((contribution[j] for j in others if cosines[j, p] >= 0.1), reverse=True)
+            strong = sorted((contribution[j] for j in others if cosine[j] >= 0.1), reverse=True)
             absorbed = sum(strong[:3])
             if main_part >= t or absorbed < 0.4 * t:
                 fraction[s] = 0.0
@@ -63,7 +66,7 @@ def brute_force(acts, features, decoder, vectors, children):
                 a = min(absorbed, t - main_part)
                 fraction[s] = a / (a + main_part)
             hit[s] = float(any(acts[s, j] != 0 for j in main))
-            largest = max((contribution[j] for j in others if cosines[j, p] >= 0.025), default=0.0)
+            largest = max((contribution[j] for j in others if cosine[j] >= 0.025), default=0.0)
             full[s] = float(not hit[s] and largest >= 0.4 * t)
 
         def mean(values, where):
