@@ -7,7 +7,7 @@ export TQDM_DISABLE := 1
 .PHONY: demo test check format clean
 
 demo: $(VENV)/.installed
-	$(BIN)/sae-lens-atm demo
+	$(BIN)/sae-lens-atm compare demo --jobs 2
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2

@@ -10,19 +10,30 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from sae_lens.training import multi_sae_trainer, sae_trainer
-from tqdm.auto import tqdm
 
 from sae_lens_atm.checkpoints import CheckpointError
+from sae_lens_atm.compare import (
+    Results,
+    compare,
+    draw_all,
+    dry_run,
+    load_comparison,
+    planned_jobs,
+    read_results,
+    write_all,
+)
+from sae_lens_atm.compare.jobs import silence_saelens
+from sae_lens_atm.compare.saved import data_of, evaluate_saved
+from sae_lens_atm.compare.tables import MARKS, row_tables, test_table
+from sae_lens_atm.evaluation import to_json
 from sae_lens_atm.inspection import describe, load_sae
-from sae_lens_atm.progress import Progress, figures_table
+from sae_lens_atm.progress import Progress, RunsProgress, figures_table
 from sae_lens_atm.settings import LanguageModelRun, SettingsError, load_run, shipped_config
 from sae_lens_atm.train import Result, plan, train
 from sae_lens_atm.watch import Interrupted, NonFiniteBatchError
@@ -35,6 +46,8 @@ app = typer.Typer(
     help="Train SAELens SAEs with Adaptive Temporal Masking, and look at them.",
 )
 console = Console()
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console = Console(width=140)  # a log has no width of its own
 
 
 def main() -> None:
@@ -55,35 +68,81 @@ def train_command(
 ) -> None:
     """Train the SAE of a run file."""
     with _clear_errors():
-        path = Path(config)
-        if not path.is_file() and path.suffix not in (".yaml", ".yml"):
-            path = shipped_config(path.name)
-        run = load_run(path, overrides or [])
+        run = load_run(_config_path(config), overrides or [])
         console.print(_facts_table(plan(run, resume)))
         if dry_run:
             return
-        _silence_saelens_bars()
+        silence_saelens()
         with Progress(console, run.runner.total_training_steps) as progress:
             result = train(run, resume, progress.on_step)
         _print_result(result, isinstance(run, LanguageModelRun))
 
 
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs/demo"),
-    quick: Annotated[bool, typer.Option(help="A few seconds of it; learns nothing.")] = False,
+@app.command("compare")
+def compare_command(
+    config: Annotated[str, typer.Argument(help="A comparison file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
+    quick: Annotated[bool, typer.Option(help="What `quick` in the file makes of it.")] = False,
+    only_plan: Annotated[
+        bool, typer.Option("--dry-run", help="Check, print the plan and the time it takes, stop.")
+    ] = False,
 ) -> None:
-    """Train ATM and SAELens' TopK on a small hierarchy of features, and compare them."""
-    from sae_lens_atm.demo import demo_steps, run_demo
+    """Train several architectures at the same L0, and tell which is better at what.
 
+    What is finished is kept: the same command goes on after an interruption, and after a change of
+    the file trains only what it changes.
+    """
     with _clear_errors():
-        _silence_saelens_bars()
-        with Progress(console, demo_steps(quick)) as progress:
-            result = run_demo(output, quick, progress.on_step)
-    console.print(figures_table("ATM beside TopK, one seed", result.figures))
-    console.print("One seed is an illustration, not a result. Lower absorption is better.")
-    for path in result.files:
-        console.print(f"wrote {path}")
+        comparison = load_comparison(_config_path(config), overrides or [], quick)
+        if only_plan:
+            silence_saelens()
+            console.print(_facts_table(dry_run(comparison, jobs)))
+            return
+        to_do = planned_jobs(comparison)
+        with RunsProgress(console, len(to_do), sum(job.steps for job in to_do)) as progress:
+            results = compare(comparison, jobs, progress)
+        _print_results(results, write_all(results, comparison.output))
+        if results.failed:
+            lines = (f"{label}: {error}" for label, error in results.failed.items())
+            _exit("\n".join(lines), 1)
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="The results.json of a comparison.")],
+    output: Annotated[Path | None, typer.Option(help="Where to draw; else beside it.")] = None,
+) -> None:
+    """Draw the report of a comparison again."""
+    with _clear_errors():
+        found = read_results(results)
+        folder = output or results.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        _print_results(found, draw_all(found, folder))
+
+
+@app.command()
+def evaluate(
+    saes: Annotated[list[str], typer.Argument(help="Folders, or Hub ids: REPO:SAE_ID.")],
+    on: Annotated[
+        str, typer.Option(help="A run or comparison file (or the name of a shipped one).")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+) -> None:
+    """Evaluate saved SAEs, whoever trained them, on the data of a config."""
+    with _clear_errors():
+        silence_saelens()
+        figures = evaluate_saved(saes, data_of(str(_config_path(on)), overrides or []))
+        console.print(figures_table(f"On the data of {on}", figures))
+        if json_file is not None:
+            json_file.write_text(to_json(figures), encoding="utf-8")
 
 
 @app.command()
@@ -116,7 +175,8 @@ def _clear_errors() -> Generator[None]:
     try:
         yield
     except Interrupted as stop:
-        _exit(f"{stop}; go on with --resume {stop.checkpoint}", 128 + stop.signal_number)
+        again = "the same command" if stop.checkpoint is None else f"--resume {stop.checkpoint}"
+        _exit(f"{stop}; go on with {again}", 128 + stop.signal_number)
     except KeyboardInterrupt:
         _exit("stopped", 130)
     except (SettingsError, CheckpointError) as error:
@@ -138,10 +198,22 @@ def _exit(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _silence_saelens_bars() -> None:
-    """Our progress bar shows more; two bars would write over each other."""
-    for module in (sae_trainer, multi_sae_trainer):
-        setattr(module, "tqdm", partial(tqdm, disable=True))  # noqa: B010
+def _config_path(config: str) -> Path:
+    path = Path(config)
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return path
+    return shipped_config(path.name)
+
+
+def _print_results(results: Results, files: list[Path]) -> None:
+    for table in row_tables(results):
+        console.print(table)
+    console.print(MARKS, style="dim", highlight=False)
+    tests = test_table(results)
+    if tests is not None:
+        console.print(tests)
+    for path in files:
+        console.print(f"wrote {path}", highlight=False)
 
 
 def _facts_table(facts: dict[str, Any]) -> Table:

@@ -21,8 +21,18 @@ def load_sae(reference: str) -> SAE[Any]:
     """Load a SAE from a folder, or from the Hub as `REPO:SAE_ID` (or `RELEASE:SAE_ID`).
 
     Raises:
-        SettingsError: the reference is neither.
+        SettingsError: the reference is neither, or what is there cannot be loaded.
     """
+    try:
+        return _load_sae(reference)
+    except SettingsError:
+        raise
+    except Exception as error:  # whatever it is that a file of other people's holds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SettingsError(f"cannot load {reference}: {reason}") from error
+
+
+def _load_sae(reference: str) -> SAE[Any]:
     folder = Path(reference)
     if (folder / SAE_CFG_FILENAME).is_file():
         return SAE[Any].load_from_disk(folder)

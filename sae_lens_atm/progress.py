@@ -1,17 +1,27 @@
 """What a person sees of long work: a progress bar, or lines where there is no terminal."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 from typing_extensions import Self
 
-from sae_lens_atm.evaluation import BETTER
+from sae_lens_atm.compare.figures import ARROWS
+from sae_lens_atm.compare.figures import figure as how_shown
+from sae_lens_atm.compare.jobs import Job
 
 _REFRESH = 20  # steps between two readings: each waits for the device
 _LINES = 10  # lines over a whole run where there is no terminal
@@ -57,6 +67,58 @@ class Progress:
             self._console.print(f"step {step}/{self._steps}  {figures}")
 
 
+class RunsProgress:
+    """Shows how the runs of a comparison get on."""
+
+    def __init__(self, console: Console, runs: int, steps: int) -> None:
+        self._console = console
+        self._runs = runs
+        self._steps = max(steps, 1)
+        self._done = 0
+        self._ended = 0
+        self._start = time.monotonic()
+        self._started: dict[str, float] = {}
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._all = self._bar.add_task("all", total=self._steps)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def started(self, job: Job) -> None:
+        self._started[job.label] = time.monotonic()
+        self._tasks[job.label] = self._bar.add_task(job.label, total=max(job.steps, 1))
+
+    def advanced(self, job: Job, steps: int) -> None:
+        self._done += steps
+        self._bar.advance(self._all, steps)
+        self._bar.advance(self._tasks[job.label], steps)
+
+    def ended(self, job: Job, error: str | None) -> None:
+        self._ended += 1
+        self._bar.remove_task(self._tasks.pop(job.label))
+        self._bar.update(self._all, description=f"{self._ended}/{self._runs}")
+        took = time.monotonic() - self._started[job.label]
+        text = f"[{self._ended}/{self._runs}] {job.label}: {took:.0f} s"
+        if error is not None:
+            text = f"[{self._ended}/{self._runs}] {job.label} failed: {error}"
+        elif not self._console.is_terminal and self._done:
+            left = (time.monotonic() - self._start) * (self._steps / self._done - 1)
+            text += f", about {max(left, 0) / 60:.0f} min left"
+        self._console.print(text, markup=False, highlight=False)
+
+
 def figures_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
     """One row a figure, with an arrow to its better side; one column a SAE."""
     table = Table(title=title)
@@ -65,6 +127,6 @@ def figures_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Tab
         table.add_column(name, justify="right")
     for figure in next(iter(columns.values()), {}):
         values = [columns[name].get(figure, float("nan")) for name in columns]
-        label = f"{figure} {BETTER.get(figure, '')}"
+        label = figure + ARROWS[how_shown(figure).better]
         table.add_row(label, *(f"{v:d}" if isinstance(v, int) else f"{v:.4g}" for v in values))
     return table

@@ -134,6 +134,8 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
 
 def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     """Check the content of a run file and make the run."""
+    if "architectures" in content:
+        raise SettingsError("architectures: this is a comparison, for `sae-lens-atm compare`")
     runner = content.get("runner")
     if runner not in RUNNERS:
         raise SettingsError(f"runner is {runner!r}: allowed is one of {', '.join(RUNNERS)}")
@@ -285,16 +287,22 @@ def _validate(schema: type[BaseModel], values: dict[str, Any], where: str = "") 
     try:
         return schema.model_validate(values).model_dump(exclude_unset=True)
     except ValidationError as error:
-        # A value that fits no member of a union gives an error for each: one is enough, and the
-        # deepest says most.
-        located = [(_location(e, values), e) for e in error.errors()]
-        deepest = {
-            key: e
-            for key, e in reversed(located)
-            if not any(len(other) > len(key) and other[: len(key)] == key for other, _ in located)
-        }
-        lines = [_describe(e, key, schema, where) for key, e in reversed(deepest.items())]
-        raise SettingsError("\n".join(lines)) from error
+        raise SettingsError("\n".join(describe_errors(error, values, schema, where))) from error
+
+
+def describe_errors(
+    error: ValidationError, values: Any, schema: type[BaseModel], where: str = ""
+) -> list[str]:
+    """One line for each thing that is wrong: the key, the value, what is allowed."""
+    # A value that fits no member of a union gives an error for each: one is enough, and the
+    # deepest says most.
+    located = [(_location(e, values), e) for e in error.errors()]
+    deepest = {
+        key: e
+        for key, e in reversed(located)
+        if not any(len(other) > len(key) and other[: len(key)] == key for other, _ in located)
+    }
+    return [_describe(e, key, schema, where) for key, e in reversed(deepest.items())]
 
 
 def _location(error: ErrorDetails, values: Any) -> tuple[str, ...]:
@@ -312,7 +320,6 @@ def _location(error: ErrorDetails, values: Any) -> tuple[str, ...]:
 def _describe(
     error: ErrorDetails, location: tuple[str, ...], schema: type[BaseModel], where: str
 ) -> str:
-    """One line: the key, the value, what is allowed."""
     key = ".".join([where, *location] if where else location)
     if error["type"] == "extra_forbidden":
         names = _names_at(schema, location[:-1])
@@ -325,9 +332,12 @@ def _describe(
 
 def _names_at(schema: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     for part in path:
+        if part not in schema.model_fields:  # a key of a dictionary, whose values have a schema
+            continue
         annotation = schema.model_fields[part].annotation
         options = [annotation, *get_args(annotation)]
-        schema = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        models = (o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        schema = next(models, schema)
     return list(schema.model_fields)
 
 

@@ -15,7 +15,13 @@ from typing import Any, NamedTuple, cast
 import torch
 import wandb
 from datasets import Dataset, DatasetDict, load_from_disk
-from sae_lens import LanguageModelSAETrainingRunner, LoggingConfig, SAETrainer, TrainingSAE
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    LoggingConfig,
+    SAETrainer,
+    TrainingSAE,
+)
 from sae_lens.constants import RUNNER_CFG_FILENAME, SAE_CFG_FILENAME, SPARSITY_FILENAME
 from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
 from sae_lens.synthetic import SyntheticModel, eval_sae_on_synthetic_data
@@ -69,7 +75,7 @@ def train(
         NonFiniteBatchError: after a checkpoint of the last good step.
     """
     plan(run, resume)
-    _check_devices(run)
+    check_devices(run)
     output = Path(run.runner.output_path or "")
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = None if resume is None else newest_checkpoint(resume)
@@ -113,15 +119,8 @@ def plan(run: Run, resume: str | Path | None = None) -> dict[str, Any]:
             "model": f"{run.runner.model_name} at {run.runner.hook_name}",
             "dataset": run.runner.dataset_path or "(none)",
         }
-        if not run.runner.dataset_path and not run.runner.use_cached_activations:
-            raise SettingsError("dataset_path: missing, a language-model run needs a dataset")
+        check_data(run)
         batch = run.runner.train_batch_size_tokens
-        buffer = run.runner.n_batches_in_buffer * run.runner.context_size
-        if buffer < batch and not run.runner.use_cached_activations:
-            raise SettingsError(
-                f"n_batches_in_buffer is {run.runner.n_batches_in_buffer}: times context_size "
-                f"{run.runner.context_size} it must reach train_batch_size_tokens, {batch}"
-            )
     else:
         batch = run.runner.batch_size
     parameters = cfg.sae.d_sae * (2 * cfg.sae.d_in + 1) + cfg.sae.d_in
@@ -139,7 +138,27 @@ def plan(run: Run, resume: str | Path | None = None) -> dict[str, Any]:
     return facts
 
 
-def _check_devices(run: Run) -> None:
+def check_data(run: LanguageModelRun) -> None:
+    """Check what SAELens would stumble on when it has loaded the model.
+
+    Raises:
+        SettingsError: there is no dataset, or the activation buffer is less than a batch.
+    """
+    cfg = run.runner
+    if cfg.use_cached_activations:
+        return
+    if not cfg.dataset_path:
+        raise SettingsError("dataset_path: missing, a language-model run needs a dataset")
+    buffer = cfg.n_batches_in_buffer * cfg.context_size
+    if buffer < cfg.train_batch_size_tokens:
+        raise SettingsError(
+            f"n_batches_in_buffer is {cfg.n_batches_in_buffer}: times context_size "
+            f"{cfg.context_size} it must reach train_batch_size_tokens, "
+            f"{cfg.train_batch_size_tokens}"
+        )
+
+
+def check_devices(run: Run) -> None:
     """A dry run may be made elsewhere than the run, so it does not look at the machine."""
     cfg = run.runner
     devices = {"device": cfg.device, "sae.device": cfg.sae.device}
@@ -294,7 +313,7 @@ def _prepare_language_model(run: LanguageModelRun, watch: Watch) -> _Job:
     cfg = run.runner
     cfg.resume_from_checkpoint = None if watch.checkpoint is None else str(watch.checkpoint)
     try:
-        runner = WatchedRunner(cfg, override_dataset=_saved_dataset(cfg.dataset_path))
+        runner = WatchedRunner(cfg, override_dataset=saved_dataset(cfg.dataset_path))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(
@@ -302,7 +321,7 @@ def _prepare_language_model(run: LanguageModelRun, watch: Watch) -> _Job:
             f"{type(error).__name__}: {reason}"
         ) from error
     runner.watch = watch
-    check_hook(runner)
+    check_hook(runner.cfg, runner.model)
 
     def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
         evaluator: LLMSaeEvaluator[Any] = runner.evaluator
@@ -312,7 +331,7 @@ def _prepare_language_model(run: LanguageModelRun, watch: Watch) -> _Job:
     return _Job(runner.run, final_evaluation)
 
 
-def _saved_dataset(path: str) -> Dataset | None:
+def saved_dataset(path: str) -> Dataset | None:
     """A dataset that `Dataset.save_to_disk` wrote, which SAELens' `load_dataset` does not read."""
     if not any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return None
@@ -321,13 +340,12 @@ def _saved_dataset(path: str) -> Dataset | None:
 
 
 @torch.no_grad()
-def check_hook(runner: LanguageModelSAETrainingRunner) -> None:
+def check_hook(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> None:
     """Check that the hook exists and that the SAE fits it, with one token.
 
     Raises:
         SettingsError: naming the nearest hooks, or the width that fits.
     """
-    cfg, model = runner.cfg, runner.model
     if cfg.hook_name not in model.hook_dict:
         inner: Any = getattr(model, "model", model)
         names = [*model.hook_dict, *(name for name, _ in inner.named_modules())]

@@ -23,10 +23,11 @@ OnStep = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
 
 
 class Interrupted(Exception):
-    """Training was asked to stop; its state is in `checkpoint`."""
+    """Training was asked to stop; its state is in `checkpoint`, if one run was to go on from it."""
 
-    def __init__(self, checkpoint: Path, signal_number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}, saved {checkpoint}")
+    def __init__(self, checkpoint: Path | None, signal_number: int) -> None:
+        saved = "" if checkpoint is None else f", saved {checkpoint}"
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}{saved}")
         self.checkpoint = checkpoint
         self.signal_number = signal_number
 

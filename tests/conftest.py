@@ -143,3 +143,65 @@ output_path: out
 """
     )
     return path
+
+
+@pytest.fixture
+def comparison_yaml(tmp_path):
+    """A comparison of a few steps on a small hierarchy."""
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        """
+runner: synthetic
+hierarchy_model: {hidden_dim: 16, roots: 4, lone_features: 4, depth: 1}
+seeds: [0, 1]
+l0: [2, 3]
+sae: {d_in: 16, d_sae: 32}
+training_samples: 2560
+batch_size: 64
+lr: 1e-2
+eval_samples: 500
+curve_points: 4
+output_path: out
+architectures:
+  atm: {role: candidate, sae: {c_ramp_steps: 40, mask_warm_up_steps: 5}}
+  topk: {}
+  jumprelu: {sae: {l0_coefficient: 0.01}, run: {lr: 3e-3}}
+  untrained: {architecture: topk, role: control, trained: false}
+quick: {seeds: [0], l0: [2], training_samples: 640}
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def language_model_comparison_yaml(tmp_path, gemma_folder, text_folder):
+    """A comparison of a few steps on the tiny Gemma-2."""
+    path = tmp_path / "small-gemma.yaml"
+    path.write_text(
+        f"""
+runner: language_model
+model_name: {gemma_folder}
+model_class_name: AutoModelForCausalLM
+hook_name: model.layers.1
+dataset_path: {text_folder}
+is_dataset_tokenized: false
+streaming: false
+context_size: {CONTEXT}
+training_tokens: 1280
+train_batch_size_tokens: 64
+store_batch_size_prompts: 4
+n_batches_in_buffer: 4
+n_eval_batches: 2
+seeds: [0, 1]
+l0: [4]
+sae: {{d_in: 16, d_sae: 64}}
+curve_points: 4
+output_path: out
+architectures:
+  atm: {{role: candidate, sae: {{c_ramp_steps: 20, mask_warm_up_steps: 5}}}}
+  batchtopk: {{run: {{lr: 1e-3}}}}
+  gated: {{sae: {{l1_coefficient: 0.1}}}}
+  untrained: {{architecture: topk, role: control, trained: false}}
+"""
+    )
+    return path

@@ -5,34 +5,81 @@ import sys
 from pathlib import Path
 
 import pytest
-from sae_lens import SAE
 from typer.testing import CliRunner
 
 from sae_lens_atm.cli import app
+from sae_lens_atm.compare import load_comparison
 from sae_lens_atm.settings import shipped_config
 from tests.helpers import make_sae, train
 
 cli = CliRunner()
+SHIPPED = sorted(p.stem for p in shipped_config("demo").parent.glob("*.yaml"))
+COMPARISONS = ("demo", "compare-sister-a", "compare-sister-b")
 
 
 def run(*args):
     return cli.invoke(app, [str(arg) for arg in args])
 
 
-def test_demo_quick(tmp_path):
-    result = run("demo", "--quick", "--output", "demo")
+def test_compare_report_and_evaluate(comparison_yaml, tmp_path):
+    result = run("compare", comparison_yaml, "--quick", "--jobs", "2", "--set", "l0=[2, 3]")
     assert result.exit_code == 0, result.output
-    out = tmp_path / "demo"
+    for text in ("[2/9] ", "small, L0 2, one seed", "atm", "jumprelu *", "wrote out/report.html"):
+        assert text in result.output
+    out = tmp_path / "out"
     results = json.loads((out / "results.json").read_text())
-    assert results["schema_version"] == 1
-    assert results["figures"].keys() == {"atm", "topk"}
-    for figures in results["figures"].values():
-        assert {"absorption_fraction", "explained_variance", "l0"} <= figures.keys()
-    assert len(results["history"]["steps"]) > 10
-    for name in ("atm", "topk"):
-        assert SAE.load_from_disk(out / name).cfg.architecture() in ("jumprelu", "topk")
-    assert (out / "importance.png").read_bytes().startswith(b"\x89PNG")
-    assert "One seed is an illustration" in result.output
+    assert results["quick"]
+    # drawn again, elsewhere
+    again = run("report", "out/results.json", "--output", "again")
+    assert again.exit_code == 0, again.output
+    assert (tmp_path / "again/report.html").read_text().startswith("<!DOCTYPE html>")
+    saes = [out / r["folder"] / "sae" for r in results["runs"] if r["l0_target"] == 2][:2]
+    found = run("evaluate", *saes, "--on", comparison_yaml, "--json", "found.json")
+    assert found.exit_code == 0, found.output
+    figures = json.loads((tmp_path / "found.json").read_text())
+    assert list(figures) == [str(path) for path in saes]
+    assert figures[str(saes[0])]["mcc"] == pytest.approx(results["runs"][0]["figures"]["mcc"], 1e-4)
+
+
+def test_compare_dry_run_prints_runs_and_time(comparison_yaml, tmp_path):
+    result = run("compare", comparison_yaml, "--dry-run")
+    assert result.exit_code == 0, result.output
+    for text in ("16, of which 4 need no training", "estimate", "about", "ms a step"):
+        assert text in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_dry_run_of_every_shipped_comparison(name):
+    result = run("compare", name, "--quick", "--dry-run", "--set", "output_path=out")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_failed_run_is_told_and_the_exit_code_is_1(comparison_yaml, tmp_path):
+    planned = load_comparison(comparison_yaml, quick=True).planned
+    bad = next(p for p in planned if p.entry == "topk")
+    (tmp_path / "out/runs").mkdir(parents=True)
+    (tmp_path / "out" / bad.folder).write_text("in the way")
+    result = run("compare", comparison_yaml, "--quick")
+    assert result.exit_code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: topk, L0 2, seed 0: FileExistsError")
+    assert "atm" in result.output  # what was found is shown and kept
+    assert (tmp_path / "out/results.json").exists()
+
+
+def test_a_signal_stops_a_comparison_which_then_goes_on(comparison_yaml):
+    command = [sys.executable, "-m", "sae_lens_atm", "compare", str(comparison_yaml)]
+    command += ["--set", "training_samples=128000", "--set", "seeds=[0]", "--set", "l0=[2]"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not process.stdout.readline().startswith(b"[1/"):  # the first run is under way
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, errors.decode()
+    assert errors.decode().splitlines()[-1].endswith("go on with the same command")
+    again = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "wrote out/report.html" in again.stdout
 
 
 def test_train_prints_plan_progress_and_figures(synthetic_yaml):
@@ -49,7 +96,7 @@ def test_dry_run_writes_nothing(synthetic_yaml, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [p.stem for p in shipped_config("demo").parent.glob("*.yaml")])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in COMPARISONS])
 def test_dry_run_of_every_shipped_config(name):
     result = run("train", name, "--dry-run")
     assert result.exit_code == 0, result.output
@@ -71,6 +118,15 @@ def test_dry_run_of_every_shipped_config(name):
         ),
         (["inspect", "nowhere"], "error: no folder nowhere"),
         (["inspect", "."], "holds no cfg.json"),
+        (["train", "demo"], "error: architectures: this is a comparison"),
+        (["compare", "{yaml}"], "error: architectures: missing"),
+        (["compare", "nope"], "error: no run file 'nope'"),
+        (["compare", "demo", "--set", "l0=[0]"], "error: l0 is 0"),
+        (["compare", "demo", "--set", "output_path={yaml}/x"], "is not writable"),
+        (["report", "nope.json"], "error: cannot read nope.json"),
+        (["report", "{yaml}"], "is no results.json of schema"),
+        (["evaluate", "nowhere", "--on", "{yaml}"], "error: no folder nowhere"),
+        (["evaluate", ".", "--on", "nope"], "error: no run file 'nope'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(synthetic_yaml, args, line):
@@ -97,9 +153,9 @@ def test_inspect_a_damaged_sae(tmp_path):
     weights = tmp_path / "sae/sae_weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     result = run("inspect", "sae")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
-    assert "SafetensorError" in result.stderr
+    assert "cannot load sae: SafetensorError" in result.stderr
 
 
 def test_inspect_does_not_know_the_hub_by_magic():
@@ -145,7 +201,7 @@ def test_a_signal_to_the_real_process_leaves_a_checkpoint_that_resumes(
 
 def test_help_names_the_commands():
     result = run("--help")
-    for command in ("train", "demo", "inspect", "saelens"):
+    for command in ("train", "compare", "report", "evaluate", "inspect", "saelens"):
         assert command in result.output
 
 

@@ -15,7 +15,11 @@ from sae_lens_atm.settings import (
 )
 from sae_lens_atm.train import build_synthetic_model
 
-SHIPPED = sorted(path.stem for path in shipped_config("demo").parent.glob("*.yaml"))
+SHIPPED = sorted(
+    path.stem
+    for path in shipped_config("demo").parent.glob("*.yaml")
+    if path.stem != "demo" and not path.stem.startswith("compare-")
+)
 
 
 def lines_of(path, *overrides):
@@ -160,12 +164,12 @@ def test_shipped_configs_are_valid(name):
 
 
 def test_the_issue_s_configs_are_there():
-    wanted = {"demo", "sister-a", "sister-b", "synthsaebench-16k", "gpt2-small", "pythia-160m"}
+    wanted = {"sister-a", "sister-b", "synthsaebench-16k", "gpt2-small", "pythia-160m"}
     assert wanted | {"gemma-2-2b-l12-16k", "gemma-2-2b-l12-65k"} <= set(SHIPPED)
 
 
 def test_unknown_shipped_config():
-    with pytest.raises(SettingsError, match="allowed is a path or one of demo"):
+    with pytest.raises(SettingsError, match="allowed is a path or one of compare-sister-a"):
         shipped_config("nope")
 
 
@@ -206,3 +210,9 @@ def test_synthsaebench_is_the_published_model():
     assert (model.orthogonalization.num_steps, model.orthogonalization.lr) == (100, 3e-4)
     assert model.bias == 0.5
     assert run.runner.training_samples == 200_000_000
+
+
+def test_a_comparison_is_no_run():
+    assert lines_of(shipped_config("demo")) == [
+        "architectures: this is a comparison, for `sae-lens-atm compare`"
+    ]

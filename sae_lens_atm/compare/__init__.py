@@ -1,0 +1,18 @@
+"""SAEs of several architectures at the same L0, on the same data, over seeds."""
+
+from sae_lens_atm.compare.comparison import compare, dry_run, planned_jobs
+from sae_lens_atm.compare.config import Comparison, load_comparison
+from sae_lens_atm.compare.output import draw_all, write_all
+from sae_lens_atm.compare.results import Results, read_results
+
+__all__ = [
+    "Comparison",
+    "Results",
+    "compare",
+    "draw_all",
+    "dry_run",
+    "load_comparison",
+    "planned_jobs",
+    "read_results",
+    "write_all",
+]

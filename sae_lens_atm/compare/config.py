@@ -1,0 +1,279 @@
+"""Comparison files: which architectures, at which L0s, with which seeds, on what.
+
+A comparison file is a run file (see `settings`) with `architectures` added, and lists where a run
+has one value:
+
+    runner: synthetic              # or language_model
+    hierarchy_model: {...}         # everything a run file has, shared by all
+    sae: {d_in: 64, d_sae: 256}    # what all SAEs share
+    training_samples: 3_072_000
+    seeds: [0, 1, 2]
+    l0: [2, 4, 8]
+    architectures:
+      atm: {role: candidate, sae: {c_ramp_steps: 3000}}
+      topk: {}
+      standard: {sae: {l1_coefficient: 0.1}, run: {lr: 1.0e-3}}
+      masking-off: {architecture: atm, role: control, sae: {mask_rate: 0}}
+      untrained: {architecture: topk, role: control, trained: false}
+    quick: {seeds: [0], training_samples: 204_800}   # what --quick changes
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from copy import copy
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
+
+from sae_lens_atm.compare.matching import Knob, direct_knob, find_knob
+from sae_lens_atm.compare.results import Role
+from sae_lens_atm.settings import (
+    LanguageModelRun,
+    Run,
+    SettingsError,
+    SyntheticRun,
+    apply_overrides,
+    describe_errors,
+    parse_run,
+    read_yaml,
+)
+
+_OWN_KEYS = ("name", "seeds", "l0", "architectures", "quick", "curve_points", "pool_batches")
+TRAINER_FIELDS = (
+    "lr",
+    "lr_scheduler_name",
+    "lr_warm_up_steps",
+    "lr_decay_steps",
+    "lr_end",
+    "adam_beta1",
+    "adam_beta2",
+    "dead_feature_window",
+)
+# What a run is filed under, or reports, without changing what is trained.
+_FILING = ("output_path", "checkpoint_path", "logger", "n_checkpoints", "eval_frequency")
+_EVALUATION = ("eval_samples", "n_eval_batches", "eval_batch_size_prompts", "run_final_eval")
+
+
+class EntrySettings(BaseModel):
+    """One of `architectures`."""
+
+    model_config = ConfigDict(extra="forbid")
+    architecture: str = ""
+    """A name in SAELens' registry; the entry's own name if left out."""
+    role: Role = "baseline"
+    l0_knob: str | None = None
+    """What sets the L0, where that is not clear."""
+    trained: bool = True
+    sae: dict[str, Any] = Field(default_factory=dict)
+    """Fields of its training config beside those that all share."""
+    run: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the trainer that differ from what all share: learning rate, betas, dead window."""
+
+
+class _OwnSettings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    seeds: list[int] = Field(default=[0, 1, 2], min_length=1)
+    l0: list[PositiveFloat] = Field(min_length=1)
+    architectures: dict[str, EntrySettings] = Field(min_length=1)
+    quick: dict[str, Any] = Field(default_factory=dict)
+    curve_points: int = Field(default=20, ge=2)
+    """How often a run is looked at along the way."""
+    pool_batches: int | None = Field(default=None, ge=1)
+    """On synthetic data: how many batches to draw for a seed, gone through again and again; all
+    of them if left out."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One SAE to train and evaluate."""
+
+    entry: str
+    settings: EntrySettings
+    l0: float
+    seed: int
+    knob: Knob
+    run: Run
+    pool_batches: int | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.entry}, L0 {self.l0:g}, seed {self.seed}"
+
+    @property
+    def training_key(self) -> str:
+        """Changes with whatever would change the trained SAE."""
+        config = _config_of(self.run)
+        for name in (*_FILING, *_EVALUATION):
+            config.pop(name, None)
+        versions = [version(name) for name in ("sae-lens", "sae-lens-atm")]
+        trained = [self.settings.trained, str(self.knob), self.l0, self.pool_batches]
+        return _hash([config, versions, trained])
+
+    @property
+    def evaluation_key(self) -> str:
+        """Changes with whatever would change its figures."""
+        config = _config_of(self.run)
+        return _hash([self.training_key, {name: config.get(name) for name in _EVALUATION}])
+
+    @property
+    def data_key(self) -> str:
+        """The same for runs that are trained on the same batches."""
+        config = _config_of(self.run)
+        names = ("hierarchy_model", "synthetic_model", "training_samples", "batch_size", "seed")
+        return _hash([{name: config.get(name) for name in names}, self.pool_batches])
+
+    @property
+    def folder(self) -> str:
+        """Where it is kept, under the comparison's folder."""
+        plain = "".join(c if c.isalnum() else "-" for c in self.entry)
+        return f"runs/{plain}-l0-{self.l0:g}-seed-{self.seed}-{self.training_key}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison, checked to the last key."""
+
+    name: str
+    output: Path
+    content: dict[str, Any]
+    """The file, overrides applied."""
+    quick: bool
+    curve_points: int
+    planned: list[Planned]
+
+    @property
+    def is_synthetic(self) -> bool:
+        return isinstance(self.planned[0].run, SyntheticRun)
+
+
+def load_comparison(
+    path: str | Path, overrides: Iterable[str] = (), quick: bool = False
+) -> Comparison:
+    """Read a comparison file, check everything, and lay out its runs.
+
+    Raises:
+        SettingsError: with one line for each thing that is wrong.
+    """
+    content = read_yaml(path)
+    if quick:
+        shorter = content.get("quick") or {}
+        content = apply_overrides(content, [f"{k}={json.dumps(v)}" for k, v in shorter.items()])
+    content = apply_overrides(content, overrides)
+    return parse_comparison(content, Path(path).stem, quick)
+
+
+def is_comparison(content: dict[str, Any]) -> bool:
+    """Whether the content of a YAML file is a comparison, not a single run."""
+    return "architectures" in content
+
+
+def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) -> Comparison:
+    """Check the content of a comparison file."""
+    if not is_comparison(content):
+        raise SettingsError(
+            "architectures: missing, this is a single run, for `sae-lens-atm train`"
+        )
+    own = {key: content[key] for key in _OWN_KEYS if key in content}
+    try:
+        settings = _OwnSettings.model_validate({"name": name, **own})
+    except ValidationError as error:
+        raise SettingsError("\n".join(describe_errors(error, own, _OwnSettings))) from error
+    for what, values in (("seeds", settings.seeds), ("l0", settings.l0)):
+        if len(set(values)) != len(values):
+            raise SettingsError(f"{what} is {values!r}: allowed is each value once")
+    shared = {key: value for key, value in content.items() if key not in _OWN_KEYS}
+    if "seed" in shared:
+        raise SettingsError("seed: a comparison has seeds, a list")
+    output = shared.setdefault("output_path", f"runs/{name}{'-quick' if quick else ''}")
+    planned = [
+        plan
+        for entry, entry_settings in settings.architectures.items()
+        for plan in _plan_entry(entry, entry_settings, shared, settings)
+    ]
+    # Seed by seed, so that a comparison stopped half-way holds whole tables of fewer seeds.
+    planned.sort(key=lambda p: settings.seeds.index(p.seed))
+    output_folder = Path(str(output)).expanduser()
+    return Comparison(settings.name, output_folder, content, quick, settings.curve_points, planned)
+
+
+def _plan_entry(
+    name: str, entry: EntrySettings, shared: dict[str, Any], own: _OwnSettings
+) -> Iterator[Planned]:
+    architecture = entry.architecture or name
+    unknown = [key for key in entry.run if key not in TRAINER_FIELDS]
+    if unknown:
+        raise SettingsError(
+            f"architectures.{name}.run.{unknown[0]}: unknown key, allowed is one of "
+            f"{', '.join(TRAINER_FIELDS)}; all else is shared"
+        )
+    registered = SAE_TRAINING_CLASS_REGISTRY.get(architecture)
+    direct = direct_knob(registered[1]) if registered else None
+    sae: dict[str, Any] = {**(shared.get("sae") or {}), **entry.sae, "architecture": architecture}
+    if registered is not None:
+        sae = {k: v for k, v in sae.items() if k in entry.sae or _has_field(registered[1], k)}
+    knob: Knob | None = None
+    for l0 in own.l0:
+        value = int(l0) if float(l0).is_integer() else l0
+        set_l0 = {direct: value} if direct and direct not in entry.sae else {}
+        for seed in own.seeds:
+            own_seeds = _seeds_of(registered[1], sae, seed) if registered else {}
+            content = {**shared, **entry.run, "seed": seed, "sae": {**sae, **set_l0, **own_seeds}}
+            try:
+                run = parse_run(content)
+                knob = knob or find_knob(run.runner.sae, entry.l0_knob)
+            except SettingsError as error:
+                lines = str(error).splitlines()
+                raise SettingsError(
+                    "\n".join(f"architectures.{name}: {line}" for line in lines)
+                ) from error
+            yield Planned(name, entry, float(l0), seed, knob, run, own.pool_batches)
+
+
+def _has_field(config_class: type, name: str) -> bool:
+    # A misspelt field of `sae`, shared by all, must still be found: only real fields of some
+    # registered architecture are dropped for those that lack them.
+    known = {f.name for _, other in SAE_TRAINING_CLASS_REGISTRY.values() for f in fields(other)}
+    return name not in known or name in {f.name for f in fields(config_class)}
+
+
+def _seeds_of(config_class: type, given: dict[str, Any], seed: int) -> dict[str, int]:
+    """Whatever else an architecture draws by a seed of its own differs from seed to seed too."""
+    names = (f.name for f in fields(config_class) if f.name.endswith("_seed"))
+    return {name: seed for name in names if name not in given}
+
+
+def _config_of(run: Run) -> dict[str, Any]:
+    """All that a run is made from, as plain values."""
+    config: dict[str, Any] = dict(run.runner.to_dict())
+    config["seed"] = run.seed
+    if isinstance(run, SyntheticRun) and run.hierarchy is not None:
+        config["hierarchy_model"] = asdict(run.hierarchy)
+    return config
+
+
+def settings_of(planned: Planned) -> dict[str, Any]:
+    """What an entry is trained with, for the record: its SAE's and its trainer's fields."""
+    config = _config_of(planned.run)
+    trainer = {name: config[name] for name in TRAINER_FIELDS if name in config}
+    sae: dict[str, Any] = {k: v for k, v in config["sae"].items() if k != "metadata"}
+    return {"sae": sae, "trainer": trainer, "trained": planned.settings.trained}
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def at(planned: Planned, folder: Path) -> Planned:
+    """The same, its run kept in a folder."""
+    runner: Any = copy(planned.run.runner)  # `replace` would run SAELens' checks on its own results
+    runner.output_path, runner.checkpoint_path = str(folder / "sae"), str(folder / "checkpoints")
+    if isinstance(planned.run, LanguageModelRun):
+        return replace(planned, run=LanguageModelRun(runner, planned.seed))
+    return replace(planned, run=replace(planned.run, runner=runner))

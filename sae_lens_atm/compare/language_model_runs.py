@@ -1,0 +1,292 @@
+"""The SAEs of a comparison on a language model: all of one seed from one forward pass."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from sae_lens import SAE, LanguageModelSAERunnerConfig, SAETrainer, TrainingSAE
+from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.load_model import load_model
+from sae_lens.multi_sae_training_runner import (
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+)
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.util import temporary_seed
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_atm.compare.config import TRAINER_FIELDS, Planned
+from sae_lens_atm.compare.history import History, curve_points
+from sae_lens_atm.compare.kept import (
+    FIGURES,
+    MEASURED,
+    TRAINING,
+    is_evaluated,
+    is_trained,
+    write_json,
+)
+from sae_lens_atm.compare.matching import L0Controller
+from sae_lens_atm.settings import LanguageModelRun, SettingsError
+from sae_lens_atm.train import check_hook, saved_at_once, saved_dataset
+from sae_lens_atm.watch import Interrupted, OnStep, StopFlag
+
+_FIGURES = {
+    "l0": "l0",
+    "explained_variance": "explained_variance",
+    "mse": "mse",
+    "cossim": "cosine",
+    "l2_ratio": "shrinkage",
+    "ce_loss_score": "ce_loss_score",
+    "kl_div_score": "kl_div_score",
+}
+"""SAELens' names of what it evaluates, and ours."""
+
+
+@dataclass
+class HeldOutTokens:
+    """Tokens in the place of an activation store, the same for every SAE that is evaluated."""
+
+    batches: list[Tensor]
+    context_size: int
+    store_batch_size_prompts: int
+    _next: int = field(default=0, repr=False)
+
+    def get_batch_tokens(self, _batch_size: int | None = None) -> Tensor:
+        self._next += 1
+        return self.batches[(self._next - 1) % len(self.batches)]
+
+    def reset_input_dataset(self) -> None:
+        self._next = 0
+
+
+def hold_out(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) -> HeldOutTokens:
+    """The first tokens of a store's dataset, on which it then does not train in its first epoch."""
+    prompts = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
+    batches = [store.get_batch_tokens(prompts) for _ in range(max(cfg.n_eval_batches, 1))]
+    return HeldOutTokens(batches, cfg.context_size, prompts)
+
+
+class _GroupRunner(MultiSAETrainingRunner):
+    """SAELens' runner of several SAEs, watched run by run, and stopped between steps."""
+
+    planned: dict[str, Planned]
+    histories: dict[str, History]
+    points: list[int]
+    on_step: OnStep
+    stop: StopFlag
+    seconds: float = 0.0
+
+    @override
+    def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> Any:
+        self.histories = {}
+        for name, planned in self.planned.items():
+            inner = _with_own_settings(trainer.trainers[name], planned)
+            trainer.trainers[name] = inner
+            controller = L0Controller(inner, planned.knob, planned.l0)
+            steered = controller if planned.knob.steered else None
+            history = self.histories[name] = History(inner, self.points, None, steered)
+            self._watch(inner, history)
+        first = next(iter(trainer.trainers.values()))
+        between_steps = first.maybe_reset_sparsity
+
+        def maybe_stop() -> dict[str, Any]:
+            if self.stop.signal_number is not None:
+                raise Interrupted(None, self.stop.signal_number)
+            return between_steps()
+
+        first.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
+        started = time.perf_counter()
+        saes = trainer.fit()
+        self.seconds = time.perf_counter() - started
+        return saes
+
+    def _watch(self, trainer: SAETrainer[Any, Any], history: History) -> None:
+        step = trainer.step
+
+        def watched(batch: Tensor) -> Any:
+            output = step(batch)
+            history.after_step(output)
+            self.on_step(trainer, output)
+            return output
+
+        trainer.step = watched  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _with_own_settings(trainer: SAETrainer[Any, Any], planned: Planned) -> SAETrainer[Any, Any]:
+    """A trainer with the learning rate and so on of its own entry: SAELens gives all the same."""
+    cfg = planned.run.runner
+    own = {name: getattr(cfg, name) for name in TRAINER_FIELDS if hasattr(cfg, name)}
+    return SAETrainer(replace(trainer.cfg, **own), trainer.sae, trainer.data_provider)
+
+
+def train_group(
+    group: Sequence[Planned], folder: Path, points: int, on_step: OnStep, stop: StopFlag
+) -> None:
+    """Train and evaluate the runs of one seed that are not kept yet.
+
+    Raises:
+        Interrupted: `stop` asked for it; the group will start again.
+    """
+    cfg = cast(LanguageModelRun, group[0].run).runner
+    model = load_language_model(cfg)
+    pending = [p for p in group if not is_trained(p, folder)]
+    to_train = {p.folder.rpartition("/")[2]: p for p in pending if p.settings.trained}
+    saes: dict[str, TrainingSAE[Any]] = {}
+    for planned in pending:
+        with temporary_seed(planned.seed):
+            sae_cfg = planned.run.runner.sae
+            saes[planned.folder.rpartition("/")[2]] = TrainingSAE[Any].from_dict(sae_cfg.to_dict())
+    runner: _GroupRunner | None = None
+    with temporary_seed(group[0].seed):
+        if to_train:
+            runner = _GroupRunner(
+                _multi_config(cfg, {name: p.run.runner.sae for name, p in to_train.items()}),
+                override_dataset=saved_dataset(cfg.dataset_path),
+                override_model=model,
+                override_saes={name: saes[name] for name in to_train},
+            )
+            held_out = hold_out(runner.activations_store, cfg)
+            runner.planned, runner.on_step, runner.stop = to_train, on_step, stop
+            runner.points = curve_points(cfg.total_training_steps, points)
+            runner.run()
+        else:
+            held_out = hold_out(make_store(cfg, model), cfg)
+    for planned in pending:
+        name = planned.folder.rpartition("/")[2]
+        home = folder / planned.folder
+        home.mkdir(parents=True, exist_ok=True)
+        facts: dict[str, Any] = {}
+        if runner is not None and planned.settings.trained:
+            history = runner.histories[name]
+            importance = history.importance(
+                {"all latents": list(range(planned.run.runner.sae.d_sae))}
+            )
+            facts = {
+                "step_ms": history.step_ms,
+                "curve": history.curve().model_dump(),
+                "importance": importance.model_dump() if importance else None,
+                "group_seconds": runner.seconds,  # one forward pass for all of the group
+            }
+        _set_metadata(saes[name], cfg)
+        with saved_at_once(home / "sae") as partial:
+            saes[name].save_inference_model(partial)
+        write_json(home / TRAINING, facts)
+    for planned in group:
+        evaluate_on_language_model(planned, folder, model, held_out)
+
+
+def _set_metadata(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    # The runner does so for those that it trains; an untrained control needs it to be evaluated.
+    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = cfg.hook_name, cfg.model_name
+    sae.cfg.metadata.hook_head_index = cfg.hook_head_index
+
+
+def _multi_config(
+    cfg: LanguageModelSAERunnerConfig[Any], saes: dict[str, Any]
+) -> MultiSAETrainingRunnerConfig:
+    own = {f.name for f in fields(MultiSAETrainingRunnerConfig) if not f.name.startswith("_")}
+    shared = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in own}
+    shared |= {"n_checkpoints": 0, "checkpoint_path": None, "output_path": None}
+    shared |= {"hook_names": cfg.hook_name, "hook_head_indices": cfg.hook_head_index}
+    return MultiSAETrainingRunnerConfig(saes=saes, **shared)
+
+
+def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
+    """The model of a run.
+
+    Raises:
+        SettingsError: it cannot be loaded, or the hook or d_in does not fit it.
+    """
+    try:
+        model = load_model(
+            cfg.model_class_name,
+            cfg.model_name,
+            device=cfg.llm_device or cfg.device,
+            model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
+            hook_names=[cfg.hook_name],
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(
+            f"cannot load model_name {cfg.model_name!r}: {type(error).__name__}: {reason}"
+        ) from error
+    check_hook(cfg, model)
+    return model
+
+
+def make_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> ActivationsStore:
+    """SAELens' store of a run's tokens and activations."""
+    dataset = saved_dataset(cfg.dataset_path)
+    return ActivationsStore.from_config(model, cfg, override_dataset=dataset)
+
+
+@torch.no_grad()
+def evaluate_on_language_model(
+    planned: Planned, folder: Path, model: Any, tokens: HeldOutTokens
+) -> None:
+    """Evaluate a kept SAE as its users will load it, and keep the figures."""
+    if is_evaluated(planned, folder, with_map=False):
+        return
+    home = folder / planned.folder
+    cfg = cast(LanguageModelRun, planned.run).runner
+    sae = SAE[Any].load_from_disk(home / "sae", device=cfg.device)
+    figures, alive = language_model_figures(sae, model, tokens, cfg)
+    save_file({"alive": alive}, home / MEASURED)
+    _, cache = model.run_with_cache(
+        tokens.batches[0], names_filter=[cfg.hook_name], **cfg.model_kwargs
+    )
+    signed = bool((sae.encode(cache[cfg.hook_name].to(sae.device)).to_dense() < 0).any())
+    found = {"evaluation_key": planned.evaluation_key, "figures": figures, "signed": signed}
+    write_json(home / FIGURES, found)
+
+
+def language_model_figures(
+    sae: SAE[Any], model: Any, tokens: HeldOutTokens, cfg: LanguageModelSAERunnerConfig[Any]
+) -> tuple[dict[str, float], Tensor]:
+    """SAELens' own figures of a SAE, and which of its latents fired."""
+    tokens.reset_input_dataset()
+    with_model = len(tokens.batches)
+    evals = EvalConfig(
+        batch_size_prompts=tokens.store_batch_size_prompts,
+        n_eval_reconstruction_batches=with_model,
+        n_eval_sparsity_variance_batches=with_model,
+        compute_ce_loss=True,
+        compute_kl=True,
+        compute_l2_norms=True,
+        compute_sparsity_metrics=True,
+        compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+    )
+    excluded = cfg.exclude_special_tokens
+
+    def run(config: EvalConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+        return run_evals(
+            sae,
+            cast(ActivationsStore, tokens),
+            model,
+            ActivationScaler(),
+            config,
+            model_kwargs=cfg.model_kwargs,
+            exclude_special_tokens=excluded,
+        )
+
+    found: tuple[dict[str, Any], dict[str, Any]] | None = None
+    with suppress(ZeroDivisionError):  # where ablating the hook changes nothing in the model
+        found = run(evals)
+    if found is None:
+        tokens.reset_input_dataset()
+        found = run(replace(evals, compute_ce_loss=False, compute_kl=False))
+    groups, per_latent = found
+    flat = {name: value for group in groups.values() for name, value in group.items()}
+    figures = {ours: float(flat[name]) for name, ours in _FIGURES.items() if name in flat}
+    alive = torch.tensor(per_latent["feature_density"]) > 0
+    figures["dead_latents"] = int((~alive).sum())
+    return figures, alive

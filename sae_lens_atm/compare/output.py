@@ -1,0 +1,17 @@
+"""The files of a comparison."""
+
+from pathlib import Path
+
+from sae_lens_atm.compare.pictures import draw_pictures
+from sae_lens_atm.compare.report import write_report
+from sae_lens_atm.compare.results import Results, write_results
+
+
+def write_all(results: Results, folder: Path) -> list[Path]:
+    """Write results, report and pictures."""
+    return [*write_results(results, folder), *draw_all(results, folder)]
+
+
+def draw_all(results: Results, folder: Path) -> list[Path]:
+    """Draw report and pictures."""
+    return [write_report(results, folder / "report.html"), *draw_pictures(results, folder)]

@@ -1,0 +1,146 @@
+"""Still pictures of a comparison, for documents; the report has them to touch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sae_lens_atm.compare.figures import figure
+from sae_lens_atm.compare.results import Results, Row, Run
+
+_PARETO = (
+    "absorption_fraction",
+    "explained_variance",
+    "mcc",
+    "f1",
+    "ce_loss_score",
+    "kl_div_score",
+)
+_CANDIDATE = "#1f5fa8"
+_OTHERS = ("#b3302f", "#e07b39", "#3a8f5c", "#8c5fa8", "#8a6d3b", "#d16ba5", "#4aa5a5", "#a3a832",
+           "#5c6f82", "#c79a00")  # fmt: skip
+_CONTROLS = ("#777777", "#aaaaaa", "#bbbbbb")
+_GROUPS = ("#1f5fa8", "#4b9fd5", "#e07b39")
+
+
+def draw_pictures(results: Results, folder: Path) -> list[Path]:
+    """Draw what the results have: figures against L0, and importance along the way."""
+    drawn: list[Path] = []
+    if len({row.l0_target for row in results.rows}) > 1:
+        drawn.append(_draw_pareto(results, folder / "pareto.png"))
+    if any(run.importance is not None for run in results.runs):
+        drawn.append(_draw_dynamics(results, folder / "importance.png"))
+    return drawn
+
+
+def _pyplot() -> Any:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def colours(results: Results) -> dict[str, str]:
+    """A colour for each entry."""
+    by_role = {"candidate": [_CANDIDATE], "baseline": list(_OTHERS), "control": list(_CONTROLS)}
+    found: dict[str, str] = {}
+    for name, entry in results.entries.items():
+        left = by_role[entry.role]
+        found[name] = left.pop(0) if len(left) > 1 else left[0]
+    return found
+
+
+def _draw_pareto(results: Results, path: Path) -> Path:
+    plt = _pyplot()
+    present = {name for row in results.rows for name in row.figures}
+    names = [name for name in _PARETO if name in present]
+    columns = 2
+    lines = -(-len(names) // columns)
+    picture, grid = plt.subplots(
+        lines, columns, figsize=(11, 4.2 * lines), layout="constrained", squeeze=False
+    )
+    colour = colours(results)
+    for axes, name in zip(grid.flat, names, strict=False):
+        for entry in results.entries:
+            rows = [row for row in results.rows if row.entry == entry]
+            _draw_entry(axes, rows, name, colour[entry], results.entries[entry].role)
+        arrow = {1: "higher is better", -1: "lower is better", 0: ""}[figure(name).better]
+        axes.set(xlabel="L0 measured", title=f"{figure(name).label} ({arrow})")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
+    picture.savefig(path, dpi=120)
+    plt.close(picture)
+    return path
+
+
+def _draw_entry(axes: Any, rows: Sequence[Row], name: str, colour: str, role: str) -> None:
+    known = [row for row in rows if name in row.figures and row.figures[name].mean is not None]
+    if not known:
+        return
+    known.sort(key=lambda row: row.figures["l0"].mean or 0.0)
+    x = [row.figures["l0"].mean for row in known]
+    y = [row.figures[name].mean for row in known]
+    spread = [row.figures[name].sd or 0.0 for row in known]
+    style = "--" if role == "control" else "-"
+    width = 3 if role == "candidate" else 1.3
+    axes.errorbar(
+        x,
+        y,
+        spread,
+        color=colour,
+        linestyle=style,
+        linewidth=width,
+        capsize=2,
+        label=known[0].entry,
+    )
+    for row, x_at, y_at in zip(known, x, y, strict=True):
+        filled = colour if row.matched else "white"
+        axes.plot(x_at, y_at, "o", color=colour, markerfacecolor=filled, markersize=5)
+
+
+def _draw_dynamics(results: Results, path: Path) -> Path:
+    plt = _pyplot()
+    run = next(run for run in results.runs if run.importance is not None)
+    picture, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    _draw_importance(left, run)
+    colour = colours(results)
+    beside = [r for r in results.runs if (r.seed, r.l0_target) == (run.seed, run.l0_target)]
+    name = "absorption_fraction"
+    if not any(r.curve and r.curve.absorption_fraction for r in beside):
+        name = "explained_variance"
+    for other in beside:
+        if other.curve is not None and getattr(other.curve, name):
+            style = "--" if results.entries[other.entry].role == "control" else "-"
+            values = getattr(other.curve, name)
+            shown = colour[other.entry]
+            right.plot(other.curve.steps, values, style, color=shown, label=other.entry)
+    right.set(xlabel="training step", ylabel=figure(name).label, ylim=(0, None))
+    lower = " (lower is better)" if figure(name).better < 0 else ""
+    right.set_title(f"{figure(name).label.capitalize()}{lower}, seed {run.seed}")
+    right.legend(frameon=False, fontsize="small")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    picture.savefig(path, dpi=130)
+    plt.close(picture)
+    return path
+
+
+def _draw_importance(axes: Any, run: Run) -> None:
+    importance = run.importance
+    assert importance is not None
+    for (name, quartiles), colour in zip(importance.groups.items(), _GROUPS, strict=False):
+        low, middle, high = zip(*quartiles, strict=True)
+        label = f"{name} ({importance.latents[name]} latents)"
+        axes.plot(importance.steps, middle, color=colour, label=label)
+        axes.fill_between(importance.steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    threshold = r"threshold $\theta_t$"
+    axes.plot(importance.steps, importance.threshold, "--", color="#444", label=threshold)
+    axes.set(xlabel="training step", ylabel="importance (median, quartiles)", yscale="log")
+    top = axes.get_ylim()[1]
+    axes.set_ylim(0.01, max(top, 10) * 6)  # room for the legend
+    axes.set_title("Latents below the threshold are masked now and then")
+    axes.legend(frameon=False, loc="upper center", ncols=2, fontsize="small")

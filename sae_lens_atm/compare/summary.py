@@ -1,0 +1,145 @@
+"""From runs to rows: means and spreads over seeds, who is best, and how sure that is."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy import stats
+
+from sae_lens_atm.compare.figures import FIGURES, figure
+from sae_lens_atm.compare.results import Entry, Row, Run, Spread, Test
+
+_ROUNDING = 1e-12  # a spread below this is none
+
+
+def spread(values: Iterable[float | None]) -> Spread:
+    """Mean and standard deviation of the values that there are."""
+    found = [v for v in values if v is not None and not math.isnan(v)]
+    return Spread(
+        mean=fmean(found) if found else None,
+        sd=stdev(found) if len(found) > 1 else None,
+        n=len(found),
+    )
+
+
+def make_rows(runs: Sequence[Run], stability: Mapping[tuple[str, float], Spread]) -> list[Row]:
+    """One row for each entry and L0, in the order of the runs.
+
+    Args:
+        runs: of all seeds.
+        stability: of each entry and L0, where there are seeds enough for it.
+    """
+
+    def key(run: Run) -> tuple[str, float]:
+        return run.entry, run.l0_target
+
+    order = {k: i for i, k in enumerate(dict.fromkeys(key(run) for run in runs))}
+    rows: list[Row] = []
+    for (entry, l0), group in groupby(sorted(runs, key=lambda run: order[key(run)]), key=key):
+        members = list(group)
+        names = dict.fromkeys(name for run in members for name in run.figures)
+        figures = {name: spread(run.figures.get(name) for run in members) for name in names}
+        if (entry, l0) in stability:
+            figures["stability"] = stability[entry, l0]
+        known = [name for name in FIGURES if name in figures]
+        ordered = {name: figures[name] for name in (*known, *figures)}
+        rows.append(
+            Row(
+                entry=entry,
+                l0_target=l0,
+                seeds=[run.seed for run in members],
+                matched=all(run.matched for run in members),
+                moving=any(run.moving for run in members),
+                figures=ordered,
+            )
+        )
+    return rows
+
+
+def best_row(rows: Iterable[Row], name: str) -> Row | None:
+    """The matched row with the best mean of a figure."""
+    better = figure(name).better
+    means = [(mean, row) for row in rows if row.matched and (mean := _mean(row, name)) is not None]
+    return max(means, key=lambda pair: better * pair[0])[1] if means and better else None
+
+
+def best_rows(
+    rows: Sequence[Row], entries: Mapping[str, Entry], name: str
+) -> set[tuple[str, float]]:
+    """(entry, L0) of the best value of a figure at each L0, ties in what is shown included.
+
+    Controls and rows that missed their L0 do not take part.
+    """
+    better, digits = figure(name).better, figure(name).digits
+    ranked: dict[float, dict[str, float]] = {}
+    for row in rows:
+        value = _mean(row, name)
+        if better and value is not None and row.matched and entries[row.entry].role != "control":
+            ranked.setdefault(row.l0_target, {})[row.entry] = round(better * value, digits)
+    return {
+        (entry, l0)
+        for l0, values in ranked.items()
+        for entry, value in values.items()
+        if value == max(values.values())
+    }
+
+
+def _mean(row: Row, name: str) -> float | None:
+    return row.figures[name].mean if name in row.figures else None
+
+
+def make_tests(
+    runs: Sequence[Run], rows: Sequence[Row], entries: Mapping[str, Entry]
+) -> list[Test]:
+    """Every candidate against the best baseline, figure by figure and L0 by L0.
+
+    Runs of one seed see the same batches, so they are compared seed by seed. The best baseline is
+    another one for each figure, chosen after the fact: that makes it hard for the candidate.
+    """
+    tests: list[Test] = []
+    for row in rows:
+        if entries[row.entry].role != "candidate" or not row.matched:
+            continue
+        baselines = [
+            other
+            for other in rows
+            if other.l0_target == row.l0_target and entries[other.entry].role == "baseline"
+        ]
+        for name in row.figures:
+            best = best_row(baselines, name)
+            if best is not None:
+                tests.append(_test(runs, row, best, name))
+    return tests
+
+
+def _test(runs: Sequence[Run], row: Row, best: Row, name: str) -> Test:
+    def by_seed(entry: str) -> dict[int, float]:
+        found = (
+            (r.seed, r.figures.get(name))
+            for r in runs
+            if r.entry == entry and r.l0_target == row.l0_target
+        )
+        return {seed: v for seed, v in found if v is not None and not math.isnan(v)}
+
+    ours, theirs = by_seed(row.entry), by_seed(best.entry)
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    difference: float | None = fmean(differences) if differences else None
+    if name == "stability":  # a figure of all seeds together
+        mine, other = _mean(row, name), _mean(best, name)
+        difference = mine - other if mine is not None and other is not None else None
+    p: float | None = None
+    if len(differences) > 1 and stdev(differences) > _ROUNDING:
+        result: Any = stats.ttest_1samp(differences, 0.0)
+        p = float(result.pvalue)
+    return Test(
+        candidate=row.entry,
+        l0_target=row.l0_target,
+        figure=name,
+        baseline=best.entry,
+        difference=difference,
+        better=None if not difference else difference * figure(name).better > 0,
+        p=p,
+        n=len(differences),
+    )

@@ -1,0 +1,97 @@
+"""The tables of a comparison in a terminal."""
+
+from collections.abc import Iterator, Mapping
+
+from rich.table import Table
+from rich.text import Text
+
+from sae_lens_atm.compare.figures import ARROWS, figure
+from sae_lens_atm.compare.results import Results, Row, Test
+from sae_lens_atm.compare.summary import best_rows
+from sae_lens_atm.compare.wording import show_spread
+
+_SHOWN = {
+    "l0": "L0",
+    "explained_variance": "EV",
+    "mcc": "MCC",
+    "f1": "F1",
+    "absorption_full": "abs. full",
+    "absorption_fraction": "abs. frac.",
+    "ce_loss_score": "CE rec.",
+    "kl_div_score": "KL rec.",
+    "dead_latents": "dead",
+    "stability": "stability",
+    "step_ms": "ms a step",
+}
+"""What fits on a line, and its heading; the rest is in the report."""
+_ROLE_STYLES = {"candidate": "bold", "baseline": "", "control": "dim"}
+
+
+def row_tables(results: Results) -> Iterator[Table]:
+    """One table for each L0."""
+    for l0 in dict.fromkeys(row.l0_target for row in results.rows):
+        rows = [row for row in results.rows if row.l0_target == l0]
+        names = [name for name in _SHOWN if any(name in row.figures for row in rows)]
+        seeds = max(len(row.seeds) for row in rows)
+        table = Table(title=f"{results.name}, L0 {l0:g}{_over(seeds)}")
+        table.add_column("")
+        for name in names:
+            table.add_column(
+                _SHOWN[name] + ARROWS[figure(name).better], justify="right", no_wrap=True
+            )
+        best = {name: best_rows(rows, results.entries, name) for name in names}
+        for row in rows:
+            role = results.entries[row.entry].role
+            cells = [_cell(row, name, best) for name in names]
+            table.add_row(row.entry + signs(row), *cells, style=_ROLE_STYLES[role])
+        yield table
+
+
+def _over(seeds: int) -> str:
+    return f": mean ± sd over {seeds} seeds" if seeds > 1 else ", one seed"
+
+
+def signs(row: Row) -> str:
+    """Signs behind a name: ``*`` its L0 is off the target, ``~`` it was still moving."""
+    return (" *" if not row.matched else "") + (" ~" if row.moving else "")
+
+
+MARKS = (
+    "* L0 more than 5% off the target: not ranked.  "
+    "~ explained variance or dead latents still moved at the end.  "
+    "Green: best of those ranked, controls aside."
+)
+
+
+def _cell(row: Row, name: str, best: Mapping[str, set[tuple[str, float]]]) -> Text:
+    if name not in row.figures:
+        return Text("")
+    text = show_spread(row.figures[name], figure(name).digits)
+    return Text(text, style="green" if (row.entry, row.l0_target) in best[name] else "")
+
+
+def test_table(results: Results) -> Table | None:
+    """The candidates beside the best baseline of each figure; None without candidates."""
+    shown = [test for test in results.tests if test.figure in _SHOWN]
+    if not shown:
+        return None
+    table = Table(title="Beside the best baseline of each figure (paired by seed)")
+    for name in ("", "L0", "figure", "best baseline", "difference", "", "p"):
+        table.add_column(name, justify="right" if name in ("L0", "difference", "p") else "left")
+    for test in shown:
+        table.add_row(*_test_cells(test))
+    return table
+
+
+def _test_cells(test: Test) -> tuple[str | Text, ...]:
+    verdict = {True: Text("better", "green"), False: Text("worse", "red"), None: Text("equal")}
+    difference = "-" if test.difference is None else f"{test.difference:+.4f}"
+    return (
+        test.candidate,
+        f"{test.l0_target:g}",
+        figure(test.figure).label,
+        test.baseline,
+        difference,
+        verdict[test.better],
+        "-" if test.p is None else f"{test.p:.3f} (n={test.n})",
+    )
