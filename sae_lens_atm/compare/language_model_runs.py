@@ -1,7 +1,8 @@
 """The SAEs of a comparison on a language model: all of one seed from one forward pass."""
 
-import time
-from collections.abc import Sequence
+import hashlib
+import shutil
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_atm.checkpoints import load_random_state, save_random_state
 from sae_lens_atm.compare.config import TRAINER_FIELDS, Planned
 from sae_lens_atm.compare.history import History, curve_points
 from sae_lens_atm.compare.kept import (
@@ -79,10 +81,11 @@ class _GroupRunner(MultiSAETrainingRunner):
 
     planned: dict[str, Planned]
     histories: dict[str, History]
+    stopped: Path
+    """Where the state of a group that was stopped is kept."""
     points: list[int]
     on_step: OnStep
     stop: StopFlag
-    seconds: float = 0.0
 
     @override
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> Any:
@@ -94,19 +97,38 @@ class _GroupRunner(MultiSAETrainingRunner):
             steered = controller if planned.knob.steered else None
             history = self.histories[name] = History(inner, self.points, None, steered)
             self._watch(inner, history)
+        if self.cfg.resume_from_checkpoint is not None:
+            self._go_on(trainer)
         first = next(iter(trainer.trainers.values()))
         between_steps = first.maybe_reset_sparsity
 
         def maybe_stop() -> dict[str, Any]:
             if self.stop.signal_number is not None:
+                self._keep(trainer)
                 raise Interrupted(None, self.stop.signal_number)
             return between_steps()
 
         first.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
-        started = time.perf_counter()
-        saes = trainer.fit()
-        self.seconds = time.perf_counter() - started
-        return saes
+        return trainer.fit()
+
+    def _keep(self, trainer: MultiSAETrainer) -> None:
+        """Keep the state of the whole group, or nothing of it."""
+        trainer.cfg.checkpoint_path = str(self.stopped.parent)
+        partial = self.stopped.with_name(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        trainer.save_checkpoint(partial.name)
+        save_random_state(partial)
+        for name, history in self.histories.items():
+            history.save(partial / name / "history.pt")
+        shutil.rmtree(self.stopped, ignore_errors=True)
+        partial.rename(self.stopped)
+
+    def _go_on(self, trainer: MultiSAETrainer) -> None:
+        # Again, as the trainers that SAELens has loaded it into were replaced since.
+        trainer.load_checkpoint(self.stopped)
+        for name, history in self.histories.items():
+            history.load(self.stopped / name / "history.pt")
+        load_random_state(self.stopped)
 
     def _watch(self, trainer: SAETrainer[Any, Any], history: History) -> None:
         step = trainer.step
@@ -133,7 +155,8 @@ def train_group(
     """Train and evaluate the runs of one seed that are not kept yet.
 
     Raises:
-        Interrupted: `stop` asked for it; the group will start again.
+        Interrupted: `stop` asked for it. The next call goes on, as exactly as SAELens' activation
+            store can: what its buffer held is skipped.
     """
     cfg = cast(LanguageModelRun, group[0].run).runner
     model = load_language_model(cfg)
@@ -147,8 +170,11 @@ def train_group(
     runner: _GroupRunner | None = None
     with temporary_seed(group[0].seed):
         if to_train:
+            stopped = folder / "groups" / _group_key(to_train) / "stopped"
+            config = _multi_config(cfg, {name: p.run.runner.sae for name, p in to_train.items()})
+            config.resume_from_checkpoint = str(stopped) if stopped.exists() else None
             runner = _GroupRunner(
-                _multi_config(cfg, {name: p.run.runner.sae for name, p in to_train.items()}),
+                config,
                 override_dataset=saved_dataset(cfg.dataset_path),
                 override_model=model,
                 override_saes={name: saes[name] for name in to_train},
@@ -156,6 +182,7 @@ def train_group(
             held_out = hold_out(runner.activations_store, cfg)
             runner.planned, runner.on_step, runner.stop = to_train, on_step, stop
             runner.points = curve_points(cfg.total_training_steps, points)
+            runner.stopped = stopped
             runner.run()
         else:
             held_out = hold_out(make_store(cfg, model), cfg)
@@ -173,14 +200,20 @@ def train_group(
                 "step_ms": history.step_ms,
                 "curve": history.curve().model_dump(),
                 "importance": importance.model_dump() if importance else None,
-                "group_seconds": runner.seconds,  # one forward pass for all of the group
+                "group_seconds": history.seconds,  # one forward pass for all of the group
             }
         _set_metadata(saes[name], cfg)
         with saved_at_once(home / "sae") as partial:
             saes[name].save_inference_model(partial)
         write_json(home / TRAINING, facts)
+    if runner is not None:
+        shutil.rmtree(runner.stopped.parent, ignore_errors=True)
     for planned in group:
         evaluate_on_language_model(planned, folder, model, held_out)
+
+
+def _group_key(names: Iterable[str]) -> str:
+    return hashlib.sha256(" ".join(sorted(names)).encode()).hexdigest()[:10]
 
 
 def _set_metadata(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any]) -> None:

@@ -183,10 +183,10 @@ def test_an_interrupted_comparison_goes_on_bit_for_bit(comparison_yaml, tmp_path
     whole = compare(straight, 1, Ears())
     comparison = load_comparison(comparison_yaml, [*short, "output_path=halting"])
     kept = 0
-    for _ in range(8):
+    for _ in range(6):
         stop = StopFlag()
         try:  # each time some steps further: the pool has 200 steps, and so has each of three runs
-            halted = compare(comparison, 1, Ears(stop, after=140), stop)
+            halted = compare(comparison, 1, Ears(stop, after=240), stop)
             break
         except Interrupted:
             kept += len(list((tmp_path / "halting").glob("runs/*/history.pt")))
@@ -262,6 +262,26 @@ def test_on_a_language_model(language_model_comparison_yaml, tmp_path):
     for run in again.runs:
         if run.entry in before:
             assert run.figures == before[run.entry]
+
+
+def test_a_group_on_a_language_model_goes_on(language_model_comparison_yaml, tmp_path):
+    overrides = ["seeds=[0]", "training_tokens=6400", "lr=1e-3"]
+    comparison = load_comparison(language_model_comparison_yaml, overrides)
+    stop = StopFlag()
+    with pytest.raises(Interrupted):
+        compare(comparison, 1, Ears(stop, after=25), stop)
+    (kept,) = (tmp_path / "out").glob("groups/*/stopped")
+    done = torch.load(next(kept.glob("atm*/trainer_state.pt")), weights_only=False)
+    assert 0 < done["n_training_steps"] < 100
+    ears = Ears()
+    results = compare(comparison, 1, ears)
+    assert {run.entry for run in results.runs} == {"atm", "batchtopk", "gated", "untrained"}
+    for run in results.runs:
+        if run.curve is not None:
+            assert run.curve.steps == [25, 50, 75, 100]
+    atm = next((tmp_path / "out").glob("runs/atm*/training.json"))
+    assert json.loads(atm.read_text())["importance"]["steps"] == [25, 50, 75, 100]
+    assert not list((tmp_path / "out").glob("groups/*"))
 
 
 def test_its_own_learning_rate_reaches_a_language_models_sae(
