@@ -1,11 +1,9 @@
 """The README's code runs, with tiny local models where a reader would download one."""
 
-import json
 import re
 import shlex
 from pathlib import Path
 
-import pytest
 import sae_lens
 import torch
 from sae_lens import SAE, LanguageModelSAETrainingRunner
@@ -13,6 +11,8 @@ from sae_lens.loading import pretrained_sae_loaders
 from typer.testing import CliRunner
 
 from sae_lens_atm.cli import app
+from sae_lens_atm.compare import read_results
+from sae_lens_atm.compare.tables import markdown
 from tests.conftest import CONTEXT
 from tests.helpers import make_sae, train
 
@@ -26,7 +26,7 @@ def blocks(language):
 
 def test_every_block_is_of_a_kind_that_is_tested():
     assert set(re.findall(r"```(\w+)\n", README)) == {"bash", "python", "text"}
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 4
 
 
 def test_python_example_trains(hooked_model, token_dataset, monkeypatch, tmp_path):
@@ -72,12 +72,33 @@ def test_python_examples_load(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pretrained_sae_loaders, "EntryNotFoundError", NotFound)
     monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
     scope = {}
-    _, from_hub, from_checkpoint = blocks("python")
+    _, _, from_hub, from_checkpoint = blocks("python")
     exec(from_hub, scope)
     x = torch.randn(4, 8)
     assert torch.equal(scope["sae"](x), sae.eval()(x))
     exec(from_checkpoint, scope)
     assert "values=" in capsys.readouterr().out
+
+
+def test_python_example_measures(capsys):
+    """With an SAE of three latents that detects a parent and its two children ideally."""
+
+    class Ideal:
+        W_dec = torch.eye(3, 4)
+
+        def encode(self, x):
+            return x[:, :3]
+
+    features = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    scope = {
+        "sae": Ideal(),
+        "feature_vectors": torch.eye(3, 4),
+        "x": torch.nn.functional.pad(features, (0, 1)),
+        "true_features": features,
+        "decoders_of_other_seeds": [torch.eye(3, 4), torch.eye(3, 4)[[2, 0, 1]]],
+    }
+    exec(blocks("python")[1], scope)
+    assert capsys.readouterr().out.split() == ["0.0", "1.0"]
 
 
 def test_make_targets_exist():
@@ -86,10 +107,14 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-def test_command_lines_run(language_model_yaml):
-    """On the tiny Gemma-2: `train NAME` gets its run file, everything else is as written."""
+def command_lines():
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("sae-lens-atm")]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("sae-lens-atm")]
+
+
+def test_train_command_lines_run(language_model_yaml):
+    """On the tiny Gemma-2: `train NAME` gets its run file, everything else is as written."""
+    commands = [words for words in command_lines() if words[0] in ("train", "inspect")]
     assert len(commands) == 3
     for command in commands:
         arguments = [
@@ -104,24 +129,41 @@ def test_command_lines_run(language_model_yaml):
                 assert real.exit_code == 0, real.output
 
 
+def test_compare_command_lines_run(comparison_yaml, tmp_path):
+    """On the small comparison, in the folders of the real one."""
+    commands = [words for words in command_lines() if words[0] not in ("train", "inspect")]
+    assert [words[0] for words in commands] == ["compare", "compare", "report", "evaluate"]
+    text = comparison_yaml.read_text().replace("output_path: out\n", "")
+    (tmp_path / "compare-sister-a.yaml").write_text(text)
+    make_sae(d_in=16).save_model(tmp_path / "my-sae")
+    for command in commands:
+        arguments = [f"{w}.yaml" if w == "compare-sister-a" else w for w in command]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+
+
 def test_the_error_shown_is_the_error_given(synthetic_yaml):
     (shown,) = blocks("text")
     arguments = ["train", str(synthetic_yaml), "--set", "sae.schedul=dual"]
     assert CliRunner().invoke(app, arguments).stderr == shown
 
 
-def test_figures_are_those_of_the_committed_results():
-    results = json.loads((ROOT / "docs/demo/results.json").read_text())
-    rows = re.findall(r"^\| `(\w+)` \| ([\d.-]+) \| ([\d.-]+) \|$", README, re.MULTILINE)
-    assert len(rows) >= 6
-    for name, atm, topk in rows:
-        for column, shown in (("atm", atm), ("topk", topk)):
-            digits = len(shown.partition(".")[2])
-            assert float(shown) == pytest.approx(
-                results["figures"][column][name], abs=0.5001 * 10.0**-digits
-            ), name
+def test_tables_are_those_of_the_committed_results():
+    """Whole, as `report` writes them."""
+    pages = {"README.md": ["demo"], "docs/results.md": ["sister-a", "sister-b"]}
+    for page, names in pages.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for name in names:
+            results = read_results(ROOT / f"docs/{name}/results.json")
+            assert results.failed == {}
+            assert not results.quick
+            for table in markdown(results).split("\n\n"):
+                assert table.strip() in text, (page, name)
 
 
 def test_what_readme_links_to_is_there():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", results):
+        assert (ROOT / "docs" / target).exists(), target

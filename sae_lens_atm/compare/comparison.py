@@ -216,7 +216,8 @@ def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
         entries=entries,
         runs=runs,
         rows=rows,
-        tests=make_tests(runs, rows, entries),
+        not_ranked=comparison.not_ranked,
+        tests=make_tests(runs, rows, entries, comparison.not_ranked),
         parents=_parents(comparison, done),
         failed=failed,
     )

@@ -30,6 +30,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from sae_lens_atm.compare.figures import FIGURES
 from sae_lens_atm.compare.matching import Knob, direct_knob, find_knob
 from sae_lens_atm.compare.results import Role
 from sae_lens_atm.settings import (
@@ -43,7 +44,16 @@ from sae_lens_atm.settings import (
     read_yaml,
 )
 
-_OWN_KEYS = ("name", "seeds", "l0", "architectures", "quick", "curve_points", "pool_batches")
+_OWN_KEYS = (
+    "name",
+    "seeds",
+    "l0",
+    "architectures",
+    "quick",
+    "curve_points",
+    "pool_batches",
+    "not_ranked",
+)
 TRAINER_FIELDS = (
     "lr",
     "lr_scheduler_name",
@@ -84,6 +94,8 @@ class _OwnSettings(BaseModel):
     quick: dict[str, Any] = Field(default_factory=dict)
     curve_points: int = Field(default=20, ge=2)
     """How often a run is looked at along the way."""
+    not_ranked: list[str] = Field(default_factory=list)
+    """Figures to report without calling any the best, where they mean little."""
     pool_batches: int | None = Field(default=None, ge=1)
     """On synthetic data: how many batches to draw for a seed, gone through again and again; all
     of them if left out."""
@@ -145,6 +157,7 @@ class Comparison:
     """The file, overrides applied."""
     quick: bool
     curve_points: int
+    not_ranked: list[str]
     planned: list[Planned]
 
     @property
@@ -187,6 +200,11 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     for what, values in (("seeds", settings.seeds), ("l0", settings.l0)):
         if len(set(values)) != len(values):
             raise SettingsError(f"{what} is {values!r}: allowed is each value once")
+    for name in settings.not_ranked:
+        if name not in FIGURES:
+            raise SettingsError(
+                f"not_ranked has {name!r}: allowed are figures, {', '.join(FIGURES)}"
+            )
     shared = {key: value for key, value in content.items() if key not in _OWN_KEYS}
     if "seed" in shared:
         raise SettingsError("seed: a comparison has seeds, a list")
@@ -199,7 +217,15 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     # Seed by seed, so that a comparison stopped half-way holds whole tables of fewer seeds.
     planned.sort(key=lambda p: settings.seeds.index(p.seed))
     output_folder = Path(str(output)).expanduser()
-    return Comparison(settings.name, output_folder, content, quick, settings.curve_points, planned)
+    return Comparison(
+        settings.name,
+        output_folder,
+        content,
+        quick,
+        settings.curve_points,
+        settings.not_ranked,
+        planned,
+    )
 
 
 def _plan_entry(

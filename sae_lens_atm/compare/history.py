@@ -24,7 +24,7 @@ from sae_lens_atm.synthetic import children_of
 
 EV_TOLERANCE = 0.005
 """Explained variance that changed by more over the last tenth of training was still moving."""
-DEAD_TOLERANCE = 0.01
+DEAD_TOLERANCE = 0.02
 """So was a dead count that changed by more than this share of the latents."""
 
 

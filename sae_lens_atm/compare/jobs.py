@@ -8,7 +8,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,10 +121,14 @@ def _child(job: Job, connection: Connection, threads: int) -> None:
         sys.exit(1)
 
 
+def _no_bar(*args: Any, **kwargs: Any) -> Any:
+    return tqdm(*args, **{**kwargs, "disable": True})
+
+
 def silence_saelens() -> None:
     """No bars and warnings of SAELens' in between: many processes write to one terminal."""
     for module in (sae_trainer, multi_sae_trainer, feature_dictionary):
-        setattr(module, "tqdm", partial(tqdm, disable=True))  # noqa: B010
+        setattr(module, "tqdm", _no_bar)  # noqa: B010
     warnings.filterwarnings("ignore", module=r"sae_lens\.")
     warnings.filterwarnings("ignore", message=".*decoder_init_norm must be set.*")
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lens_atm.compare.config import Planned
+from sae_lens_atm.compare.results import write_text
 from sae_lens_atm.evaluation import to_json
 
 TRAINING, FIGURES, MEASURED = "training.json", "figures.json", "measured.safetensors"
@@ -40,6 +41,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Keep a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(to_json(content, compact_lists=True), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, to_json(content, compact_lists=True))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from sae_lens_atm.compare.pictures import draw_pictures
 from sae_lens_atm.compare.report import write_report
-from sae_lens_atm.compare.results import Results, write_results
+from sae_lens_atm.compare.results import Results, write_results, write_text
+from sae_lens_atm.compare.tables import markdown
 
 
 def write_all(results: Results, folder: Path) -> list[Path]:
@@ -13,5 +14,7 @@ def write_all(results: Results, folder: Path) -> list[Path]:
 
 
 def draw_all(results: Results, folder: Path) -> list[Path]:
-    """Draw report and pictures."""
-    return [write_report(results, folder / "report.html"), *draw_pictures(results, folder)]
+    """Draw report, tables and pictures."""
+    table = write_text(folder / "tables.md", markdown(results))
+    report = write_report(results, folder / "report.html")
+    return [report, table, *draw_pictures(results, folder)]

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sae_lens_atm.compare.charts import importance_runs, view
 from sae_lens_atm.compare.figures import figure
-from sae_lens_atm.compare.results import Results, Row, Run
+from sae_lens_atm.compare.results import Importance, Results, Row
 
 _PARETO = (
     "absorption_fraction",
@@ -65,6 +66,7 @@ def _draw_pareto(results: Results, path: Path) -> Path:
         for entry in results.entries:
             rows = [row for row in results.rows if row.entry == entry]
             _draw_entry(axes, rows, name, colour[entry], results.entries[entry].role)
+        axes.set_ylim(*_range(results, name))
         arrow = {1: "higher is better", -1: "lower is better", 0: ""}[figure(name).better]
         axes.set(xlabel="L0 measured", title=f"{figure(name).label} ({arrow})")
         axes.spines[["top", "right"]].set_visible(False)
@@ -75,6 +77,19 @@ def _draw_pareto(results: Results, path: Path) -> Path:
     picture.savefig(path, dpi=120)
     plt.close(picture)
     return path
+
+
+def _range(results: Results, name: str) -> list[float]:
+    """What is shown of a figure: controls only as far as they do not squeeze the rest together."""
+    reach: dict[bool, list[list[float]]] = {True: [], False: []}
+    for row in results.rows:
+        value = row.figures.get(name)
+        if value is not None and value.mean is not None:
+            sd = value.sd or 0.0
+            is_control = results.entries[row.entry].role == "control"
+            reach[is_control].append([value.mean - sd, value.mean + sd])
+    near = reach[False] or reach[True]
+    return view([end for ends in near for end in ends], reach[True])
 
 
 def _draw_entry(axes: Any, rows: Sequence[Row], name: str, colour: str, role: str) -> None:
@@ -104,9 +119,9 @@ def _draw_entry(axes: Any, rows: Sequence[Row], name: str, colour: str, role: st
 
 def _draw_dynamics(results: Results, path: Path) -> Path:
     plt = _pyplot()
-    run = next(run for run in results.runs if run.importance is not None)
-    picture, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    _draw_importance(left, run)
+    run, importance = importance_runs(results)[0]
+    picture, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    _draw_importance(left, importance)
     colour = colours(results)
     beside = [r for r in results.runs if (r.seed, r.l0_target) == (run.seed, run.l0_target)]
     name = "absorption_fraction"
@@ -114,14 +129,20 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
         name = "explained_variance"
     for other in beside:
         if other.curve is not None and getattr(other.curve, name):
-            style = "--" if results.entries[other.entry].role == "control" else "-"
-            values = getattr(other.curve, name)
-            shown = colour[other.entry]
-            right.plot(other.curve.steps, values, style, color=shown, label=other.entry)
+            role = results.entries[other.entry].role
+            right.plot(
+                other.curve.steps,
+                getattr(other.curve, name),
+                "--" if role == "control" else "-",
+                color=colour[other.entry],
+                linewidth=3 if role == "candidate" else 1.3,
+                label=other.entry,
+            )
     right.set(xlabel="training step", ylabel=figure(name).label, ylim=(0, None))
     lower = " (lower is better)" if figure(name).better < 0 else ""
-    right.set_title(f"{figure(name).label.capitalize()}{lower}, seed {run.seed}")
-    right.legend(frameon=False, fontsize="small")
+    label = figure(name).label
+    right.set_title(f"{label[0].upper()}{label[1:]}{lower}, L0 {run.l0_target:g}, seed {run.seed}")
+    right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=130)
@@ -129,9 +150,7 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
     return path
 
 
-def _draw_importance(axes: Any, run: Run) -> None:
-    importance = run.importance
-    assert importance is not None
+def _draw_importance(axes: Any, importance: Importance) -> None:
     for (name, quartiles), colour in zip(importance.groups.items(), _GROUPS, strict=False):
         low, middle, high = zip(*quartiles, strict=True)
         label = f"{name} ({importance.latents[name]} latents)"

@@ -26,7 +26,7 @@ from sae_lens_atm.compare.charts import (
     pareto_panel,
 )
 from sae_lens_atm.compare.figures import FIGURES, figure
-from sae_lens_atm.compare.results import Results, Row, Run, Spread, Test
+from sae_lens_atm.compare.results import Results, Row, Run, Spread, Test, write_text
 from sae_lens_atm.compare.summary import best_rows
 from sae_lens_atm.compare.wording import (
     clean,
@@ -92,7 +92,7 @@ def figure_names(holders: Sequence[Row] | Sequence[Run]) -> list[str]:
 def table(results: Results, holders: Sequence[Row] | Sequence[Run]) -> list[Line]:
     """Rows or runs, those of an L0 together, candidates first. The best is marked among rows."""
     names, order = figure_names(holders), in_order(results.entries)
-    best = {name: best_rows(results.rows, results.entries, name) for name in names}
+    best = {name: best_rows(results, name) for name in names}
     lines: list[Line] = []
     for holder in sorted(holders, key=lambda held: (held.l0_target, order.index(held.entry))):
         seeds = len(holder.seeds) if isinstance(holder, Row) else holder.seed
@@ -185,6 +185,4 @@ def report_html(results: Results) -> str:
 
 def write_report(results: Results, path: Path) -> Path:
     """Write the report, to the side first."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(report_html(results), encoding="utf-8")
-    return partial.replace(path)
+    return write_text(path, report_html(results))

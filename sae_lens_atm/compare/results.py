@@ -134,6 +134,8 @@ class Results(_Schema):
     machine: dict[str, str]
     config: dict[str, Any]
     """The comparison file, overrides applied."""
+    not_ranked: list[str] = Field(default_factory=list)
+    """Figures that are reported, and of which none is called the best."""
     entries: dict[str, Entry]
     runs: list[Run]
     rows: list[Row]
@@ -146,7 +148,7 @@ class Results(_Schema):
 def write_results(results: Results, folder: Path) -> list[Path]:
     """Write `results.json` and `results.csv`, each to the side first."""
     json_path, csv_path = folder / "results.json", folder / "results.csv"
-    _replace(json_path, to_json(results.model_dump(), compact_lists=True))
+    write_text(json_path, to_json(results.model_dump(), compact_lists=True))
     with (folder / ".results.csv.partial").open("w", newline="", encoding="utf-8") as file:
         figures = list(dict.fromkeys(name for run in results.runs for name in run.figures))
         table = csv.writer(file)
@@ -165,10 +167,11 @@ def _or_none(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> Path:
+    """Write a file to the side first."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    return partial.replace(path)
 
 
 def read_results(path: str | Path) -> Results:

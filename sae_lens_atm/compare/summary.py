@@ -1,7 +1,7 @@
 """From runs to rows: means and spreads over seeds, who is best, and how sure that is."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean, stdev
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 from scipy import stats
 
 from sae_lens_atm.compare.figures import FIGURES, figure
-from sae_lens_atm.compare.results import Entry, Row, Run, Spread, Test
+from sae_lens_atm.compare.results import Entry, Results, Row, Run, Spread, Test
 
 _ROUNDING = 1e-12  # a spread below this is none
 
@@ -65,14 +65,15 @@ def best_row(rows: Iterable[Row], name: str) -> Row | None:
     return max(means, key=lambda pair: better * pair[0])[1] if means and better else None
 
 
-def best_rows(
-    rows: Sequence[Row], entries: Mapping[str, Entry], name: str
-) -> set[tuple[str, float]]:
+def best_rows(results: Results, name: str) -> set[tuple[str, float]]:
     """(entry, L0) of the best value of a figure at each L0, ties in what is shown included.
 
-    Controls and rows that missed their L0 do not take part.
+    Controls, rows that missed their L0 and figures that are not ranked do not take part.
     """
+    rows, entries = results.rows, results.entries
     better, digits = figure(name).better, figure(name).digits
+    if name in results.not_ranked:
+        return set()
     ranked: dict[float, dict[str, float]] = {}
     for row in rows:
         value = _mean(row, name)
@@ -91,7 +92,10 @@ def _mean(row: Row, name: str) -> float | None:
 
 
 def make_tests(
-    runs: Sequence[Run], rows: Sequence[Row], entries: Mapping[str, Entry]
+    runs: Sequence[Run],
+    rows: Sequence[Row],
+    entries: Mapping[str, Entry],
+    not_ranked: Collection[str] = (),
 ) -> list[Test]:
     """Every candidate against the best baseline, figure by figure and L0 by L0.
 
@@ -108,7 +112,7 @@ def make_tests(
             if other.l0_target == row.l0_target and entries[other.entry].role == "baseline"
         ]
         for name in row.figures:
-            best = best_row(baselines, name)
+            best = None if name in not_ranked else best_row(baselines, name)
             if best is not None:
                 tests.append(_test(runs, row, best, name))
     return tests

@@ -171,7 +171,8 @@ def cosine_map(decoder: Tensor, model: SyntheticModel) -> str:
     vectors = model.feature_dict.feature_vectors.detach().cpu()[:_MAP_SIDE]
     cosine = cosine_similarities(decoder.detach().cpu().float(), vectors.float())
     latents, features = linear_sum_assignment(-cosine.abs().numpy())
-    shown = cosine[latents[features.argsort()]].numpy()
+    # In steps that the eye still tells apart, which make the picture a fifth of the size.
+    shown = (cosine[latents[features.argsort()]] * 16).round().numpy() / 16
     buffer = io.BytesIO()
     image.imsave(buffer, shown, vmin=-1, vmax=1, cmap="RdBu_r", format="png")
     return base64.b64encode(buffer.getvalue()).decode()

@@ -39,7 +39,7 @@ def row_tables(results: Results) -> Iterator[Table]:
             table.add_column(
                 _SHOWN[name] + ARROWS[figure(name).better], justify="right", no_wrap=True
             )
-        best = {name: best_rows(rows, results.entries, name) for name in names}
+        best = {name: best_rows(results, name) for name in names}
         for row in rows:
             role = results.entries[row.entry].role
             cells = [_cell(row, name, best) for name in names]
@@ -49,6 +49,47 @@ def row_tables(results: Results) -> Iterator[Table]:
 
 def _over(seeds: int) -> str:
     return f": mean ± sd over {seeds} seeds" if seeds > 1 else ", one seed"
+
+
+_IN_MARKDOWN = (
+    "l0",
+    "explained_variance",
+    "mcc",
+    "f1",
+    "absorption_full",
+    "absorption_fraction",
+    "absorption_full_learned",
+    "parents_learned",
+    "children_learned",
+    "ce_loss_score",
+    "kl_div_score",
+    "dead_latents",
+    "stability",
+)
+
+
+def markdown(results: Results) -> str:
+    """The rows as Markdown, a table for each L0; the best of those ranked in bold."""
+    blocks: list[str] = []
+    for l0 in dict.fromkeys(row.l0_target for row in results.rows):
+        rows = [row for row in results.rows if row.l0_target == l0]
+        names = [name for name in _IN_MARKDOWN if any(name in row.figures for row in rows)]
+        heads = [figure(name).label + ARROWS[figure(name).better] for name in names]
+        best = {name: best_rows(results, name) for name in names}
+        lines = ["| " + " | ".join([f"L0 {l0:g}", *heads]) + " |"]
+        lines.append("|---" + "|--:" * len(names) + "|")
+        for row in rows:
+            cells = [_markdown_cell(row, name, best[name]) for name in names]
+            lines.append("| " + " | ".join([row.entry + signs(row), *cells]) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_cell(row: Row, name: str, best: set[tuple[str, float]]) -> str:
+    if name not in row.figures:
+        return ""
+    text = show_spread(row.figures[name], figure(name).digits).replace(" ± ", "±")
+    return f"**{text}**" if (row.entry, row.l0_target) in best else text
 
 
 def signs(row: Row) -> str:

@@ -273,3 +273,22 @@ def _tests(rng: random.Random, rows: list[Row]) -> list[Test]:
             )
         )
     return tests
+
+
+def row(entry, mean, matched=True, l0=4.0, figure="mcc"):
+    spread = Spread(mean=mean, sd=None, n=1)
+    return Row(
+        entry=entry,
+        l0_target=l0,
+        seeds=[0],
+        matched=matched,
+        moving=False,
+        figures={figure: spread},
+    )
+
+
+def entries_of(**roles):
+    return {
+        name: Entry(architecture=name, role=role, l0_knob="k", settings={})
+        for name, role in roles.items()
+    }

@@ -126,7 +126,14 @@ def test_nothing_is_left_to_do_and_nothing_changes(results, finished, comparison
 
 def test_the_files_are_written_and_redrawn(results, finished):
     names = {path.name for path in write_all(results, finished)}
-    assert names == {"results.json", "results.csv", "report.html", "pareto.png", "importance.png"}
+    assert names == {
+        "results.json",
+        "results.csv",
+        "tables.md",
+        "report.html",
+        "pareto.png",
+        "importance.png",
+    }
     again = read_results(finished / "results.json")
     assert [row.entry for row in again.rows] == [row.entry for row in results.rows]
     for name in ("pareto.png", "importance.png"):

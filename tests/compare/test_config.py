@@ -120,6 +120,7 @@ def test_a_run_is_placed_without_touching_the_plan(comparison_yaml, tmp_path):
         ("architectures.topk.l0_knob=nope", "architectures.topk: l0_knob is 'nope'"),
         ("sae.d_saee=3", "architectures.atm: sae.d_saee: unknown key"),
         ("sae.d_in=17", "architectures.atm: sae.d_in is 17"),
+        ("not_ranked=[mccc]", "not_ranked has 'mccc': allowed are figures"),
         ("l0=[1000]", "architectures.atm: sae.k is 1000"),
     ],
 )

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 from scipy import stats
 
@@ -15,6 +17,10 @@ def run(entry, seed, matched=True, moving=False, l0=4.0, **figures):
     return Run(
         entry=entry, l0_target=l0, seed=seed, figures=figures, matched=matched, moving=moving
     )
+
+
+def holding(rows, not_ranked=()):
+    return SimpleNamespace(rows=rows, entries=ENTRIES, not_ranked=not_ranked)
 
 
 def test_spread_by_hand():
@@ -62,14 +68,22 @@ def test_best_is_by_the_figures_better_side_and_matched():
     assert best_row(rows, "mse").entry == "off"
     assert best_row(rows, "shrinkage") is None
     assert best_row(rows, "l0") is None
-    assert best_rows(rows, ENTRIES, "mcc") == {("b", 4.0)}
-    assert best_rows(rows, ENTRIES, "mse") == {("a", 4.0)}
-    assert best_rows(rows, ENTRIES, "l0") == set()
+    assert best_rows(holding(rows), "mcc") == {("b", 4.0)}
+    assert best_rows(holding(rows), "mse") == {("a", 4.0)}
+    assert best_rows(holding(rows), "l0") == set()
+
+
+def test_what_is_not_ranked_has_no_best_and_no_test():
+    runs = [run("a", 0, mcc=0.5, f1=0.5), run("atm", 0, mcc=0.6, f1=0.6)]
+    rows = make_rows(runs, {})
+    assert best_rows(holding(rows, ["mcc"]), "mcc") == set()
+    assert best_rows(holding(rows, ["mcc"]), "f1") == {("atm", 4.0)}
+    assert [t.figure for t in make_tests(runs, rows, ENTRIES, ["mcc"])] == ["f1"]
 
 
 def test_what_is_shown_alike_ties():
     rows = make_rows([run("a", 0, mcc=0.50001), run("b", 0, mcc=0.50002)], {})
-    assert best_rows(rows, ENTRIES, "mcc") == {("a", 4.0), ("b", 4.0)}
+    assert best_rows(holding(rows), "mcc") == {("a", 4.0), ("b", 4.0)}
 
 
 def test_a_candidate_is_tested_against_the_best_baseline_of_each_figure():
