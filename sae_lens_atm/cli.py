@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -26,6 +27,7 @@ from sae_lens_atm.compare import (
     load_comparison,
     planned_jobs,
     read_results,
+    summarise,
     write_all,
 )
 from sae_lens_atm.compare.jobs import silence_saelens
@@ -52,7 +54,17 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 
 def main() -> None:
     """The console command."""
+    load_plugins()
     app()
+
+
+def load_plugins() -> None:
+    """Let other packages register their architectures, as this one does.
+
+    SAELens does not look for plugins yet; those that declare the entry point are at hand here.
+    """
+    for entry_point in entry_points(group="sae_lens.architectures"):
+        entry_point.load()()
 
 
 @app.command("train")
@@ -102,9 +114,13 @@ def compare_command(
             console.print(_facts_table(dry_run(comparison, jobs)))
             return
         to_do = planned_jobs(comparison)
-        with RunsProgress(console, len(to_do), sum(job.steps for job in to_do)) as progress:
-            results = compare(comparison, jobs, progress)
-        _print_results(results, write_all(results, comparison.output))
+        try:
+            with RunsProgress(console, len(to_do), sum(job.steps for job in to_do)) as progress:
+                results = compare(comparison, jobs, progress)
+        except Interrupted:
+            _show_and_keep(summarise(comparison, {}), comparison.output)
+            raise
+        _show_and_keep(results, comparison.output)
         if results.failed:
             lines = (f"{label}: {error}" for label, error in results.failed.items())
             _exit("\n".join(lines), 1)
@@ -203,6 +219,11 @@ def _config_path(config: str) -> Path:
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
     return shipped_config(path.name)
+
+
+def _show_and_keep(results: Results, folder: Path) -> None:
+    if results.runs:  # else there may be results of an earlier call, worth more than none
+        _print_results(results, write_all(results, folder))
 
 
 def _print_results(results: Results, files: list[Path]) -> None:

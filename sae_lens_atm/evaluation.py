@@ -39,6 +39,14 @@ def evaluate(
 
 
 @torch.no_grad()
+def is_signed(sae: SAE[Any]) -> bool:
+    """Whether activations can be negative, as AbsTopK's: seen on noise."""
+    with temporary_seed(0):
+        x = torch.randn(256, sae.cfg.d_in).to(sae.device, sae.dtype)
+    return bool((sae.encode(x).to_dense() < 0).any())
+
+
+@torch.no_grad()
 def evaluate_closely(
     sae: SAE[Any], model: SyntheticModel, samples: int, seed: int, batch_size: int = 4096
 ) -> Evaluation:
@@ -49,6 +57,7 @@ def evaluate_closely(
     """
     training = sae.training
     sae.eval()
+    signed = is_signed(sae)
     with temporary_seed(seed):
         result = eval_sae_on_synthetic_data(
             sae, model.feature_dict, model.activation_generator, samples, batch_size
@@ -56,7 +65,6 @@ def evaluate_closely(
         children = children_of(model.hierarchy) if model.hierarchy is not None else {}
         parents = torch.tensor(list(children), dtype=torch.long)
         metric: Absorption | None = None
-        signed = False
         fired = torch.zeros(sae.cfg.d_sae)
         parents_fired = torch.zeros(len(parents))
         squared_error, cosine = 0.0, 0.0
@@ -68,7 +76,6 @@ def evaluate_closely(
             squared_error += (x - x_hat).pow(2).sum().item()
             cosine += torch.cosine_similarity(x, x_hat, dim=-1).sum().item()
             fired += (acts != 0).sum(0).cpu()
-            signed = signed or bool((acts < 0).any())
             if children:
                 if metric is None:
                     vectors = model.feature_dict.feature_vectors

@@ -104,6 +104,13 @@ class RunsProgress:
         self._done += steps
         self._bar.advance(self._all, steps)
         self._bar.advance(self._tasks[job.label], steps)
+        before, now = (10 * (self._done - n) // self._steps for n in (steps, 0))
+        if now > before and not self._console.is_terminal:
+            self._console.print(f"{10 * now}% of all steps{self._time_left()}", highlight=False)
+
+    def _time_left(self) -> str:
+        left = (time.monotonic() - self._start) * (self._steps / self._done - 1)
+        return f", about {max(left, 0) / 60:.0f} min left"
 
     def ended(self, job: Job, error: str | None) -> None:
         self._ended += 1
@@ -114,8 +121,7 @@ class RunsProgress:
         if error is not None:
             text = f"[{self._ended}/{self._runs}] {job.label} failed: {error}"
         elif not self._console.is_terminal and self._done:
-            left = (time.monotonic() - self._start) * (self._steps / self._done - 1)
-            text += f", about {max(left, 0) / 60:.0f} min left"
+            text += self._time_left()
         self._console.print(text, markup=False, highlight=False)
 
 

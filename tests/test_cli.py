@@ -24,13 +24,19 @@ def run(*args):
 def test_compare_report_and_evaluate(comparison_yaml, tmp_path):
     result = run("compare", comparison_yaml, "--quick", "--jobs", "2", "--set", "l0=[2, 3]")
     assert result.exit_code == 0, result.output
-    for text in ("[2/9] ", "small, L0 2, one seed", "atm", "jumprelu *", "wrote out/report.html"):
+    for text in (
+        "[2/9] ",
+        "small, L0 2, one seed",
+        "atm",
+        "jumprelu *",
+        "wrote out-quick/report.html",
+    ):
         assert text in result.output
-    out = tmp_path / "out"
+    out = tmp_path / "out-quick"
     results = json.loads((out / "results.json").read_text())
     assert results["quick"]
     # drawn again, elsewhere
-    again = run("report", "out/results.json", "--output", "again")
+    again = run("report", "out-quick/results.json", "--output", "again")
     assert again.exit_code == 0, again.output
     assert (tmp_path / "again/report.html").read_text().startswith("<!DOCTYPE html>")
     saes = [out / r["folder"] / "sae" for r in results["runs"] if r["l0_target"] == 2][:2]
@@ -53,24 +59,25 @@ def test_compare_dry_run_prints_runs_and_time(comparison_yaml, tmp_path):
 def test_dry_run_of_every_shipped_comparison(name):
     result = run("compare", name, "--quick", "--dry-run", "--set", "output_path=out")
     assert result.exit_code == 0, result.output
+    assert not Path("out").exists()
 
 
 def test_a_failed_run_is_told_and_the_exit_code_is_1(comparison_yaml, tmp_path):
     planned = load_comparison(comparison_yaml, quick=True).planned
     bad = next(p for p in planned if p.entry == "topk")
-    (tmp_path / "out/runs").mkdir(parents=True)
-    (tmp_path / "out" / bad.folder).write_text("in the way")
+    (tmp_path / "out-quick/runs").mkdir(parents=True)
+    (tmp_path / "out-quick" / bad.folder).write_text("in the way")
     result = run("compare", comparison_yaml, "--quick")
     assert result.exit_code == 1
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: topk, L0 2, seed 0: FileExistsError")
     assert "atm" in result.output  # what was found is shown and kept
-    assert (tmp_path / "out/results.json").exists()
+    assert (tmp_path / "out-quick/results.json").exists()
 
 
 def test_a_signal_stops_a_comparison_which_then_goes_on(comparison_yaml):
     command = [sys.executable, "-m", "sae_lens_atm", "compare", str(comparison_yaml)]
-    command += ["--set", "training_samples=128000", "--set", "seeds=[0]", "--set", "l0=[2]"]
+    command += ["--set", "training_samples=38400", "--set", "seeds=[0]", "--set", "l0=[2]"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while not process.stdout.readline().startswith(b"[1/"):  # the first run is under way
             assert process.poll() is None

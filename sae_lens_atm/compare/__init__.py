@@ -1,8 +1,9 @@
 """SAEs of several architectures at the same L0, on the same data, over seeds."""
 
-from sae_lens_atm.compare.comparison import compare, dry_run, planned_jobs
+from sae_lens_atm.compare.comparison import compare, planned_jobs, summarise
 from sae_lens_atm.compare.config import Comparison, load_comparison
 from sae_lens_atm.compare.output import draw_all, write_all
+from sae_lens_atm.compare.planning import dry_run
 from sae_lens_atm.compare.results import Results, read_results
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "load_comparison",
     "planned_jobs",
     "read_results",
+    "summarise",
     "write_all",
 ]

@@ -3,8 +3,8 @@
 import os
 import platform
 import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -12,15 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from sae_lens import SAETrainer, TrainingSAE
+from filelock import FileLock, Timeout
 from sae_lens.synthetic import SyntheticModel
-from sae_lens.util import temporary_seed
 
 from sae_lens_atm.compare.config import Comparison, Planned, settings_of
 from sae_lens_atm.compare.data import Pool, kept_model, synthetic_model
 from sae_lens_atm.compare.history import still_moving
-from sae_lens_atm.compare.jobs import Job, Listener, StepCounter, cpu_name, run_jobs, threads_each
+from sae_lens_atm.compare.jobs import Job, Listener, StepCounter, cpu_name, run_jobs
 from sae_lens_atm.compare.kept import (
     FIGURES,
     TRAINING,
@@ -40,7 +38,7 @@ from sae_lens_atm.synthetic import children_of
 from sae_lens_atm.train import check_data, check_devices
 from sae_lens_atm.watch import Interrupted, StopFlag
 
-_TIMED_STEPS = 5  # of each entry, for the estimate of a dry run
+_MAX_LATENTS = 2**14  # matching those of two seeds takes half a minute; of more, hours
 
 
 @dataclass(frozen=True)
@@ -101,18 +99,33 @@ def compare(
         Interrupted: by a signal or `stop`; the same call goes on from there.
         SettingsError: something does not fit, before any training.
     """
-    folder = comparison.output
     check(comparison)
-    folder.mkdir(parents=True, exist_ok=True)
     for planned in comparison.planned:
         check_devices(planned.run)
     stop = stop or StopFlag()
     failed: dict[str, str] = {}
-    with stop.on_signals():
+    with stop.on_signals(), _alone_in(comparison.output):
         for jobs in make_jobs(comparison):
             failed |= run_jobs(jobs, at_once, listener, stop)
-        shutil.rmtree(folder / "pools", ignore_errors=True)
+        shutil.rmtree(comparison.output / "pools", ignore_errors=True)
         return summarise(comparison, failed)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Generator[None]:
+    """No other comparison writes there at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise SettingsError(
+            f"output_path {folder}: another comparison is under way there"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check(comparison: Comparison) -> None:
@@ -138,7 +151,7 @@ def make_jobs(comparison: Comparison) -> list[list[Job]]:
         runs: list[Job] = [
             Job(
                 f"seed {group[0].seed}",
-                sum(_steps(p) for p in group if not is_trained(p, folder)),
+                sum(steps_of(p) for p in group if not is_trained(p, folder)),
                 _RunGroup(tuple(group), folder, points),
             )
             for group in groups
@@ -160,7 +173,7 @@ def make_jobs(comparison: Comparison) -> list[list[Job]]:
                 draw = _DrawPool(planned, folder)
                 pools.setdefault(pool.path, Job(label, pool.shape[0], draw))
         work = _RunOne(planned, folder, points, with_map)
-        runs.append(Job(planned.label, _steps(planned) if to_train else 0, work))
+        runs.append(Job(planned.label, steps_of(planned) if to_train else 0, work))
     run = cast(SyntheticRun, comparison.planned[0].run)
     kept = kept_model(run, folder)
     if runs and kept is not None and not kept.exists():
@@ -173,7 +186,8 @@ def planned_jobs(comparison: Comparison) -> list[Job]:
     return [job for jobs in make_jobs(comparison) for job in jobs]
 
 
-def _steps(planned: Planned) -> int:
+def steps_of(planned: Planned) -> int:
+    """Training steps of a run."""
     return planned.run.runner.total_training_steps if planned.settings.trained else 0
 
 
@@ -224,7 +238,7 @@ def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
 
 
 def _run_of(planned: Planned, folder: Path) -> Run:
-    home = folder / planned.folder
+    home, runner = folder / planned.folder, planned.run.runner
     trained, found = read_json(home / TRAINING), read_json(home / FIGURES)
     figures: dict[str, float | None] = dict(found["figures"])
     figures |= {name: trained[name] for name in _COSTS if name in trained}
@@ -236,7 +250,7 @@ def _run_of(planned: Planned, folder: Path) -> Run:
         seed=planned.seed,
         figures=figures,
         matched=is_matched(figures["l0"], planned.l0),
-        moving=curve is not None and still_moving(curve, planned.run.runner.sae.d_sae),
+        moving=curve is not None and still_moving(curve, runner.sae.d_sae, runner.lr_decay_steps),
         curve=curve,
         importance=Importance.model_validate(importance) if importance else None,
         absorption_by_parent=found.get("absorption_by_parent", []),
@@ -249,11 +263,11 @@ _COSTS = ("seconds", "group_seconds", "step_ms", "peak_memory_mib")
 
 
 def _stability(done: list[Planned], folder: Path) -> dict[tuple[str, float], Spread]:
-    """Of each entry and L0 that has two seeds or more."""
+    """Of each entry and L0 that has two seeds or more, unless there are too many latents."""
     found: dict[tuple[str, float], Spread] = {}
     for key in dict.fromkeys((p.entry, p.l0) for p in done):
         seeds = [p for p in done if (p.entry, p.l0) == key]
-        if len(seeds) < 2:
+        if len(seeds) < 2 or seeds[0].run.runner.sae.d_sae > _MAX_LATENTS:
             continue
         metric = Stability(signed=any(_found(p, folder)["signed"] for p in seeds))
         for planned in seeds:
@@ -297,62 +311,3 @@ def _depths(model: SyntheticModel) -> dict[int, int]:
             found[node.feature_index] = depth
         level += [(child, depth + 1) for child in node.children]
     return found
-
-
-# --- dry run -------------------------------------------------------------------------------------
-
-
-def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
-    """What a comparison would do, and about how long it would take here."""
-    check(comparison)
-    *_, jobs = make_jobs(comparison)
-    folder = comparison.output
-    left = [p for p in comparison.planned if p.settings.trained and not is_trained(p, folder)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads_each(at_once))
-    seconds = {name: _seconds_a_step(p) for name, p in {p.entry: p for p in left}.items()}
-    torch.set_num_threads(before)
-    total = sum(seconds[p.entry] * _steps(p) for p in left)
-    data = 0.0
-    if comparison.is_synthetic and left:
-        model = synthetic_model(cast(SyntheticRun, left[0].run), folder)
-        start = time.perf_counter()
-        batches = {pool_of(p, folder).path: p for p in left}
-        model.sample(cast(SyntheticRun, left[0].run).runner.batch_size)
-        data = (time.perf_counter() - start) * sum(_steps(p) for p in batches.values())
-    estimate = (total + data) / at_once
-    planned = comparison.planned
-    return {
-        "runs": f"{len(planned)}, of which {len(planned) - len(left)} need no training (any more)",
-        "jobs": f"{len(jobs)}, {at_once} at once",
-        "entries": ", ".join(dict.fromkeys(p.entry for p in planned)),
-        "L0": ", ".join(f"{l0:g}" for l0 in dict.fromkeys(p.l0 for p in planned)),
-        "seeds": ", ".join(str(seed) for seed in dict.fromkeys(p.seed for p in planned)),
-        "steps of a run": f"{planned[0].run.runner.total_training_steps:,}",
-        "ms a step": ", ".join(f"{name} {1000 * s:.1f}" for name, s in seconds.items()),
-        "estimate": f"about {_duration(estimate)}"
-        + ("" if comparison.is_synthetic else ", and the language model's forward passes"),
-        "output": folder,
-    }
-
-
-def _seconds_a_step(planned: Planned) -> float:
-    runner = planned.run.runner
-    batch = getattr(runner, "batch_size", None) or getattr(runner, "train_batch_size_tokens", 1)
-    with temporary_seed(0):
-        x = torch.randn(batch, runner.sae.d_in, device=runner.device)
-        sae = TrainingSAE[Any].from_dict(runner.sae.to_dict()).to(runner.device)
-        trainer: SAETrainer[Any, Any] = SAETrainer(runner.to_sae_trainer_config(), sae, iter(()))
-        trainer.step(x)
-        start = time.perf_counter()
-        for _ in range(_TIMED_STEPS):
-            trainer.step(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-    return (time.perf_counter() - start) / _TIMED_STEPS
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -25,7 +25,7 @@ from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -114,6 +114,11 @@ class Planned:
     pool_batches: int | None = None
 
     @property
+    def l0_is_set(self) -> bool:
+        """By a field of the config, which is then another at each L0."""
+        return not self.knob.steered
+
+    @property
     def label(self) -> str:
         return f"{self.entry}, L0 {self.l0:g}, seed {self.seed}"
 
@@ -121,7 +126,9 @@ class Planned:
     def training_key(self) -> str:
         """Changes with whatever would change the trained SAE."""
         config = _config_of(self.run)
-        for name in (*_FILING, *_EVALUATION):
+        # A language model's SAEs train on what follows the tokens that are held out for evaluation.
+        moot = _EVALUATION if isinstance(self.run, SyntheticRun) else ("run_final_eval",)
+        for name in (*_FILING, *moot):
             config.pop(name, None)
         versions = [version(name) for name in ("sae-lens", "sae-lens-atm")]
         trained = [self.settings.trained, str(self.knob), self.l0, self.pool_batches]
@@ -141,10 +148,15 @@ class Planned:
         return _hash([{name: config.get(name) for name in names}, self.pool_batches])
 
     @property
+    def name(self) -> str:
+        """A name for files, no other run's."""
+        plain = "".join(c if c.isalnum() else "-" for c in self.entry)
+        return f"{plain}-l0-{self.l0:g}-seed-{self.seed}-{self.training_key}"
+
+    @property
     def folder(self) -> str:
         """Where it is kept, under the comparison's folder."""
-        plain = "".join(c if c.isalnum() else "-" for c in self.entry)
-        return f"runs/{plain}-l0-{self.l0:g}-seed-{self.seed}-{self.training_key}"
+        return f"runs/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -175,8 +187,13 @@ def load_comparison(
     """
     content = read_yaml(path)
     if quick:
-        shorter = content.get("quick") or {}
-        content = apply_overrides(content, [f"{k}={json.dumps(v)}" for k, v in shorter.items()])
+        shorter = content.get("quick")
+        if not isinstance(shorter, dict) or not shorter:
+            raise SettingsError(f"quick is {shorter!r}: allowed is a mapping that shortens it")
+        changes = cast(dict[str, Any], shorter).items()
+        content = apply_overrides(content, [f"{k}={json.dumps(v)}" for k, v in changes])
+        if "output_path" in content:
+            content["output_path"] = f"{content['output_path']}-quick"
     content = apply_overrides(content, overrides)
     return parse_comparison(content, Path(path).stem, quick)
 
@@ -208,6 +225,8 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     shared = {key: value for key, value in content.items() if key not in _OWN_KEYS}
     if "seed" in shared:
         raise SettingsError("seed: a comparison has seeds, a list")
+    if not isinstance(shared.get("sae") or {}, dict):
+        raise SettingsError(f"sae is {shared['sae']!r}: allowed is a mapping of fields")
     output = shared.setdefault("output_path", f"runs/{name}{'-quick' if quick else ''}")
     planned = [
         plan
@@ -258,6 +277,9 @@ def _plan_entry(
                 raise SettingsError(
                     "\n".join(f"architectures.{name}: {line}" for line in lines)
                 ) from error
+            samples = getattr(run.runner, "eval_samples", 1)
+            if samples <= 0:
+                raise SettingsError(f"eval_samples is {samples}: allowed is more than 0")
             yield Planned(name, entry, float(l0), seed, knob, run, own.pool_batches)
 
 
@@ -284,10 +306,15 @@ def _config_of(run: Run) -> dict[str, Any]:
 
 
 def settings_of(planned: Planned) -> dict[str, Any]:
-    """What an entry is trained with, for the record: its SAE's and its trainer's fields."""
+    """What an entry is trained with, but for what differs from run to run (L0, seeds)."""
     config = _config_of(planned.run)
     trainer = {name: config[name] for name in TRAINER_FIELDS if name in config}
-    sae: dict[str, Any] = {k: v for k, v in config["sae"].items() if k != "metadata"}
+    differs = ("metadata", direct_knob(type(planned.run.runner.sae)) if planned.l0_is_set else None)
+    sae: dict[str, Any] = {
+        name: value
+        for name, value in config["sae"].items()
+        if name not in differs and not name.endswith("_seed")
+    }
     return {"sae": sae, "trainer": trainer, "trained": planned.settings.trained}
 
 

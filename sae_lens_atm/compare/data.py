@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -83,15 +84,15 @@ class Pool:
         values.flush()
         partial.replace(self.path)
 
-    def read(self, steps: int, first: int = 0) -> Iterator[Tensor]:
-        """The batches of the steps from `first` on."""
-        values = np.memmap(self.path, np.float32, "r", shape=self.shape)
-        for step in range(first, steps):
-            yield torch.from_numpy(np.array(values[step % self.shape[0]]))
+    def read(self, first: int = 0) -> Iterator[Tensor]:
+        """The batches from step `first` on, without end."""
+        size = self.shape[1] * self.shape[2]
+        with self.path.open("rb") as file:  # a map of it would count as memory of the run
+            for step in count(first):
+                file.seek(step % self.shape[0] * size * _VALUE_BYTES)
+                yield torch.from_numpy(np.fromfile(file, np.float32, size).reshape(self.shape[1:]))
 
-    def redraw(
-        self, model: SyntheticModel, seed: int, steps: int, first: int = 0
-    ) -> Iterator[Tensor]:
+    def redraw(self, model: SyntheticModel, seed: int, first: int = 0) -> Iterator[Tensor]:
         """The same batches, where the file is not there."""
-        for step in range(first, steps):
+        for step in count(first):
             yield draw_batch(model, self.shape[1], seed, step % self.shape[0])

@@ -17,11 +17,14 @@ from torch import Tensor
 
 from sae_lens_atm.compare.matching import L0Controller, mean_l0
 from sae_lens_atm.compare.results import Curve, Importance
+from sae_lens_atm.evaluation import is_signed
 from sae_lens_atm.metrics import Absorption
 from sae_lens_atm.metrics.absorption import LEARNED_COSINE
 from sae_lens_atm.sae import ATMTrainingSAE
 from sae_lens_atm.synthetic import children_of
 
+HISTORY = "history.pt"
+"""The file of a history, in the checkpoint that it goes with."""
 EV_TOLERANCE = 0.005
 """Explained variance that changed by more over the last tenth of training was still moving."""
 DEAD_TOLERANCE = 0.02
@@ -49,8 +52,7 @@ class Probe:
         seen = {"explained_variance": calculator.compute()}
         if self._children and self._model is not None and self._features is not None:
             vectors = self._model.feature_dict.feature_vectors
-            signed = bool((acts < 0).any())
-            metric = Absorption(sae.W_dec, vectors, self._children, signed=signed)
+            metric = Absorption(sae.W_dec, vectors, self._children, signed=is_signed(sae))
             metric.update(acts, self._features)
             seen["absorption_fraction"] = metric.compute().fraction
         sae.train(training)
@@ -92,10 +94,10 @@ class History:
         step = trainer.step
 
         def timed(batch: Tensor) -> TrainStepOutput:
+            _wait_for(trainer.sae.device)
             start = time.perf_counter()
             output = step(batch)
-            if batch.is_cuda:
-                torch.cuda.synchronize()
+            _wait_for(trainer.sae.device)
             self._durations.append(time.perf_counter() - start)
             self._batch = batch
             return output
@@ -111,7 +113,7 @@ class History:
             return
         self._take_memory()
         sae = self._trainer.sae
-        probe = self._probe or Probe(self._trainer.activation_scaler(self._batch))
+        probe = self._probe or Probe(self._trainer.activation_scaler(self._batch.to(sae.device)))
         seen = {
             "steps": step,
             **probe.look(sae),
@@ -193,18 +195,26 @@ class History:
             self.controller.load_state_dict(state["controller"])
 
 
-def still_moving(curve: Curve, d_sae: int) -> bool:
-    """Whether explained variance or dead latents changed over the last tenth of training."""
-    last = curve.steps[-1]
-    before = max((i for i, step in enumerate(curve.steps) if step <= 0.9 * last), default=0)
+def still_moving(curve: Curve, d_sae: int, decay_steps: int = 0) -> bool:
+    """Whether explained variance or dead latents changed over the last tenth of training.
 
-    def change(values: list[float | None]) -> float:
-        first, second = values[before], values[-1]
+    Explained variance over the last tenth before the learning rate decays, too: at its end
+    everything stands still.
+    """
+    last = curve.steps[-1]
+
+    def change(values: list[float | None], end: float) -> float:
+        seen = [i for i, step in enumerate(curve.steps) if step <= end]
+        before = [i for i in seen if curve.steps[i] <= end - 0.1 * last]
+        if not before:
+            return 0.0
+        first, second = values[before[-1]], values[seen[-1]]
         return abs(second - first) if first is not None and second is not None else 0.0
 
+    ends = (last, last - decay_steps)
     return (
-        change(curve.explained_variance) > EV_TOLERANCE
-        or change(curve.dead_latents) > DEAD_TOLERANCE * d_sae
+        max(change(curve.explained_variance, end) for end in ends) > EV_TOLERANCE
+        or change(curve.dead_latents, last) > DEAD_TOLERANCE * d_sae
     )
 
 
@@ -228,6 +238,11 @@ def feature_groups(model: SyntheticModel, decoder: Tensor) -> dict[str, list[int
             name = name if feature in children else "last children"
             groups[name].append(int(best.indices[feature]))
     return groups
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def peak_resident_mib() -> float:

@@ -109,9 +109,16 @@ def _child(job: Job, connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     silence_saelens()
     stop = StopFlag()
+
+    def report(steps: int) -> None:
+        try:
+            connection.send(steps)
+        except OSError:  # whoever started this is gone: keep the state and end
+            stop.request(_SIGTERM)
+
     try:
         with stop.on_signals():
-            job.work(connection.send, stop)
+            job.work(report, stop)
     except Interrupted:
         sys.exit(128 + _SIGTERM)
     except Exception as error:

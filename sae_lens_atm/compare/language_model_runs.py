@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from sae_lens_atm.checkpoints import load_random_state, save_random_state
 from sae_lens_atm.compare.config import TRAINER_FIELDS, Planned
-from sae_lens_atm.compare.history import History, curve_points
+from sae_lens_atm.compare.history import HISTORY, History, curve_points
 from sae_lens_atm.compare.kept import (
     FIGURES,
     MEASURED,
@@ -36,9 +36,10 @@ from sae_lens_atm.compare.kept import (
     write_json,
 )
 from sae_lens_atm.compare.matching import L0Controller
+from sae_lens_atm.evaluation import is_signed
 from sae_lens_atm.settings import LanguageModelRun, SettingsError
 from sae_lens_atm.train import check_hook, saved_at_once, saved_dataset
-from sae_lens_atm.watch import Interrupted, OnStep, StopFlag
+from sae_lens_atm.watch import Interrupted, NonFiniteBatchError, OnStep, StopFlag
 
 _FIGURES = {
     "l0": "l0",
@@ -84,6 +85,8 @@ class _GroupRunner(MultiSAETrainingRunner):
     stopped: Path
     """Where the state of a group that was stopped is kept."""
     points: list[int]
+    keep_at: set[int]
+    """Steps after which the state of the group is kept on the way."""
     on_step: OnStep
     stop: StopFlag
 
@@ -103,9 +106,11 @@ class _GroupRunner(MultiSAETrainingRunner):
         between_steps = first.maybe_reset_sparsity
 
         def maybe_stop() -> dict[str, Any]:
-            if self.stop.signal_number is not None:
+            stopping = self.stop.signal_number is not None
+            if stopping or trainer.n_training_steps in self.keep_at:
                 self._keep(trainer)
-                raise Interrupted(None, self.stop.signal_number)
+            if stopping:
+                raise Interrupted(None, self.stop.signal_number or 0)
             return between_steps()
 
         first.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
@@ -119,21 +124,29 @@ class _GroupRunner(MultiSAETrainingRunner):
         trainer.save_checkpoint(partial.name)
         save_random_state(partial)
         for name, history in self.histories.items():
-            history.save(partial / name / "history.pt")
-        shutil.rmtree(self.stopped, ignore_errors=True)
+            history.save(partial / name / HISTORY)
+        replaced = self.stopped.with_name(".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.stopped.exists():
+            self.stopped.rename(replaced)
         partial.rename(self.stopped)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def _go_on(self, trainer: MultiSAETrainer) -> None:
         # Again, as the trainers that SAELens has loaded it into were replaced since.
         trainer.load_checkpoint(self.stopped)
         for name, history in self.histories.items():
-            history.load(self.stopped / name / "history.pt")
+            history.load(self.stopped / name / HISTORY)
         load_random_state(self.stopped)
 
     def _watch(self, trainer: SAETrainer[Any, Any], history: History) -> None:
         step = trainer.step
 
         def watched(batch: Tensor) -> Any:
+            if not batch.isfinite().all():
+                raise NonFiniteBatchError(
+                    f"the batch of step {trainer.n_training_steps} holds NaN or Inf values"
+                )
             output = step(batch)
             history.after_step(output)
             self.on_step(trainer, output)
@@ -161,12 +174,12 @@ def train_group(
     cfg = cast(LanguageModelRun, group[0].run).runner
     model = load_language_model(cfg)
     pending = [p for p in group if not is_trained(p, folder)]
-    to_train = {p.folder.rpartition("/")[2]: p for p in pending if p.settings.trained}
+    to_train = {p.name: p for p in pending if p.settings.trained}
     saes: dict[str, TrainingSAE[Any]] = {}
     for planned in pending:
         with temporary_seed(planned.seed):
             sae_cfg = planned.run.runner.sae
-            saes[planned.folder.rpartition("/")[2]] = TrainingSAE[Any].from_dict(sae_cfg.to_dict())
+            saes[planned.name] = TrainingSAE[Any].from_dict(sae_cfg.to_dict())
     runner: _GroupRunner | None = None
     with temporary_seed(group[0].seed):
         if to_train:
@@ -182,12 +195,13 @@ def train_group(
             held_out = hold_out(runner.activations_store, cfg)
             runner.planned, runner.on_step, runner.stop = to_train, on_step, stop
             runner.points = curve_points(cfg.total_training_steps, points)
+            runner.keep_at = set(curve_points(cfg.total_training_steps, cfg.n_checkpoints + 1)[:-1])
             runner.stopped = stopped
             runner.run()
         else:
             held_out = hold_out(make_store(cfg, model), cfg)
     for planned in pending:
-        name = planned.folder.rpartition("/")[2]
+        name = planned.name
         home = folder / planned.folder
         home.mkdir(parents=True, exist_ok=True)
         facts: dict[str, Any] = {}
@@ -273,11 +287,7 @@ def evaluate_on_language_model(
     sae = SAE[Any].load_from_disk(home / "sae", device=cfg.device)
     figures, alive = language_model_figures(sae, model, tokens, cfg)
     save_file({"alive": alive}, home / MEASURED)
-    _, cache = model.run_with_cache(
-        tokens.batches[0], names_filter=[cfg.hook_name], **cfg.model_kwargs
-    )
-    signed = bool((sae.encode(cache[cfg.hook_name].to(sae.device)).to_dense() < 0).any())
-    found = {"evaluation_key": planned.evaluation_key, "figures": figures, "signed": signed}
+    found = {"evaluation_key": planned.evaluation_key, "figures": figures, "signed": is_signed(sae)}
     write_json(home / FIGURES, found)
 
 

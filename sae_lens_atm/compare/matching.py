@@ -115,8 +115,11 @@ class L0Controller:
         return {"integral": self._integral, "value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a state, after the trainer's own was loaded."""
         self._integral = state["integral"]
         self._set(state["value"])
+        if self._scheduler is not None:  # which may be in its warm-up
+            self._scheduler.load_state_dict({})
 
 
 def mean_l0(output: TrainStepOutput) -> float:

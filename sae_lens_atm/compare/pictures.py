@@ -4,23 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lens_atm.compare.charts import importance_runs, view
+from sae_lens_atm.compare.charts import GROUP_COLOURS, PARETO, entry_styles, importance_runs, view
 from sae_lens_atm.compare.figures import figure
 from sae_lens_atm.compare.results import Importance, Results, Row
-
-_PARETO = (
-    "absorption_fraction",
-    "explained_variance",
-    "mcc",
-    "f1",
-    "ce_loss_score",
-    "kl_div_score",
-)
-_CANDIDATE = "#1f5fa8"
-_OTHERS = ("#b3302f", "#e07b39", "#3a8f5c", "#8c5fa8", "#8a6d3b", "#d16ba5", "#4aa5a5", "#a3a832",
-           "#5c6f82", "#c79a00")  # fmt: skip
-_CONTROLS = ("#777777", "#aaaaaa", "#bbbbbb")
-_GROUPS = ("#1f5fa8", "#4b9fd5", "#e07b39")
 
 
 def draw_pictures(results: Results, folder: Path) -> list[Path]:
@@ -42,26 +28,16 @@ def _pyplot() -> Any:
     return plt
 
 
-def colours(results: Results) -> dict[str, str]:
-    """A colour for each entry."""
-    by_role = {"candidate": [_CANDIDATE], "baseline": list(_OTHERS), "control": list(_CONTROLS)}
-    found: dict[str, str] = {}
-    for name, entry in results.entries.items():
-        left = by_role[entry.role]
-        found[name] = left.pop(0) if len(left) > 1 else left[0]
-    return found
-
-
 def _draw_pareto(results: Results, path: Path) -> Path:
     plt = _pyplot()
     present = {name for row in results.rows for name in row.figures}
-    names = [name for name in _PARETO if name in present]
+    names = [name for name in PARETO if name in present]
     columns = 2
     lines = -(-len(names) // columns)
     picture, grid = plt.subplots(
         lines, columns, figsize=(11, 4.2 * lines), layout="constrained", squeeze=False
     )
-    colour = colours(results)
+    colour = {name: style.colour for name, style in entry_styles(results.entries).items()}
     for axes, name in zip(grid.flat, names, strict=False):
         for entry in results.entries:
             rows = [row for row in results.rows if row.entry == entry]
@@ -122,7 +98,7 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
     run, importance = importance_runs(results)[0]
     picture, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     _draw_importance(left, importance)
-    colour = colours(results)
+    colour = {name: style.colour for name, style in entry_styles(results.entries).items()}
     beside = [r for r in results.runs if (r.seed, r.l0_target) == (run.seed, run.l0_target)]
     name = "absorption_fraction"
     if not any(r.curve and r.curve.absorption_fraction for r in beside):
@@ -151,7 +127,7 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
 
 
 def _draw_importance(axes: Any, importance: Importance) -> None:
-    for (name, quartiles), colour in zip(importance.groups.items(), _GROUPS, strict=False):
+    for (name, quartiles), colour in zip(importance.groups.items(), GROUP_COLOURS, strict=False):
         low, middle, high = zip(*quartiles, strict=True)
         label = f"{name} ({importance.latents[name]} latents)"
         axes.plot(importance.steps, middle, color=colour, label=label)

@@ -29,6 +29,7 @@ from sae_lens_atm.compare.figures import FIGURES, figure
 from sae_lens_atm.compare.results import Results, Row, Run, Spread, Test, write_text
 from sae_lens_atm.compare.summary import best_rows
 from sae_lens_atm.compare.wording import (
+    P_BOUND,
     clean,
     heading,
     in_order,
@@ -37,8 +38,6 @@ from sae_lens_atm.compare.wording import (
     show_l0,
     show_spread,
 )
-
-P_BOUND = 0.05
 
 
 class Cell(NamedTuple):
@@ -127,8 +126,8 @@ def glances(results: Results) -> list[Glance]:
     for (l0, candidate), tests in sorted(grouped.items(), key=lambda item: item[0][0]):
         tests.sort(key=lambda t: order.index(t.figure) if t.figure in order else len(order))
         rows = [row for row in results.rows if (row.entry, row.l0_target) == (candidate, l0)]
-        words = [verdict(test)[1] for test in tests]
-        better, worse = words.count("better than"), words.count("worse than")
+        symbols = [verdict(test)[0] for test in tests]
+        better, worse = symbols.count("▲"), symbols.count("▼")
         odd = [mark for row in rows for mark in marks(row)]
         found.append(Glance(l0, candidate, odd, tests, better, worse))
     return found

@@ -41,6 +41,8 @@ class Curve(_Schema):
     explained_variance: list[float | None]
     l0: list[float | None]
     dead_latents: list[float | None]
+    """Latents that were silent for the dead-feature window of the training (in the figures: in all
+    samples of the evaluation)."""
     absorption_fraction: list[float | None] = []
     """Empty without a known hierarchy of features."""
     coefficient: list[float | None] = []
@@ -111,6 +113,8 @@ class Test(_Schema):
     p: float | None
     """Two-sided paired t test over `n` seeds; None with fewer than two, or no spread."""
     n: int
+    off_target: list[str] = []
+    """Baselines that do better than `baseline`, but at another L0 than was asked for."""
 
 
 class Parent(_Schema):

@@ -114,8 +114,21 @@ def make_tests(
         for name in row.figures:
             best = None if name in not_ranked else best_row(baselines, name)
             if best is not None:
-                tests.append(_test(runs, row, best, name))
+                test = _test(runs, row, best, name)
+                test.off_target = _better_off_target(baselines, best, name)
+                tests.append(test)
     return tests
+
+
+def _better_off_target(baselines: Iterable[Row], best: Row, name: str) -> list[str]:
+    """Baselines with a better mean than the best one, but off the L0 asked for."""
+    better, bound = figure(name).better, _mean(best, name) or 0.0
+    return [
+        row.entry
+        for row in baselines
+        if not row.matched and (mean := _mean(row, name)) is not None
+        if better * (mean - bound) > 0
+    ]
 
 
 def _test(runs: Sequence[Run], row: Row, best: Row, name: str) -> Test:

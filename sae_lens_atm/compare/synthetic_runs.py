@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from sae_lens_atm.checkpoints import newest_checkpoint, reading
+from sae_lens_atm.checkpoints import CheckpointError, newest_checkpoint, reading
 from sae_lens_atm.compare.config import Planned, at
 from sae_lens_atm.compare.data import Pool, batch_seed
 from sae_lens_atm.compare.history import (
+    HISTORY,
     History,
     Probe,
     curve_points,
@@ -36,8 +37,9 @@ from sae_lens_atm.compare.matching import L0Controller
 from sae_lens_atm.evaluation import evaluate_closely
 from sae_lens_atm.settings import SyntheticRun
 from sae_lens_atm.train import saved_at_once
-from sae_lens_atm.watch import Interrupted, OnStep, StopFlag, Watch
+from sae_lens_atm.watch import OnStep, StopFlag, Watch
 
+_ESTIMATED = ("expected_average_only_in", "covariance_whitening")
 _PROBE_SAMPLES = 2048
 _MAP_SIDE = 256  # features, and latents, that a cosine map shows at most
 
@@ -90,7 +92,6 @@ def train_one(
         sae.save_inference_model(partial)
     write_json(home / TRAINING, facts)
     shutil.rmtree(home / "checkpoints", ignore_errors=True)
-    (home / "history.pt").unlink(missing_ok=True)
 
 
 def _fit(
@@ -104,17 +105,22 @@ def _fit(
 ) -> History:
     assert isinstance(planned.run, SyntheticRun)
     cfg, home = planned.run.runner, folder / planned.folder
-    kept = home / "history.pt"
-    checkpoint = newest_checkpoint(home / "checkpoints") if kept.exists() else None
+    checkpoint = _newest(home / "checkpoints")
     done = 0 if checkpoint is None else int(checkpoint.name) // cfg.batch_size
+    trainer_cfg = cfg.to_sae_trainer_config()
+    if checkpoint is not None and sae.cfg.normalize_activations in _ESTIMATED:
+        done += trainer_cfg.n_batches_for_norm_estimate  # those that the estimate took
     pool = pool_of(planned, folder)
-    steps = cfg.total_training_steps
-    if pool.path.exists():
-        batches = pool.read(steps, done)
-    else:
-        batches = pool.redraw(model, planned.seed, steps, done)
-    trainer: SAETrainer[Any, Any] = SAETrainer(cfg.to_sae_trainer_config(), sae, batches)
-    trainer.checkpoint_thresholds = []
+    kept = pool.path.exists()
+    batches = pool.read(done) if kept else pool.redraw(model, planned.seed, done)
+
+    def keep_history(checkpoint_path: Path | None) -> None:
+        if checkpoint_path is not None:
+            history.save(checkpoint_path / HISTORY)
+
+    trainer: SAETrainer[Any, Any] = SAETrainer(
+        trainer_cfg, sae, batches, save_checkpoint_fn=keep_history
+    )
     controller = L0Controller(trainer, planned.knob, planned.l0) if planned.knob.steered else None
     with temporary_seed(batch_seed(planned.seed, -1)):
         probe = Probe(*_dense(model.sample_with_features(_PROBE_SAMPLES)), model)
@@ -123,18 +129,21 @@ def _fit(
         with reading(checkpoint):
             trainer.load_trainer_state(checkpoint)
             sae.load_weights_from_checkpoint(checkpoint)
-            history.load(kept)
+            history.load(checkpoint / HISTORY)
 
     def watched(trainer: SAETrainer[Any, Any], output: Any) -> None:
         history.after_step(output)
         on_step(trainer, output)
 
-    try:
-        Watch(watched, stop, checkpoint).fit(trainer)
-    except Interrupted:
-        history.save(kept)
-        raise
+    Watch(watched, stop, checkpoint).fit(trainer)
     return history
+
+
+def _newest(folder: Path) -> Path | None:
+    try:
+        return newest_checkpoint(folder)
+    except CheckpointError:  # there is none yet
+        return None
 
 
 def evaluate_one(planned: Planned, model: SyntheticModel, folder: Path, with_map: bool) -> None:

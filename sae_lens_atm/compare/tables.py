@@ -8,7 +8,7 @@ from rich.text import Text
 from sae_lens_atm.compare.figures import ARROWS, figure
 from sae_lens_atm.compare.results import Results, Row, Test
 from sae_lens_atm.compare.summary import best_rows
-from sae_lens_atm.compare.wording import show_spread
+from sae_lens_atm.compare.wording import P_BOUND, show_spread
 
 _SHOWN = {
     "l0": "L0",
@@ -116,7 +116,8 @@ def test_table(results: Results) -> Table | None:
     shown = [test for test in results.tests if test.figure in _SHOWN]
     if not shown:
         return None
-    table = Table(title="Beside the best baseline of each figure (paired by seed)")
+    title = f"Beside the best baseline of each figure, paired by seed; coloured if p < {P_BOUND}"
+    table = Table(title=title)
     for name in ("", "L0", "figure", "best baseline", "difference", "", "p"):
         table.add_column(name, justify="right" if name in ("L0", "difference", "p") else "left")
     for test in shown:
@@ -125,13 +126,16 @@ def test_table(results: Results) -> Table | None:
 
 
 def _test_cells(test: Test) -> tuple[str | Text, ...]:
-    verdict = {True: Text("better", "green"), False: Text("worse", "red"), None: Text("equal")}
+    sure = test.p is not None and test.p < P_BOUND
+    better, worse = Text("better", "green" if sure else ""), Text("worse", "red" if sure else "")
+    verdict = {True: better, False: worse, None: Text("equal")}
+    off_target = f" (off target: {', '.join(test.off_target)})" if test.off_target else ""
     difference = "-" if test.difference is None else f"{test.difference:+.4f}"
     return (
         test.candidate,
         f"{test.l0_target:g}",
         figure(test.figure).label,
-        test.baseline,
+        test.baseline + off_target,
         difference,
         verdict[test.better],
         "-" if test.p is None else f"{test.p:.3f} (n={test.n})",

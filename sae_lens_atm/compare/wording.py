@@ -7,6 +7,8 @@ from statistics import fmean
 from sae_lens_atm.compare.figures import figure
 from sae_lens_atm.compare.results import Entry, Row, Run, Spread
 
+P_BOUND = 0.05
+"""Below it, and only then, a difference is called better or worse without ado."""
 ROLES = ("candidate", "baseline", "control")
 
 

@@ -8,6 +8,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from filelock import FileLock
 from sae_lens import SAE, TrainingSAE
 
 from sae_lens_atm.compare import compare, dry_run, load_comparison, planned_jobs, read_results
@@ -166,14 +167,45 @@ def test_a_change_reruns_only_what_it_changes(results, finished, comparison_yaml
         assert run.figures["mse"] != before[run.entry].figures["mse"]
 
 
-def test_all_architectures_of_a_seed_see_the_same_batches(results, finished):
-    """TopK with the settings of ATM's base and no masking sees what ATM sees: checked by MSE of
-    the untrained SAE, which is the same initialisation, for both L0s."""
-    untrained = [run for run in results.runs if run.entry == "untrained" and run.seed == 0]
-    saes = [SAE.load_from_disk(finished / run.folder / "sae") for run in untrained]
-    assert torch.equal(saes[0].W_dec, saes[1].W_dec)
-    other = next(r for r in results.runs if r.entry == "untrained" and r.seed == 1)
-    assert not torch.equal(SAE.load_from_disk(finished / other.folder / "sae").W_dec, saes[0].W_dec)
+def test_runs_of_a_seed_see_the_same_batches(comparison_yaml, tmp_path):
+    """Entries of the same settings come out equal, another seed's does not: with 20.5 batches asked
+    for, some drawn into a pool of 8, a checkpoint on the way."""
+    again = ["architectures.again.architecture=topk", "l0=[2]", "pool_batches=8"]
+    odd = ["training_samples=1312", "n_checkpoints=3", "architectures.atm.trained=false"]
+    comparison = load_comparison(comparison_yaml, [*again, *odd])
+    results = compare(comparison, 2, Ears())
+    found = {
+        (run.entry, run.seed): SAE.load_from_disk(tmp_path / "out" / run.folder / "sae").W_dec
+        for run in results.runs
+    }
+    assert torch.equal(found["topk", 0], found["again", 0])
+    assert torch.equal(found["topk", 1], found["again", 1])
+    assert not torch.equal(found["topk", 0], found["topk", 1])
+
+
+def test_activations_are_normalised_before_training(comparison_yaml, tmp_path):
+    """Which takes batches of its own, and again none after an interruption."""
+    shared = ["l0=[2]", "seeds=[0]", "sae.normalize_activations=expected_average_only_in"]
+    short = [*shared, "training_samples=12800", "architectures.jumprelu.trained=false"]
+    straight = compare(load_comparison(comparison_yaml, [*short, "output_path=a"]), 1, Ears())
+    comparison = load_comparison(comparison_yaml, [*short, "output_path=b"])
+    stop = StopFlag()
+    with pytest.raises(Interrupted):
+        compare(comparison, 1, Ears(stop, after=300), stop)
+    (_,) = (tmp_path / "b").glob("runs/*/checkpoints/*/history.pt")
+    halted = compare(comparison, 1, Ears())
+    for one, other in zip(straight.runs, halted.runs, strict=True):
+        first, second = (
+            SAE.load_from_disk(tmp_path / name / run.folder / "sae").W_dec
+            for name, run in (("a", one), ("b", other))
+        )
+        assert torch.equal(first, second), one.entry
+
+
+def test_two_comparisons_do_not_share_a_folder(comparison_yaml, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out/.lock"), pytest.raises(SettingsError, match="under way there"):
+        compare(load_comparison(comparison_yaml), 1, Ears())
 
 
 def weights(folder):
@@ -196,7 +228,7 @@ def test_an_interrupted_comparison_goes_on_bit_for_bit(comparison_yaml, tmp_path
             halted = compare(comparison, 1, Ears(stop, after=240), stop)
             break
         except Interrupted:
-            kept += len(list((tmp_path / "halting").glob("runs/*/history.pt")))
+            kept += len(list((tmp_path / "halting").glob("runs/*/checkpoints/*/history.pt")))
     assert kept >= 2  # runs stopped under way
     expected, found = weights(tmp_path / "straight"), weights(tmp_path / "halting")
     assert expected.keys() == found.keys()

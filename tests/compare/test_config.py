@@ -52,6 +52,22 @@ def test_quick_has_a_folder_of_its_own(comparison_yaml):
     comparison_yaml.write_text(text)
     assert load_comparison(comparison_yaml).output.name == "small"
     assert load_comparison(comparison_yaml, quick=True).output.name == "small-quick"
+    comparison_yaml.write_text(text + "output_path: here\n")
+    assert load_comparison(comparison_yaml, quick=True).output.name == "here-quick"
+
+
+def test_quick_needs_to_know_how(comparison_yaml):
+    text = comparison_yaml.read_text().partition("quick:")[0]
+    for value in ("", "quick: true\n"):
+        comparison_yaml.write_text(text + value)
+        with pytest.raises(SettingsError, match=r"quick is (None|True): allowed is a mapping"):
+            load_comparison(comparison_yaml, quick=True)
+
+
+def test_tokens_held_out_for_evaluation_belong_to_the_training(language_model_comparison_yaml):
+    before = keys(language_model_comparison_yaml)
+    after = keys(language_model_comparison_yaml, "n_eval_batches=3")
+    assert all(before[label][0] != after[label][0] for label in before)
 
 
 def keys(path, *overrides):
@@ -119,6 +135,8 @@ def test_a_run_is_placed_without_touching_the_plan(comparison_yaml, tmp_path):
         ("architectures.atm.sae.c_rampsteps=1", "architectures.atm: sae.c_rampsteps: unknown key"),
         ("architectures.topk.l0_knob=nope", "architectures.topk: l0_knob is 'nope'"),
         ("sae.d_saee=3", "architectures.atm: sae.d_saee: unknown key"),
+        ("sae=3", "sae is 3: allowed is a mapping"),
+        ("eval_samples=0", "eval_samples is 0: allowed is more than 0"),
         ("sae.d_in=17", "architectures.atm: sae.d_in is 17"),
         ("not_ranked=[mccc]", "not_ranked has 'mccc': allowed are figures"),
         ("l0=[1000]", "architectures.atm: sae.k is 1000"),

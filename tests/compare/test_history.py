@@ -40,14 +40,23 @@ def curve(explained_variance, dead, steps=None):
     [
         ([0.1] * 8 + [0.8, 0.1, 0.8049], [50] * 11, False),
         ([0.1] * 8 + [0.8, 0.8, 0.8051], [50] * 11, True),
-        ([0.8] * 11, [50] * 10 + [51], False),
-        ([0.8] * 11, [50] * 10 + [52], True),
+        ([0.8] * 11, [50] * 10 + [52], False),
+        ([0.8] * 11, [50] * 10 + [54], True),
         ([0.8] * 10 + [None], [50] * 11, False),
+        ([0.8], [50], False),
     ],
 )
 def test_still_moving_looks_at_the_last_tenth(explained_variance, dead, moving):
-    # of 1100 steps: from step 900 on, or what was seen last before 990
+    # of 1100 steps: from step 900 on, what was seen last before 990
     assert still_moving(curve(explained_variance, dead), d_sae=150) is moving
+
+
+def test_still_moving_looks_at_the_end_before_the_decay():
+    values = [0.1, 0.7, 0.79, 0.8, 0.81, 0.81, 0.81, 0.81, 0.81, 0.81]
+    seen = curve(values, [0] * 10)  # of 1000 steps
+    assert not still_moving(seen, 100)
+    assert not still_moving(seen, 100, decay_steps=300)
+    assert still_moving(seen, 100, decay_steps=500)  # from step 400 to 500
 
 
 def test_points_end_with_the_last_step():

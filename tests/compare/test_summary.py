@@ -122,7 +122,10 @@ def test_off_target_rows_are_neither_tested_nor_tested_against():
     assert make_tests(off, make_rows(off, {}), ENTRIES) == []
     rival = [run("atm", 0, mcc=0.9), run("a", 0, matched=False, mcc=0.95), run("b", 0, mcc=0.5)]
     (test,) = make_tests(rival, make_rows(rival, {}), ENTRIES)
-    assert test.baseline == "b"
+    assert (test.baseline, test.off_target) == ("b", ["a"])  # but they are named
+    worse = [run("atm", 0, mcc=0.9), run("a", 0, matched=False, mcc=0.4), run("b", 0, mcc=0.5)]
+    (test,) = make_tests(worse, make_rows(worse, {}), ENTRIES)
+    assert test.off_target == []
 
 
 def test_stability_is_compared_without_a_p():
