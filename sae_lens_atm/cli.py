@@ -49,7 +49,7 @@ app = typer.Typer(
 )
 console = Console()
 if not console.is_terminal and "COLUMNS" not in os.environ:
-    console = Console(width=140)  # a log has no width of its own
+    console = Console(width=160)  # a log has no width of its own
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sae_lens_atm.cli import app
@@ -15,6 +16,7 @@ from tests.helpers import make_sae, train
 cli = CliRunner()
 SHIPPED = sorted(p.stem for p in shipped_config("demo").parent.glob("*.yaml"))
 COMPARISONS = ("demo", "compare-sister-a", "compare-sister-b")
+ON_GPU = ("compare-gemma-2-2b-l12-16k",)
 
 
 def run(*args):
@@ -62,6 +64,17 @@ def test_dry_run_of_every_shipped_comparison(name):
     assert not Path("out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to plan for")
+def test_a_plan_can_be_made_without_the_gpu():
+    result = run("compare", ON_GPU[0], "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "none: device is 'cuda': this machine has no CUDA device" in result.output
+    refused = run("compare", ON_GPU[0], "--set", "output_path=out")
+    assert refused.exit_code == 2
+    assert refused.stderr == "error: device is 'cuda': this machine has no CUDA device\n"
+    assert not Path("out").exists()
+
+
 def test_a_failed_run_is_told_and_the_exit_code_is_1(comparison_yaml, tmp_path):
     planned = load_comparison(comparison_yaml, quick=True).planned
     bad = next(p for p in planned if p.entry == "topk")
@@ -103,7 +116,7 @@ def test_dry_run_writes_nothing(synthetic_yaml, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in COMPARISONS])
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name not in COMPARISONS + ON_GPU])
 def test_dry_run_of_every_shipped_config(name):
     result = run("train", name, "--dry-run")
     assert result.exit_code == 0, result.output

@@ -169,7 +169,7 @@ def test_the_issue_s_configs_are_there():
 
 
 def test_unknown_shipped_config():
-    with pytest.raises(SettingsError, match="allowed is a path or one of compare-sister-a"):
+    with pytest.raises(SettingsError, match="allowed is a path or one of compare-gemma"):
         shipped_config("nope")
 
 

@@ -43,8 +43,8 @@ def find_knob(cfg: TrainingSAEConfig, asked: str | None = None) -> Knob:
     Raises:
         SettingsError: nothing does, or it is not clear what.
     """
-    # Of an input of one dimension, as only its coefficients are looked at.
-    sae = TrainingSAE[Any].from_dict(replace(cfg, d_in=1).to_dict())
+    # Of an input of one dimension and here, as only its coefficients are looked at.
+    sae = TrainingSAE[Any].from_dict(replace(cfg, d_in=1, device="cpu").to_dict())
     coefficients = list(sae.get_coefficients())
     direct = direct_knob(type(cfg))
     numbers = [f.name for f in fields(cfg) if type(getattr(cfg, f.name)) is float]

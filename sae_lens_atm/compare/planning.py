@@ -16,7 +16,7 @@ from sae_lens_atm.compare.data import kept_model, synthetic_model
 from sae_lens_atm.compare.jobs import threads_each
 from sae_lens_atm.compare.kept import is_trained
 from sae_lens_atm.compare.synthetic_runs import pool_of
-from sae_lens_atm.settings import SyntheticRun
+from sae_lens_atm.settings import SettingsError, SyntheticRun
 from sae_lens_atm.train import check_devices
 
 _TIMED_STEPS = 5  # of each entry
@@ -25,11 +25,27 @@ _TIMED_STEPS = 5  # of each entry
 def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
     """What a comparison would do, and about how long it would take here."""
     check(comparison)
-    for planned in comparison.planned:
-        check_devices(planned.run)
     *_, jobs = make_jobs(comparison)
-    folder = comparison.output
-    left = [p for p in comparison.planned if p.settings.trained and not is_trained(p, folder)]
+    planned, folder = comparison.planned, comparison.output
+    left = [p for p in planned if p.settings.trained and not is_trained(p, folder)]
+    facts = {
+        "runs": f"{len(planned)}, of which {len(planned) - len(left)} need no training (any more)",
+        "jobs": f"{len(jobs)}, {at_once} at once",
+        "entries": ", ".join(dict.fromkeys(p.entry for p in planned)),
+        "L0": ", ".join(f"{l0:g}" for l0 in dict.fromkeys(p.l0 for p in planned)),
+        "seeds": ", ".join(str(seed) for seed in dict.fromkeys(p.seed for p in planned)),
+        "steps of a run": f"{planned[0].run.runner.total_training_steps:,}",
+        "output": folder,
+    }
+    try:
+        for p in planned:
+            check_devices(p.run)
+    except SettingsError as error:  # a plan may be made elsewhere than it is carried out
+        return {**facts, "estimate": f"none: {error}"}
+    return {**facts, **_estimate(comparison, left, at_once)}
+
+
+def _estimate(comparison: Comparison, left: Sequence[Planned], at_once: int) -> dict[str, str]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads_each(at_once))
     try:
@@ -37,19 +53,11 @@ def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
     finally:
         torch.set_num_threads(before)
     total = sum(seconds[p.entry] * steps_of(p) for p in left)
-    estimate = (total + _seconds_of_data(comparison, left)) / at_once
-    planned = comparison.planned
+    duration = _duration((total + _seconds_of_data(comparison, left)) / at_once)
+    more = "" if comparison.is_synthetic else ", and the language model's forward passes"
     return {
-        "runs": f"{len(planned)}, of which {len(planned) - len(left)} need no training (any more)",
-        "jobs": f"{len(jobs)}, {at_once} at once",
-        "entries": ", ".join(dict.fromkeys(p.entry for p in planned)),
-        "L0": ", ".join(f"{l0:g}" for l0 in dict.fromkeys(p.l0 for p in planned)),
-        "seeds": ", ".join(str(seed) for seed in dict.fromkeys(p.seed for p in planned)),
-        "steps of a run": f"{planned[0].run.runner.total_training_steps:,}",
         "ms a step": ", ".join(f"{name} {1000 * s:.1f}" for name, s in seconds.items()),
-        "estimate": f"about {_duration(estimate)}"
-        + ("" if comparison.is_synthetic else ", and the language model's forward passes"),
-        "output": folder,
+        "estimate": f"about {duration}{more}",
     }
 
 

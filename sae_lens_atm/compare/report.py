@@ -36,6 +36,7 @@ from sae_lens_atm.compare.wording import (
     marks,
     show,
     show_l0,
+    show_p,
     show_spread,
 )
 
@@ -66,10 +67,6 @@ class Glance(NamedTuple):
     tests: list[Test]
     better: int
     worse: int
-
-
-def show_p(p: float | None) -> str:
-    return "<0.001" if p is not None and p < 0.001 else show(p, 3)
 
 
 def breakable(name: str) -> Markup:

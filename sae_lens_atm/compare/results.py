@@ -113,6 +113,7 @@ class Test(_Schema):
     p: float | None
     """Two-sided paired t test over `n` seeds; None with fewer than two, or no spread."""
     n: int
+    """Seeds; for stability pairs of them."""
     off_target: list[str] = []
     """Baselines that do better than `baseline`, but at another L0 than was asked for."""
 

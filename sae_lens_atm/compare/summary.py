@@ -143,9 +143,11 @@ def _test(runs: Sequence[Run], row: Row, best: Row, name: str) -> Test:
     ours, theirs = by_seed(row.entry), by_seed(best.entry)
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     difference: float | None = fmean(differences) if differences else None
+    pairs = 0
     if name == "stability":  # a figure of all seeds together
         mine, other = _mean(row, name), _mean(best, name)
         difference = mine - other if mine is not None and other is not None else None
+        pairs = row.figures[name].n
     p: float | None = None
     if len(differences) > 1 and stdev(differences) > _ROUNDING:
         result: Any = stats.ttest_1samp(differences, 0.0)
@@ -158,5 +160,5 @@ def _test(runs: Sequence[Run], row: Row, best: Row, name: str) -> Test:
         difference=difference,
         better=None if not difference else difference * figure(name).better > 0,
         p=p,
-        n=len(differences),
+        n=len(differences) or pairs,
     )

@@ -8,7 +8,7 @@ from rich.text import Text
 from sae_lens_atm.compare.figures import ARROWS, figure
 from sae_lens_atm.compare.results import Results, Row, Test
 from sae_lens_atm.compare.summary import best_rows
-from sae_lens_atm.compare.wording import P_BOUND, show_spread
+from sae_lens_atm.compare.wording import P_BOUND, show_p, show_spread
 
 _SHOWN = {
     "l0": "L0",
@@ -34,7 +34,7 @@ def row_tables(results: Results) -> Iterator[Table]:
         names = [name for name in _SHOWN if any(name in row.figures for row in rows)]
         seeds = max(len(row.seeds) for row in rows)
         table = Table(title=f"{results.name}, L0 {l0:g}{_over(seeds)}")
-        table.add_column("")
+        table.add_column("", no_wrap=True)
         for name in names:
             table.add_column(
                 _SHOWN[name] + ARROWS[figure(name).better], justify="right", no_wrap=True
@@ -107,7 +107,8 @@ MARKS = (
 def _cell(row: Row, name: str, best: Mapping[str, set[tuple[str, float]]]) -> Text:
     if name not in row.figures:
         return Text("")
-    text = show_spread(row.figures[name], figure(name).digits)
+    text = show_spread(row.figures[name], figure(name).digits).replace(" ± ", "±")
+    text = text.replace("±0.", "±.")
     return Text(text, style="green" if (row.entry, row.l0_target) in best[name] else "")
 
 
@@ -138,5 +139,5 @@ def _test_cells(test: Test) -> tuple[str | Text, ...]:
         test.baseline + off_target,
         difference,
         verdict[test.better],
-        "-" if test.p is None else f"{test.p:.3f} (n={test.n})",
+        "-" if test.p is None else f"{show_p(test.p)} (n={test.n})",
     )

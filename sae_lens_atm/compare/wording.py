@@ -38,6 +38,10 @@ def show_spread(spread: Spread, digits: int) -> str:
     return show(spread.mean, digits) + (sd if clean(spread.mean) is not None else "")
 
 
+def show_p(p: float | None) -> str:
+    return "<0.001" if p is not None and p < 0.001 else show(p, 3)
+
+
 def show_l0(l0: float) -> str:
     return f"{l0:g}"
 

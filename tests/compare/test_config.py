@@ -7,7 +7,7 @@ from sae_lens_atm.compare.config import at
 from sae_lens_atm.compare.matching import Knob
 from sae_lens_atm.settings import SettingsError, shipped_config
 
-COMPARISONS = ("demo", "compare-sister-a", "compare-sister-b")
+COMPARISONS = ("demo", "compare-sister-a", "compare-sister-b", "compare-gemma-2-2b-l12-16k")
 
 
 def test_every_entry_l0_and_seed_is_planned(comparison_yaml):
@@ -159,7 +159,7 @@ def test_shipped_comparisons_load(name, quick):
     assert any(p.settings.role == "candidate" for p in comparison.planned)
 
 
-@pytest.mark.parametrize("name", COMPARISONS[1:])
+@pytest.mark.parametrize("name", COMPARISONS[1:3])
 def test_the_sisters_hold_all_nine_architectures_and_controls(name):
     comparison = load_comparison(shipped_config(name))
     assert {p.run.runner.sae.architecture() for p in comparison.planned} == {

@@ -87,7 +87,7 @@ def test_a_spread_without_a_deviation_is_a_number(mean, sd, text):
     ("p", "text"), [(0.0004, "<0.001"), (0.0312, "0.031"), (1.0, "1.000"), (None, "–")]
 )
 def test_p(p, text):
-    assert report.show_p(p) == text
+    assert wording.show_p(p) == text
 
 
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf])

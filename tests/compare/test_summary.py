@@ -135,9 +135,10 @@ def test_stability_is_compared_without_a_p():
         ("a", 4.0): Spread(mean=0.7, sd=None, n=1),
     }
     (test,) = make_tests(runs, make_rows(runs, stability), ENTRIES)
-    assert (test.figure, test.difference, test.better, test.p) == (
+    assert (test.figure, test.difference, test.better, test.p, test.n) == (
         "stability",
         pytest.approx(0.2),
         True,
         None,
+        1,
     )
