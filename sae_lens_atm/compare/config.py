@@ -114,11 +114,6 @@ class Planned:
     pool_batches: int | None = None
 
     @property
-    def l0_is_set(self) -> bool:
-        """By a field of the config, which is then another at each L0."""
-        return not self.knob.steered
-
-    @property
     def label(self) -> str:
         return f"{self.entry}, L0 {self.l0:g}, seed {self.seed}"
 
@@ -258,7 +253,7 @@ def _plan_entry(
             f"{', '.join(TRAINER_FIELDS)}; all else is shared"
         )
     registered = SAE_TRAINING_CLASS_REGISTRY.get(architecture)
-    direct = direct_knob(registered[1]) if registered else None
+    direct = direct_knob(registered[1], entry.l0_knob) if registered else None
     sae: dict[str, Any] = {**(shared.get("sae") or {}), **entry.sae, "architecture": architecture}
     if registered is not None:
         sae = {k: v for k, v in sae.items() if k in entry.sae or _has_field(registered[1], k)}
@@ -309,7 +304,7 @@ def settings_of(planned: Planned) -> dict[str, Any]:
     """What an entry is trained with, but for what differs from run to run (L0, seeds)."""
     config = _config_of(planned.run)
     trainer = {name: config[name] for name in TRAINER_FIELDS if name in config}
-    differs = ("metadata", direct_knob(type(planned.run.runner.sae)) if planned.l0_is_set else None)
+    differs = ("metadata", None if planned.knob.steered else planned.knob.name)
     sae: dict[str, Any] = {
         name: value
         for name, value in config["sae"].items()

@@ -15,6 +15,8 @@ L0_TOLERANCE = 0.05
 
 DIRECT_KNOBS = ("k", "max_iterations")
 """Config fields that are the L0: of the TopK family, and of matching pursuit."""
+ON_DEMAND_KNOBS = ("target_l0",)
+"""Fields that are the L0 if the rest of the config makes them so: of JumpReLU's quadratic loss."""
 
 GAIN = 0.005
 PROPORTIONAL = 0.5
@@ -31,9 +33,11 @@ class Knob(NamedTuple):
         return f"{self.name}, steered" if self.steered else self.name
 
 
-def direct_knob(config_class: type) -> str | None:
+def direct_knob(config_class: type, asked: str | None = None) -> str | None:
     """The field of a training config that is the L0 itself, if it has one."""
     names = {field.name for field in fields(config_class)}
+    if asked in ON_DEMAND_KNOBS and asked in names:
+        return asked
     return next((name for name in DIRECT_KNOBS if name in names), None)
 
 
@@ -46,7 +50,7 @@ def find_knob(cfg: TrainingSAEConfig, asked: str | None = None) -> Knob:
     # Of an input of one dimension and here, as only its coefficients are looked at.
     sae = TrainingSAE[Any].from_dict(replace(cfg, d_in=1, device="cpu").to_dict())
     coefficients = list(sae.get_coefficients())
-    direct = direct_knob(type(cfg))
+    direct = direct_knob(type(cfg), asked)
     numbers = [f.name for f in fields(cfg) if type(getattr(cfg, f.name)) is float]
     if asked is not None:
         if asked == direct:

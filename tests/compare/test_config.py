@@ -31,6 +31,16 @@ def test_what_is_shared_and_what_is_not(comparison_yaml):
     assert atm.run.runner.sae.mask_seed == 1  # what an architecture draws itself varies too
 
 
+def test_jumprelus_quadratic_loss_is_told_its_l0(comparison_yaml):
+    quadratic = "architectures.jumprelu.sae.jumprelu_sparsity_loss_mode=quadratic"
+    comparison = load_comparison(
+        comparison_yaml, ["architectures.jumprelu.l0_knob=target_l0", quadratic]
+    )
+    found = [p for p in comparison.planned if p.entry == "jumprelu"]
+    assert {p.run.runner.sae.target_l0 == p.l0 for p in found} == {True}
+    assert {p.knob for p in found} == {Knob("target_l0", False)}
+
+
 def test_a_shared_field_goes_to_those_that_have_it(comparison_yaml):
     comparison = load_comparison(comparison_yaml, ["sae.aux_loss_coefficient=0.5"])
     by_entry = {p.entry: p.run.runner.sae for p in comparison.planned}

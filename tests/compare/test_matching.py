@@ -41,6 +41,8 @@ def test_what_is_asked_for_comes_first():
     cfg = config("matching_pursuit", decoder_init_norm=1.0)
     assert find_knob(cfg, "residual_threshold") == Knob("residual_threshold", True)
     assert find_knob(cfg, "max_iterations") == Knob("max_iterations", False)
+    quadratic = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 3.0}
+    assert find_knob(config("jumprelu", **quadratic), "target_l0") == Knob("target_l0", False)
     with pytest.raises(SettingsError, match=r"l0_knob is 'x'.*max_iterations.*residual_threshold"):
         find_knob(cfg, "x")
 
