@@ -4,9 +4,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sae_lens_atm.compare.charts import GROUP_COLOURS, PARETO, entry_styles, importance_runs, view
+from sae_lens_atm.compare.charts import (
+    GROUP_COLOURS,
+    PARETO,
+    Style,
+    entry_styles,
+    importance_runs,
+    view,
+)
 from sae_lens_atm.compare.figures import figure
 from sae_lens_atm.compare.results import Importance, Results, Row
+
+_DASHES = {
+    "solid": "-",
+    "dash": "--",
+    "dot": ":",
+    "dashdot": "-.",
+    "longdash": (0, (8, 3)),
+}
+"""Plotly's names of dashes, and matplotlib's."""
 
 
 def draw_pictures(results: Results, folder: Path) -> list[Path]:
@@ -37,11 +53,11 @@ def _draw_pareto(results: Results, path: Path) -> Path:
     picture, grid = plt.subplots(
         lines, columns, figsize=(11, 4.2 * lines), layout="constrained", squeeze=False
     )
-    colour = {name: style.colour for name, style in entry_styles(results.entries).items()}
+    styles = entry_styles(results.entries)
     for axes, name in zip(grid.flat, names, strict=False):
         for entry in results.entries:
             rows = [row for row in results.rows if row.entry == entry]
-            _draw_entry(axes, rows, name, colour[entry], results.entries[entry].role)
+            _draw_entry(axes, rows, name, styles[entry])
         axes.set_ylim(*_range(results, name))
         arrow = {1: "higher is better", -1: "lower is better", 0: ""}[figure(name).better]
         axes.set(xlabel="L0 measured", title=f"{figure(name).label} ({arrow})")
@@ -68,7 +84,15 @@ def _range(results: Results, name: str) -> list[float]:
     return view([end for ends in near for end in ends], reach[True])
 
 
-def _draw_entry(axes: Any, rows: Sequence[Row], name: str, colour: str, role: str) -> None:
+def _line(style: Style) -> dict[str, Any]:
+    return {
+        "color": style.colour,
+        "linestyle": _DASHES[style.dash],
+        "linewidth": 0.85 * style.width,
+    }
+
+
+def _draw_entry(axes: Any, rows: Sequence[Row], name: str, style: Style) -> None:
     known = [row for row in rows if name in row.figures and row.figures[name].mean is not None]
     if not known:
         return
@@ -76,21 +100,10 @@ def _draw_entry(axes: Any, rows: Sequence[Row], name: str, colour: str, role: st
     x = [row.figures["l0"].mean for row in known]
     y = [row.figures[name].mean for row in known]
     spread = [row.figures[name].sd or 0.0 for row in known]
-    style = "--" if role == "control" else "-"
-    width = 3 if role == "candidate" else 1.3
-    axes.errorbar(
-        x,
-        y,
-        spread,
-        color=colour,
-        linestyle=style,
-        linewidth=width,
-        capsize=2,
-        label=known[0].entry,
-    )
+    axes.errorbar(x, y, spread, **_line(style), capsize=2, label=known[0].entry)
     for row, x_at, y_at in zip(known, x, y, strict=True):
-        filled = colour if row.matched else "white"
-        axes.plot(x_at, y_at, "o", color=colour, markerfacecolor=filled, markersize=5)
+        filled = style.colour if row.matched else "white"
+        axes.plot(x_at, y_at, "o", color=style.colour, markerfacecolor=filled, markersize=5)
 
 
 def _draw_dynamics(results: Results, path: Path) -> Path:
@@ -98,20 +111,17 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
     run, importance = importance_runs(results)[0]
     picture, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
     _draw_importance(left, importance)
-    colour = {name: style.colour for name, style in entry_styles(results.entries).items()}
+    styles = entry_styles(results.entries)
     beside = [r for r in results.runs if (r.seed, r.l0_target) == (run.seed, run.l0_target)]
     name = "absorption_fraction"
     if not any(r.curve and r.curve.absorption_fraction for r in beside):
         name = "explained_variance"
     for other in beside:
         if other.curve is not None and getattr(other.curve, name):
-            role = results.entries[other.entry].role
             right.plot(
                 other.curve.steps,
                 getattr(other.curve, name),
-                "--" if role == "control" else "-",
-                color=colour[other.entry],
-                linewidth=3 if role == "candidate" else 1.3,
+                **_line(styles[other.entry]),
                 label=other.entry,
             )
     right.set(xlabel="training step", ylabel=figure(name).label, ylim=(0, None))
