@@ -34,7 +34,8 @@ def row_tables(results: Results) -> Iterator[Table]:
         names = [name for name in _SHOWN if any(name in row.figures for row in rows)]
         seeds = max(len(row.seeds) for row in rows)
         table = Table(title=f"{results.name}, L0 {l0:g}{_over(seeds)}")
-        table.add_column("", no_wrap=True)
+        longest = max(len(row.entry + signs(row)) for row in rows)
+        table.add_column("", no_wrap=True, min_width=longest)
         for name in names:
             table.add_column(
                 _SHOWN[name] + ARROWS[figure(name).better], justify="right", no_wrap=True

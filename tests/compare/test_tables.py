@@ -41,8 +41,8 @@ def small():
     )
 
 
-def text(table):
-    console = Console(width=160, color_system="truecolor", force_terminal=True)
+def text(table, width=160):
+    console = Console(width=width, color_system="truecolor", force_terminal=True)
     with console.capture() as capture:
         console.print(table)
     return capture.get()
@@ -59,6 +59,12 @@ def test_rows_by_hand():
     green = [line for line in shown.splitlines() if "\x1b[1;32m" in line or "\x1b[32m" in line]
     assert len(green) == 1
     assert "atm" in green[0]
+
+
+def test_names_are_whole_in_a_narrow_terminal():
+    (table,) = row_tables(small())
+    for width in (40, 80):
+        assert "gated *" in text(table, width)
 
 
 def test_the_tests_by_hand():
