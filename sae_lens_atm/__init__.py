@@ -5,8 +5,9 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_atm.config import ATMSAEConfig, ATMTrainingSAEConfig
 from sae_lens_atm.importance import ImportanceTracker, Signals, batch_signals, combine_signals
+from sae_lens_atm.inference import ATMSAE
 from sae_lens_atm.masking import importance_threshold, mask_probability, sample_mask, uniform_at
-from sae_lens_atm.sae import ATMSAE, ATMTrainingSAE
+from sae_lens_atm.sae import ATMTrainingSAE
 
 __all__ = [
     "ATMSAE",

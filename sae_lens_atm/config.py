@@ -19,6 +19,8 @@ from sae_lens_atm.importance import Combine
 Activation = Literal["batchtopk", "jumprelu", "relu"]
 Schedule = Literal["dual", "interleaved", "masked"]
 Granularity = Literal["step", "sample"]
+Course = Literal["uniform", "ramp"]
+Draw = Literal["independent", "coherent"]
 
 
 @dataclass
@@ -40,6 +42,8 @@ class ATMTrainingSAEConfig(
         masked_weight: w of the dual schedule, in [0, 1].
         masked_probability: q of the interleaved schedule, in [0, 1].
         mask_granularity: one mask for the whole batch ("step") or one per sample ("sample").
+        mask_draw: each latent by a number of its own ("independent", the paper's), or all by one
+            ("coherent"), so that latents fall in the order of their importance.
         importance_decay: decay of the moving averages of the three signals, in [0, 1).
         magnitude_weight: weight in the importance of M_i = |d_i| E[a_i].
         frequency_weight: weight in the importance of F_i = P(a_i > 0).
@@ -47,14 +51,25 @@ class ATMTrainingSAEConfig(
             the squared error that leaving latent i out would add.
         importance_combine: weighted arithmetic ("sum") or geometric ("geometric") mean of the
             signals, each divided by its mean over the latents.
-        c_start: c at the first step, in theta_t = mu_t + c * sigma_t.
-        c_end: c from step `c_ramp_steps` on.
-        c_ramp_steps: steps over which c goes linearly from `c_start` to `c_end`. The SAE is not
-            told how long training is: for a ramp over all of it, give the number of steps.
+        schedule_steps: the number of training steps, over which the schedule is laid out. An SAE
+            is never told it: give yours. Run files fill it in.
+        c_course: how c goes, in theta_t = mu_t + c * sigma_t: linearly from `c_start` at the first
+            step to `c_end` at the end of masking ("ramp"), or drawn anew for each step, evenly
+            between the two ("uniform").
+        c_start: c at the first step.
+        c_end: c at the end of masking.
+        mask_end: share of `schedule_steps` after which nothing is masked any more, in [0, 1].
         mask_rate: r in p_i = 1 - exp(-r * (theta_t - Importance_i) / theta_t). 0 masks nothing.
         mask_warm_up_steps: steps at the start without masking, while the averages fill.
         mask_ramp_steps: steps after those over which p_i grows linearly to its full value.
         mask_seed: seed of the masks' random numbers, which depend on it and the step alone.
+        parent_weight: weight of the pressure that keeps the decoder of a latent off those of the
+            more important latents that it implies (ours, not the paper's; see `parents`). 0: none.
+        parent_tau: how much of an activation of a latent must be present in the inputs on which
+            another fires for the other to imply it, in (0, 1].
+        parent_start: share of `schedule_steps` at which that pressure begins, in [0, 1]. Children
+            are learned as composites of their parents; pressed too early they die.
+        parent_rows: latents that it is computed for in a step, in turn; bounds its cost.
     """
 
     activation: Activation = "batchtopk"
@@ -62,18 +77,25 @@ class ATMTrainingSAEConfig(
     masked_weight: float = 0.5
     masked_probability: float = 0.5
     mask_granularity: Granularity = "step"
+    mask_draw: Draw = "independent"
     importance_decay: float = 0.99
     magnitude_weight: float = 1.0
     frequency_weight: float = 1.0
     contribution_weight: float = 1.0
     importance_combine: Combine = "sum"
+    c_course: Course = "ramp"
     c_start: float = 0.0
     c_end: float = 1.0
-    c_ramp_steps: int = 10_000
+    schedule_steps: int = 10_000
+    mask_end: float = 0.6
     mask_rate: float = 1.0
     mask_warm_up_steps: int = 100
     mask_ramp_steps: int = 0
     mask_seed: int = 0
+    parent_weight: float = 1.0
+    parent_tau: float = 0.5
+    parent_start: float = 0.6
+    parent_rows: int = 2048
 
     @override
     @classmethod
@@ -82,12 +104,18 @@ class ATMTrainingSAEConfig(
 
     @classmethod
     def paper(cls, d_in: int, d_sae: int, **overrides: Any) -> Self:
-        """The literal reading of the paper: ReLU, an L1 penalty, every step masked.
+        """The literal reading of the paper: ReLU, an L1 penalty, every step masked, nothing else.
 
         What the paper leaves open (see the README) keeps this project's defaults, but for c,
         which is constant. Any field can be overridden.
         """
-        literal: dict[str, Any] = {"activation": "relu", "schedule": "masked", "c_end": 0.0}
+        literal: dict[str, Any] = {
+            "activation": "relu",
+            "schedule": "masked",
+            "c_end": 0.0,
+            "mask_end": 1.0,
+            "parent_weight": 0.0,
+        }
         return cls(d_in=d_in, d_sae=d_sae, **{**literal, **overrides})
 
     @override
@@ -97,6 +125,16 @@ class ATMTrainingSAEConfig(
     @property
     def signal_weights(self) -> tuple[float, float, float]:
         return (self.magnitude_weight, self.frequency_weight, self.contribution_weight)
+
+    @property
+    def mask_end_step(self) -> int:
+        """The first step that masks nothing any more. If `mask_end` is 1 masking never ends."""
+        return round(self.mask_end * self.schedule_steps)
+
+    @property
+    def parent_start_step(self) -> int:
+        """The first step with pressure on the children."""
+        return round(self.parent_start * self.schedule_steps)
 
     @override
     def __post_init__(self) -> None:
@@ -112,6 +150,7 @@ class ATMTrainingSAEConfig(
         for name in _WHOLE:
             self._require(name, isinstance(getattr(self, name), int), "a whole number")
         self._require("importance_decay", self.importance_decay < 1, "in [0, 1)")
+        self._require("parent_tau", self.parent_tau > 0, "in (0, 1]")
         if sum(self.signal_weights) == 0:
             raise ValueError(
                 "magnitude_weight, frequency_weight and contribution_weight are all 0: "
@@ -147,6 +186,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "activation": get_args(Activation),
     "schedule": get_args(Schedule),
     "mask_granularity": get_args(Granularity),
+    "mask_draw": get_args(Draw),
+    "c_course": get_args(Course),
     "importance_combine": get_args(Combine),
     "jumprelu_sparsity_loss_mode": ("step", "tanh", "quadratic"),
     "dtype": tuple(DTYPE_MAP),
@@ -167,10 +208,15 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "c_start": (-_INF, _INF, "any finite number"),
     "c_end": (-_INF, _INF, "any finite number"),
     "mask_rate": _NOT_NEGATIVE,
-    "c_ramp_steps": _STEPS,
+    "schedule_steps": _STEPS,
+    "mask_end": _UNIT,
     "mask_warm_up_steps": _STEPS,
     "mask_ramp_steps": _STEPS,
     "mask_seed": (-_INF, _INF, "a whole number"),
+    "parent_weight": _NOT_NEGATIVE,
+    "parent_tau": (0, 1, "in (0, 1]"),
+    "parent_start": _UNIT,
+    "parent_rows": (1, _INF, "a whole number, 1 or more"),
     "topk_threshold_lr": _UNIT,
     "aux_loss_coefficient": _NOT_NEGATIVE,
     "l0_coefficient": _NOT_NEGATIVE,
@@ -181,7 +227,15 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "l0_warm_up_steps": _NOT_NEGATIVE,
     "l1_warm_up_steps": _NOT_NEGATIVE,
 }
-_WHOLE = ("d_in", "d_sae", "c_ramp_steps", "mask_warm_up_steps", "mask_ramp_steps", "mask_seed")
+_WHOLE = (
+    "d_in",
+    "d_sae",
+    "schedule_steps",
+    "mask_warm_up_steps",
+    "mask_ramp_steps",
+    "mask_seed",
+    "parent_rows",
+)
 
 
 @dataclass

@@ -10,7 +10,8 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
 
-from sae_lens_atm.sae import ATMSAE, IMPORTANCE_QUANTILES
+from sae_lens_atm.inference import ATMSAE
+from sae_lens_atm.sae import IMPORTANCE_QUANTILES
 from sae_lens_atm.settings import SettingsError
 
 _BAR = 30  # characters of the longest bar of the histogram

@@ -4,26 +4,26 @@
 which inherits the activation, its penalty, auxiliary loss and folding from SAELens' own class.
 """
 
-from dataclasses import asdict, replace
+import math
+import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from numpy.typing import NDArray
 from sae_lens import (
     BatchTopKTrainingSAE,
-    JumpReLUSAE,
     JumpReLUTrainingSAE,
     StandardTrainingSAE,
     TrainingSAE,
 )
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens.util import filter_valid_dataclass_fields
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_atm.config import ATMSAEConfig, ATMTrainingSAEConfig
+from sae_lens_atm.config import ATMTrainingSAEConfig
 from sae_lens_atm.importance import (
     ExactBuffers,
     ImportanceTracker,
@@ -38,22 +38,38 @@ from sae_lens_atm.masking import (
     sample_mask,
     uniform_at,
 )
+from sae_lens_atm.parents import ParentTracker, carried_energy, implied_parents, unit_rows
 
-_MASK, _COIN = 0, 1  # independent streams of the mask's random numbers
+_MASK, _COIN, _C = 0, 1, 2  # independent streams of the mask's random numbers
 IMPORTANCE_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+# Losses of SAELens' that revive dead latents: the full view alone has them, at full weight.
+_REVIVAL = ("auxiliary_reconstruction_loss", "pre_act_loss")
+_AVERAGED_OVER = 10  # parents are told from averages this many times as long as their decay's
 # What SAELens' run-time normalisations leave on the SAE between encode and decode.
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
+_TRAINING_ONLY = ("tracker.", "parent_tracker.")
+
+
+class _Seen(NamedTuple):
+    """One batch as the averages see it."""
+
+    x: Tensor
+    acts: Tensor
+    residual: Tensor
+    exposure: Tensor
 
 
 class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     """A SAE trained under Adaptive Temporal Masking.
 
     Each training step draws a mask from the latents' importance so far, computes the loss of the
-    full SAE, of the masked one, or of both (`cfg.schedule`), and updates the importance. Nothing
-    is masked or updated in eval mode, where the SAE is the one that `save_inference_model` saves.
+    full SAE, of the masked one, or of both (`cfg.schedule`), and updates the importance. Later in
+    training nothing is masked, and children are kept off their parents (`parents`). Nothing is
+    masked or updated in eval mode, where the SAE is the one that `save_inference_model` saves.
     """
 
     tracker: ImportanceTracker
+    parent_tracker: ParentTracker | None
     b_enc: torch.nn.Parameter
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
@@ -65,6 +81,11 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     def __init__(self, cfg: ATMTrainingSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
         self.tracker = ImportanceTracker(cfg.d_sae, cfg.importance_decay, self.device)
+        self.parent_tracker = None
+        if cfg.parent_weight > 0:
+            self.parent_tracker = ParentTracker(
+                cfg.d_in, cfg.d_sae, cfg.importance_decay, self.device
+            )
 
     # --- importance and mask ---------------------------------------------------------------
 
@@ -76,27 +97,32 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 
     @property
     def c(self) -> Tensor:
-        """``c`` now: from `c_start` to `c_end` over `c_ramp_steps`."""
-        cfg = self.cfg
-        return cfg.c_start + (cfg.c_end - cfg.c_start) * ramp(
-            self.tracker.steps, 0, cfg.c_ramp_steps
-        )
+        """``c`` of this step, by `c_course`."""
+        cfg, steps = self.cfg, self.tracker.steps
+        if cfg.c_course == "uniform":
+            part = uniform_at(steps, cfg.mask_seed, _C, ())
+        else:
+            part = ramp(steps, 0, cfg.mask_end_step)
+        return cfg.c_start + (cfg.c_end - cfg.c_start) * part
 
     @torch.no_grad()
     def draw_mask(self, batch_size: int) -> Mask:
         """The mask of this step, and what it was drawn from.
 
-        On the full steps of the interleaved schedule everything is kept.
+        On the full steps of the interleaved schedule, and when masking is over, all is kept.
         """
         cfg, steps = self.cfg, self.tracker.steps
         importance, c = self.importance, self.c
         threshold = importance_threshold(importance, c)
         probability = mask_probability(importance, threshold, cfg.mask_rate)
         probability = probability * ramp(steps, cfg.mask_warm_up_steps, cfg.mask_ramp_steps)
+        if cfg.mask_end < 1:
+            probability = probability * (steps < cfg.mask_end_step)
         if cfg.schedule == "interleaved":
             coin = uniform_at(steps, cfg.mask_seed, _COIN, (1,))
             probability = torch.where(coin < cfg.masked_probability, probability, 0.0)
-        shape = (batch_size, cfg.d_sae) if cfg.mask_granularity == "sample" else (cfg.d_sae,)
+        width = cfg.d_sae if cfg.mask_draw == "independent" else 1
+        shape = (batch_size, width) if cfg.mask_granularity == "sample" else (width,)
         keep = sample_mask(probability, uniform_at(steps, cfg.mask_seed, _MASK, shape))
         return Mask(keep, probability, threshold, importance, c)
 
@@ -125,28 +151,26 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         keep = mask.keep
 
         acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
-        masked_acts, masked_pre = self.mask_view(acts, hidden_pre, keep)
         if cfg.schedule == "dual":
-            sae_out, full_losses = self._view_losses(step_input, acts, hidden_pre)
-            # Dead latents are revived by what the full SAE leaves over, not by what a mask hides.
-            blind = replace(step_input, dead_neuron_mask=None)
-            _, masked_losses = self._view_losses(blind, masked_acts, masked_pre)
-            full, masked = (sum(part.values()) for part in (full_losses, masked_losses))
-            loss = (1 - cfg.masked_weight) * full + cfg.masked_weight * masked
-            losses = full_losses | {f"masked_{k}": v for k, v in masked_losses.items()}
+            sae_out, losses, loss = self._dual_losses(step_input, acts, hidden_pre, keep)
             everywhere = torch.ones_like(mask.importance)
-            self._update_importance(step_input.sae_in, acts, sae_out, everywhere)
+            seen = self._seen(step_input.sae_in, acts, sae_out, everywhere)
         else:
+            masked_acts, masked_pre = self.mask_view(acts, hidden_pre, keep)
             dead = step_input.dead_neuron_mask
             dead = None if dead is None else self._dead_and_kept(dead, keep)
             view = replace(step_input, dead_neuron_mask=dead)
             sae_out, losses = self._view_losses(view, masked_acts, masked_pre)
             loss = sum(losses.values())
             exposure = keep.float() if keep.dim() == 1 else keep.float().mean(0)
-            self._update_importance(step_input.sae_in, masked_acts, sae_out, exposure)
+            seen = self._seen(step_input.sae_in, masked_acts, sae_out, exposure)
             if step_input.is_logging_step:  # explained variance is logged of the SAE we will save
                 with torch.no_grad():
                     sae_out = self._decode_again(acts)
+        if self._in_force(cfg.parent_start_step) and self.parent_tracker is not None:
+            losses["parent_loss"] = self.parent_loss(self.parent_tracker, seen)
+            loss = loss + losses["parent_loss"]
+        self._update_averages(seen)
 
         return TrainStepOutput(
             sae_in=step_input.sae_in,
@@ -158,6 +182,30 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
             losses=losses,
             metrics=_mask_metrics(mask, step_input.dead_neuron_mask),
         )
+
+    def _in_force(self, start: int, end: float = math.inf) -> bool:
+        """Whether something that is in force in these steps is so now, so as not to compute it
+        where it is not. Always true while compiling, when the step is not known: all that this
+        guards comes to nothing outside of those steps in any case."""
+        return torch.compiler.is_compiling() or start <= int(self.tracker.steps) < end
+
+    def _dual_losses(
+        self, step_input: TrainStepInput, acts: Tensor, hidden_pre: Tensor, keep: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Reconstruction of the full view, the losses of both, and the loss of the step."""
+        cfg = self.cfg
+        sae_out, losses = self._view_losses(step_input, acts, hidden_pre)
+        end = cfg.mask_end_step if cfg.mask_end < 1 else math.inf
+        if not self._in_force(cfg.mask_warm_up_steps, end):
+            return sae_out, losses, cast(Tensor, sum(losses.values()))
+        # Dead latents are revived by what the full SAE leaves over, not by what a mask hides.
+        blind = replace(step_input, dead_neuron_mask=None)
+        _, masked = self._view_losses(blind, *self.mask_view(acts, hidden_pre, keep))
+        revival = sum(losses[name] for name in _REVIVAL if name in losses)
+        full = sum(loss for name, loss in losses.items() if name not in _REVIVAL)
+        weight = cfg.masked_weight
+        loss = (1 - weight) * full + weight * sum(masked.values()) + revival
+        return sae_out, losses | {f"masked_{k}": v for k, v in masked.items()}, cast(Tensor, loss)
 
     def _view_losses(
         self, step_input: TrainStepInput, acts: Tensor, hidden_pre: Tensor
@@ -182,16 +230,47 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     def _normalisation_state(self) -> dict[str, Tensor]:
         return {n: getattr(self, n) for n in _NORMALISATION_STATE if hasattr(self, n)}
 
-    @torch.no_grad()
-    def _update_importance(
-        self, x: Tensor, acts: Tensor, sae_out: Tensor, exposure: Tensor
-    ) -> None:
+    def _seen(self, x: Tensor, acts: Tensor, sae_out: Tensor, exposure: Tensor) -> "_Seen":
+        """What the averages are taken of, in the units of the reconstruction."""
         state = self._normalisation_state()
         if "ln_std" in state:
             acts = acts * state["ln_std"]
         elif "x_norm_coeff" in state:
             acts = acts / state["x_norm_coeff"]
-        self.tracker.update(batch_signals(acts, self._decoder(), x - sae_out), exposure)
+        return _Seen(x, acts.detach(), (x - sae_out).detach(), exposure)
+
+    @torch.no_grad()
+    def _update_averages(self, seen: "_Seen") -> None:
+        if self.parent_tracker is not None:
+            start = self.cfg.parent_start_step - round(
+                _AVERAGED_OVER / (1 - self.cfg.importance_decay)
+            )
+            if self._in_force(start):
+                length = self._decoder().norm(dim=-1)
+                exposure = seen.exposure * (self.tracker.steps >= start)
+                self.parent_tracker.update(seen.acts * length, seen.x, exposure)
+        signals = batch_signals(seen.acts, self._decoder(), seen.residual)
+        self.tracker.update(signals, seen.exposure)
+
+    def parent_loss(self, parents: ParentTracker, seen: "_Seen") -> Tensor:
+        """`parent_weight` times the energy that children add along the parents they imply."""
+        cfg, steps = self.cfg, self.tracker.steps
+        size = min(cfg.parent_rows, cfg.d_sae)
+        rows = (torch.arange(size, device=steps.device) + steps * size) % cfg.d_sae
+        directions = unit_rows(self.W_dec)
+        with torch.no_grad():
+            implied = implied_parents(
+                parents.lift(directions, rows),
+                self.tracker.averages(),
+                self.importance,
+                rows,
+                cfg.parent_tau,
+            )
+            length = self._decoder().norm(dim=-1)
+            share = size / cfg.d_sae * seen.exposure.clamp(min=1e-12)
+            energy = ((seen.acts * length).square().mean(0) / share)[rows]
+            energy = energy * (steps >= cfg.parent_start_step)
+        return cfg.parent_weight * carried_energy(directions[rows], directions, implied, energy)
 
     def _decoder(self) -> Tensor:
         """The rows that activations multiply in the reconstruction."""
@@ -229,7 +308,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
-        for name in [name for name in state_dict if name.startswith("tracker.")]:
+        for name in [name for name in state_dict if name.startswith(_TRAINING_ONLY)]:
             del state_dict[name]
         super().process_state_dict_for_saving_inference(state_dict)
         state_dict.setdefault("threshold", torch.zeros_like(state_dict["b_enc"]))
@@ -246,6 +325,13 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:
         """Save a stock `jumprelu` SAE. How it was trained is in its metadata, with a summary of
         the importance scores; the scores themselves are in checkpoints (`save_model`)."""
+        steps, schedule = int(self.tracker.steps), self.cfg.schedule_steps
+        if 0 < steps < 0.9 * schedule:
+            warnings.warn(
+                f"this SAE was trained for {steps} of the {schedule} steps of its schedule: set "
+                "schedule_steps to the length of the training",
+                stacklevel=2,
+            )
         quantiles = self.importance.quantile(torch.tensor(IMPORTANCE_QUANTILES, device=self.device))
         self.cfg.metadata.importance_quantiles = dict(
             zip(map(str, IMPORTANCE_QUANTILES), quantiles.tolist(), strict=True)
@@ -281,6 +367,18 @@ class _BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE):  # pyright: ignore[re
     def mask_view(self, acts: Tensor, hidden_pre: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         masked_pre = hidden_pre * keep
         return self.activation_fn(masked_pre), masked_pre
+
+    @override
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        """SAELens' auxiliary loss, of what dead latents would do if they fired: an activation is
+        never negative. Without this they learn to explain the residual with the wrong sign."""
+        return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre.relu(), dead_neuron_mask)
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -324,43 +422,3 @@ _CLASS_OF_ACTIVATION: dict[str, type[ATMTrainingSAE]] = {
     "jumprelu": _JumpReLUATM,
     "relu": _ReLUATM,
 }
-
-
-class ATMSAE(ExactBuffers, JumpReLUSAE):
-    """An ATM SAE for inference, read from a training checkpoint: a JumpReLU SAE that knows how
-    important each of its latents was."""
-
-    cfg: ATMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    importance: Tensor
-    """``Importance_i`` at the end of training, float32, shape ``(d_sae,)``."""
-    exact_buffers = ("importance",)
-
-    def __init__(self, cfg: ATMSAEConfig, use_error_term: bool = False) -> None:
-        super().__init__(cfg, use_error_term)
-        importance = torch.zeros(cfg.d_sae, dtype=torch.float32, device=self.device)
-        self.register_buffer("importance", importance)
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        """Take the tensors of a training checkpoint, or of an ATMSAE saved before."""
-        super().process_state_dict_for_loading(state_dict)
-        if "importance" in state_dict:
-            state_dict["importance"] = state_dict["importance"].float()
-            return
-        cfg = self._training_config()
-        sae = _CLASS_OF_ACTIVATION[cfg.activation](cfg)
-        sae.process_state_dict_for_loading(state_dict)
-        sae.load_state_dict(state_dict, assign=True)
-        state_dict.clear()
-        state_dict.update(sae.inference_state(), importance=sae.importance)
-
-    def _training_config(self) -> ATMTrainingSAEConfig:
-        details = self.cfg.metadata.training_architecture_details
-        if not details:
-            raise ValueError(
-                "this SAE's cfg.json says architecture 'atm', but its metadata lacks the "
-                "training_architecture_details that a training checkpoint holds"
-            )
-        known: dict[str, Any] = {**asdict(self.cfg), **details}
-        known |= {"device": "meta", "metadata": self.cfg.metadata}
-        return ATMTrainingSAEConfig(**filter_valid_dataclass_fields(known, ATMTrainingSAEConfig))

@@ -30,6 +30,7 @@ from sae_lens.synthetic import (
     SyntheticSAERunnerConfig,
 )
 
+from sae_lens_atm.config import ATMTrainingSAEConfig
 from sae_lens_atm.synthetic import HierarchyModelConfig
 
 RUNNERS = ("synthetic", "language_model")
@@ -167,6 +168,7 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
             **values,
         )
         cfg.checkpoint_path = checkpoints
+        _lay_out_schedule(cfg, content)
         return LanguageModelRun(cfg, seed)
 
     hierarchy_values = values.pop("hierarchy_model", None)
@@ -196,7 +198,14 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
         checkpoint_path=checkpoints,
         **values,
     )
+    _lay_out_schedule(cfg, content)
     return SyntheticRun(cfg, hierarchy, seed)
+
+
+def _lay_out_schedule(cfg: Any, content: dict[str, Any]) -> None:
+    """Tell ATM how long training is, where the run file does not."""
+    if isinstance(cfg.sae, ATMTrainingSAEConfig) and "schedule_steps" not in content["sae"]:
+        cfg.sae.schedule_steps = cfg.total_training_steps
 
 
 def _check_common(values: dict[str, Any]) -> None:

@@ -104,7 +104,7 @@ def synthetic_yaml(tmp_path):
 runner: synthetic
 seed: 3
 hierarchy_model: {hidden_dim: 16, roots: 4, lone_features: 4, depth: 1}
-sae: {architecture: atm, d_in: 16, d_sae: 32, k: 2, c_ramp_steps: 40, mask_warm_up_steps: 5}
+sae: {architecture: atm, d_in: 16, d_sae: 32, k: 2, schedule_steps: 40, mask_warm_up_steps: 5}
 training_samples: 2560
 batch_size: 64
 lr: 1e-3
@@ -138,7 +138,7 @@ store_batch_size_prompts: 4
 n_batches_in_buffer: 4
 n_eval_batches: 1
 activations_mixing_fraction: 0
-sae: {{architecture: atm, d_in: 16, d_sae: 64, k: 4, c_ramp_steps: 40, mask_warm_up_steps: 5}}
+sae: {{architecture: atm, d_in: 16, d_sae: 64, k: 4, schedule_steps: 40, mask_warm_up_steps: 5}}
 output_path: out
 """
     )
@@ -163,7 +163,7 @@ eval_samples: 500
 curve_points: 4
 output_path: out
 architectures:
-  atm: {role: candidate, sae: {c_ramp_steps: 40, mask_warm_up_steps: 5}}
+  atm: {role: candidate, sae: {schedule_steps: 40, mask_warm_up_steps: 5}}
   topk: {}
   jumprelu: {sae: {l0_coefficient: 0.01}, run: {lr: 3e-3}}
   untrained: {architecture: topk, role: control, trained: false}
@@ -198,7 +198,7 @@ sae: {{d_in: 16, d_sae: 64}}
 curve_points: 4
 output_path: out
 architectures:
-  atm: {{role: candidate, sae: {{c_ramp_steps: 20, mask_warm_up_steps: 5}}}}
+  atm: {{role: candidate, sae: {{schedule_steps: 20, mask_warm_up_steps: 5}}}}
   batchtopk: {{run: {{lr: 1e-3}}}}
   gated: {{sae: {{l1_coefficient: 0.1}}}}
   untrained: {{architecture: topk, role: control, trained: false}}

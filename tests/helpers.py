@@ -10,7 +10,8 @@ GRANULARITIES = ("step", "sample")
 
 
 def make_sae(d_in=8, d_sae=24, k=3, **fields):
-    fields = {"mask_warm_up_steps": 2, "c_ramp_steps": 10, "d_in": d_in, "d_sae": d_sae, **fields}
+    steps = {"mask_warm_up_steps": 2, "schedule_steps": 10, "mask_end": 1.0}
+    fields = {**steps, "d_in": d_in, "d_sae": d_sae, **fields}
     cfg = ATMTrainingSAEConfig(k=k, **fields)
     return TrainingSAE.from_dict(cfg.to_dict())
 

@@ -17,7 +17,7 @@ BAD = {
     "contribution_weight": float("inf"),
     "c_start": float("inf"),
     "c_end": "high",
-    "c_ramp_steps": -1,
+    "schedule_steps": -1,
     "mask_rate": -2.0,
     "mask_warm_up_steps": 1.5,
     "mask_ramp_steps": -3,
@@ -94,7 +94,7 @@ def test_every_field_is_a_flag_of_saelens_command_line():
     flags += ["--mask_granularity", "sample", "--importance_combine", "geometric"]
     flags += ["--masked_weight", "0.1", "--importance_decay", "0.9", "--magnitude_weight", "2"]
     flags += ["--frequency_weight", "0", "--contribution_weight", "4", "--c_end", "2"]
-    flags += ["--c_ramp_steps", "7", "--mask_rate", "3", "--mask_warm_up_steps", "5"]
+    flags += ["--schedule_steps", "7", "--mask_rate", "3", "--mask_warm_up_steps", "5"]
     flags += ["--mask_ramp_steps", "6"]
     sae = _parse_cfg_args(flags).sae
     assert isinstance(sae, ATMTrainingSAEConfig)
@@ -115,7 +115,7 @@ def test_every_field_is_a_flag_of_saelens_command_line():
         frequency_weight=0,
         contribution_weight=4,
         c_end=2,
-        c_ramp_steps=7,
+        schedule_steps=7,
         mask_rate=3,
         mask_warm_up_steps=5,
         mask_ramp_steps=6,

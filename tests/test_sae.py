@@ -85,7 +85,7 @@ def test_masks_are_drawn_with_their_probability():
 
 def test_warm_up_and_ramps():
     sae = make_sae(
-        mask_warm_up_steps=5, mask_ramp_steps=4, c_start=-1.0, c_end=1.0, c_ramp_steps=8, d_sae=3
+        mask_warm_up_steps=5, mask_ramp_steps=4, c_start=-1.0, c_end=1.0, schedule_steps=8, d_sae=3
     )
     with_importance(sae, torch.tensor([0.1, 1.0, 3.0]))
 
@@ -225,7 +225,7 @@ def test_masking_off_is_the_plain_architecture(activation, schedule):
 
 
 def test_masking_off_trains_exactly_as_batchtopk():
-    atm = make_sae(mask_rate=0.0)
+    atm = make_sae(mask_rate=0.0, parent_weight=0.0)
     plain = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=8, d_sae=24, k=3))
     plain.load_state_dict({n: p.clone() for n, p in atm.state_dict().items() if "tracker" not in n})
     batches = torch.randn(20, 64, 8)

@@ -85,8 +85,8 @@ def test_language_model_run_file(language_model_yaml):
         ("sae.architecture=[1]", ["sae.architecture is [1]: allowed is one of"]),
         ("sae.dtype=float12", ["sae.dtype is 'float12': allowed is one of"]),
         (
-            "sae.c_ramp_steps=1000000000000000000000",
-            ["sae.c_ramp_steps is 1000000000000000000000:"],
+            "sae.schedule_steps=1000000000000000000000",
+            ["sae.schedule_steps is 1000000000000000000000:"],
         ),
         ("nonsense", ["--set 'nonsense': allowed is key=value"]),
         ("lr=[", ["--set 'lr=[': the value is not YAML"]),
@@ -160,7 +160,7 @@ def test_shipped_configs_are_valid(name):
     assert run.runner.sae.architecture() == "atm"
     steps = run.runner.total_training_steps
     # the ramp of c covers the training that the file asks for
-    assert 0.5 * steps <= run.runner.sae.c_ramp_steps <= steps
+    assert 0.5 * steps <= run.runner.sae.schedule_steps <= steps
 
 
 def test_the_issue_s_configs_are_there():

@@ -127,7 +127,9 @@ def test_evaluation_does_not_meet_the_samples_of_training_again(synthetic_yaml, 
 def test_the_plain_architectures_train_from_the_same_file(synthetic_yaml):
     content = synthetic_yaml.read_text()
     synthetic_yaml.write_text(
-        content.replace("atm", "batchtopk").replace(", c_ramp_steps: 40, mask_warm_up_steps: 5", "")
+        content.replace("atm", "batchtopk").replace(
+            ", schedule_steps: 40, mask_warm_up_steps: 5", ""
+        )
     )
     assert train(load_run(synthetic_yaml)).sae.cfg.architecture() == "batchtopk"
 

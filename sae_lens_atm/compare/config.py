@@ -10,7 +10,7 @@ has one value:
     seeds: [0, 1, 2]
     l0: [2, 4, 8]
     architectures:
-      atm: {role: candidate, sae: {c_ramp_steps: 3000}}
+      atm: {role: candidate, sae: {schedule_steps: 3000}}
       topk: {}
       standard: {sae: {l1_coefficient: 0.1}, run: {lr: 1.0e-3}}
       masking-off: {architecture: atm, role: control, sae: {mask_rate: 0}}
@@ -212,10 +212,10 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     for what, values in (("seeds", settings.seeds), ("l0", settings.l0)):
         if len(set(values)) != len(values):
             raise SettingsError(f"{what} is {values!r}: allowed is each value once")
-    for name in settings.not_ranked:
-        if name not in FIGURES:
+    for figure in settings.not_ranked:
+        if figure not in FIGURES:
             raise SettingsError(
-                f"not_ranked has {name!r}: allowed are figures, {', '.join(FIGURES)}"
+                f"not_ranked has {figure!r}: allowed are figures, {', '.join(FIGURES)}"
             )
     shared = {key: value for key, value in content.items() if key not in _OWN_KEYS}
     if "seed" in shared:

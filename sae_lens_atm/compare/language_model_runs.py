@@ -96,9 +96,9 @@ class _GroupRunner(MultiSAETrainingRunner):
         for name, planned in self.planned.items():
             inner = _with_own_settings(trainer.trainers[name], planned)
             trainer.trainers[name] = inner
-            controller = L0Controller(inner, planned.knob, planned.l0)
-            steered = controller if planned.knob.steered else None
-            history = self.histories[name] = History(inner, self.points, None, steered)
+            knob = planned.knob
+            controller = L0Controller(inner, knob, planned.l0) if knob.steered else None
+            history = self.histories[name] = History(inner, self.points, None, controller)
             self._watch(inner, history)
         if self.cfg.resume_from_checkpoint is not None:
             self._go_on(trainer)

@@ -21,7 +21,7 @@ def test_every_entry_l0_and_seed_is_planned(comparison_yaml):
 def test_what_is_shared_and_what_is_not(comparison_yaml):
     planned = {p.label: p for p in load_comparison(comparison_yaml).planned}
     atm, topk, jumprelu = (planned[f"{n}, L0 3, seed 1"] for n in ("atm", "topk", "jumprelu"))
-    assert atm.run.runner.sae.c_ramp_steps == 40
+    assert atm.run.runner.sae.schedule_steps == 40
     assert {p.run.runner.sae.d_sae for p in planned.values()} == {32}
     assert (topk.run.runner.lr, jumprelu.run.runner.lr) == (1e-2, 3e-3)
     assert atm.run.runner.sae.k == topk.run.runner.sae.k == 3
@@ -95,7 +95,7 @@ def test_a_change_for_all_changes_all_keys(comparison_yaml, override):
 
 def test_a_change_of_one_entry_changes_its_keys_alone(comparison_yaml):
     before = keys(comparison_yaml)
-    after = keys(comparison_yaml, "architectures.atm.sae.c_ramp_steps=20")
+    after = keys(comparison_yaml, "architectures.atm.sae.schedule_steps=20")
     assert {label.split(",")[0] for label in before if before[label] != after[label]} == {"atm"}
 
 

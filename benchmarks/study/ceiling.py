@@ -1,0 +1,68 @@
+"""What an SAE with one linear encoder could reach: the true dictionary, its encoder trained.
+
+A BatchTopK SAE whose decoder is the model's own features, frozen; encoder, biases and threshold are
+trained as in the comparison (same batches, rate and steps). It absorbs nothing by construction, so
+what the metric still finds is its floor: features that overlap in a crowded space.
+
+    python benchmarks/study/ceiling.py configs/compare-sister-a.yaml ceiling.json
+"""
+
+import os
+from itertools import islice
+from pathlib import Path
+from statistics import mean, stdev
+from tempfile import TemporaryDirectory
+
+import torch
+import typer
+from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
+from sae_lens.util import temporary_seed
+
+from sae_lens_atm.compare.config import load_comparison
+from sae_lens_atm.compare.data import batch_seed, draw_batch, synthetic_model
+from sae_lens_atm.evaluation import evaluate_closely, to_json
+from sae_lens_atm.settings import SyntheticRun
+
+
+def train_encoder(run: SyntheticRun, l0: float, seed: int) -> dict[str, float]:
+    """The figures of the true dictionary under a trained encoder."""
+    cfg = run.runner
+    model = synthetic_model(run, Path())
+    features = torch.nn.functional.normalize(model.feature_dict.feature_vectors.detach(), dim=1)
+    with temporary_seed(seed):
+        sae = BatchTopKTrainingSAE(
+            BatchTopKTrainingSAEConfig(d_in=cfg.sae.d_in, d_sae=len(features), k=l0)
+        )
+    sae.W_dec.data = features.clone()
+    sae.W_enc.data = features.T.contiguous().clone()
+    sae.W_dec.requires_grad_(False)
+    batches = (draw_batch(model, cfg.batch_size, seed, step % 1000) for step in range(10**9))
+    SAETrainer(cfg.to_sae_trainer_config(), sae, islice(batches, cfg.total_training_steps)).fit()
+    with TemporaryDirectory() as folder:
+        sae.save_inference_model(folder)
+        saved = SAE.load_from_disk(folder)
+    return evaluate_closely(saved, model, cfg.eval_samples, batch_seed(seed, -2)).figures
+
+
+def main(config: Path, output: Path, l0: float = 4, seeds: int = 3) -> None:
+    """Train and evaluate; write every seed's figures, their means and deviations."""
+    os.environ["TQDM_DISABLE"] = "1"
+    torch.set_num_threads(1)
+    run = load_comparison(config).planned[0].run
+    assert isinstance(run, SyntheticRun)
+    runs = [train_encoder(run, l0, seed) for seed in range(seeds)]
+    spread = {name: [r[name] for r in runs] for name in runs[0]}
+    content = {
+        "config": config.name,
+        "l0": l0,
+        "runs": runs,
+        "mean": {name: mean(values) for name, values in spread.items()},
+        "deviation": {name: stdev(values) for name, values in spread.items()},
+    }
+    output.write_text(to_json(content) + "\n")
+    for name in ("l0", "explained_variance", "mcc", "f1", "absorption_full", "absorption_fraction"):
+        print(f"{name:22} {content['mean'][name]:.4f} ± {content['deviation'][name]:.4f}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,147 @@
+import pytest
+import torch
+from torch.testing import assert_close
+
+from sae_lens_atm.importance import Signals
+from sae_lens_atm.parents import (
+    ParentTracker,
+    carried_energy,
+    implied_parents,
+    lift,
+    unit_rows,
+)
+
+
+def test_unit_rows():
+    rows = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    assert_close(rows, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+
+
+def test_lift_by_hand():
+    # latent 0 fires with strength 2 on half of the inputs, which are (3, 1) then, else (1, 1)
+    inputs = torch.tensor([[3.0, 1.0]])  # E[a x] = 1/2 * 2 * (3, 1)
+    magnitude = torch.tensor([1.0])
+    mean_input = torch.tensor([2.0, 1.0])
+    assert_close(lift(inputs, magnitude, mean_input, torch.eye(2)), torch.tensor([[1.0, 0.0]]))
+
+
+def test_a_latent_that_never_fired_has_no_lift_of_its_own():
+    found = lift(torch.zeros(1, 2), torch.zeros(1), torch.tensor([2.0, 1.0]), torch.eye(2))
+    assert found.isfinite().all()
+
+
+def test_implied_parents_by_hand():
+    # mean activations where active: 1, 2 and, for one that never fired, none
+    averages = Signals(
+        magnitude=torch.tensor([0.5, 0.2, 0.0]),
+        frequency=torch.tensor([0.5, 0.1, 0.0]),
+        contribution=torch.zeros(3),
+    )
+    importance = torch.tensor([3.0, 1.0, 0.0])
+    rows = torch.tensor([1, 0, 2])
+    found = implied_parents(
+        torch.tensor([[0.6, 9.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]]),
+        averages,
+        importance,
+        rows,
+        tau=0.5,
+    )
+    # latent 1 implies 0 (0.6 >= 0.5 * 1), not itself; 0 is more important than all; 2 is dead
+    assert found.tolist() == [[True, False, False], [False] * 3, [False] * 3]
+    not_enough = torch.tensor([[0.4, 9.0, 9.0]])
+    assert not implied_parents(not_enough, averages, importance, rows[:1], tau=0.5).any()
+
+
+def test_carried_energy_by_hand_and_its_gradient():
+    directions = unit_rows(torch.tensor([[1.0, 0.0], [3.0, 4.0], [-3.0, 4.0]])).requires_grad_()
+    children = directions[[1, 2]].detach().requires_grad_()
+    implied = torch.tensor([[True, False, False], [True, True, False]])
+    energy = torch.tensor([2.0, 5.0])
+    found = carried_energy(children, directions, implied, energy)
+    # child 1: cos .6 to latent 0; child 2: cos -.6 to 0, which costs nothing, and .28 to 1
+    assert_close(found, torch.tensor(2 * 0.36 + 5 * 0.28**2))
+    found.backward()
+    assert directions.grad is None  # parents are not pushed
+    assert_close(children.grad[0], 2 * 2 * 0.6 * torch.tensor([1.0, 0.0]))
+    assert_close(children.grad[1], 5 * 2 * 0.28 * torch.tensor([0.6, 0.8]))
+
+
+def parent_and_child(absorbed: bool, samples: int = 20_000):
+    """A parent that fires half of the time; a child that fires half of that; a third feature, on
+    its own, whose direction overlaps with the parent's. Latents for them, the child's either pure
+    or carrying the parent (which is silent then)."""
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.rand(3, samples, generator=generator) < 0.5
+    parent, child, other = (d.float() for d in (draw[0], draw[0] & draw[1], draw[2]))
+    p, c = torch.eye(3)[0], torch.eye(3)[1]
+    o = torch.tensor([0.4, 0.0, 0.84**0.5])
+    x = parent[:, None] * p + child[:, None] * c + other[:, None] * o + 7.0
+    if absorbed:
+        acts = torch.stack([parent - child, 2**0.5 * child, other], 1)
+        directions = torch.stack([p, (p + c) / 2**0.5, o])
+    else:
+        acts, directions = torch.stack([parent, child, other], 1), torch.stack([p, c, o])
+    return x, acts, directions
+
+
+@pytest.mark.parametrize("absorbed", [False, True])
+def test_a_child_implies_its_parent_absorbed_or_not(absorbed):
+    x, acts, directions = parent_and_child(absorbed)
+    tracker = ParentTracker(3, 3, decay=0.0)
+    tracker.update(acts, x, torch.ones(3))
+    frequency = (acts > 0).float().mean(0)
+    averages = Signals(acts.mean(0), frequency, torch.zeros(3))
+    rows = torch.arange(3)
+    importance = torch.tensor([3.0, 1.0, 2.0])
+    implied = implied_parents(tracker.lift(directions, rows), averages, importance, rows, 0.5)
+    # and the overlapping feature implies nothing and is not implied
+    assert implied.tolist() == [[False] * 3, [True, False, False], [False] * 3]
+    energy = acts.square().mean(0)
+    carried = carried_energy(directions, directions, implied, energy)
+    share = (acts[:, 1] > 0).float().mean()
+    # an absorbing child, active at sqrt(2), has cos 1 / sqrt(2): all of its parent's energy, 1
+    assert_close(carried, share * (1.0 if absorbed else 0.0), atol=1e-6, rtol=1e-5)
+
+
+def test_tracker_against_brute_force():
+    torch.manual_seed(0)
+    tracker = ParentTracker(2, 3, decay=0.9)
+    acts, x = torch.rand(20, 8, 3), torch.randn(20, 8, 2)
+    exposure = (torch.rand(20, 3) < 0.7).float()
+    inputs, magnitude, mean = torch.zeros(3, 2), torch.zeros(3), torch.zeros(2)
+    for t in range(20):
+        tracker.update(acts[t] * exposure[t], x[t], exposure[t])
+        mean = 0.9 * mean + 0.1 * x[t].mean(0)
+        for j in range(3):
+            if exposure[t, j]:
+                inputs[j] = 0.9 * inputs[j] + 0.1 * (acts[t, :, j, None] * x[t]).mean(0)
+                magnitude[j] = 0.9 * magnitude[j] + 0.1 * acts[t, :, j].mean()
+    assert_close(tracker.inputs, inputs)
+    assert_close(tracker.magnitude, magnitude)
+    expected = (inputs / magnitude[:, None] - mean / (1 - 0.9**20)) @ torch.eye(2)
+    assert_close(tracker.lift(torch.eye(2), torch.arange(3)), expected)
+
+
+def test_exposure_per_sample_is_divided_out():
+    tracker = ParentTracker(1, 1, decay=0.0)
+    # kept for one sample of the two
+    tracker.update(torch.tensor([[3.0], [0.0]]), torch.tensor([[2.0], [5.0]]), torch.tensor([0.5]))
+    assert_close(tracker.inputs, torch.tensor([[6.0]]))
+    assert_close(tracker.magnitude, torch.tensor([3.0]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_leaves_no_trace(bad):
+    tracker = ParentTracker(2, 3, decay=0.9)
+    tracker.update(torch.rand(4, 3), torch.randn(4, 2), torch.ones(3))
+    before = {name: b.clone() for name, b in tracker.named_buffers()}
+    x = torch.randn(4, 2)
+    x[1, 0] = bad
+    tracker.update(torch.rand(4, 3), x, torch.ones(3))
+    for name, buffer in tracker.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_its_averages_stay_float32_when_the_sae_is_cast():
+    tracker = ParentTracker(2, 3).to(torch.bfloat16)
+    assert {b.dtype for b in tracker.buffers()} == {torch.float32}
