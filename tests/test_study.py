@@ -1,0 +1,88 @@
+"""The study's script, and that docs/study.md says what the committed results say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from sae_lens_atm.compare import load_comparison, read_results
+from sae_lens_atm.compare.results import Entry, Results, Row, Spread
+
+ROOT = Path(__file__).parent.parent
+STUDY = ROOT / "benchmarks/study"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, STUDY / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+targets = load("targets")
+
+
+def row(entry, matched=True, **figures):
+    spreads = {name: Spread(mean=value, sd=None, n=1) for name, value in figures.items()}
+    return Row(entry=entry, l0_target=4, seeds=[0], matched=matched, moving=False, figures=spreads)
+
+
+def results(*rows, not_ranked=()):
+    roles = {"atm": "candidate", "control": "control"}
+    entries = {
+        r.entry: Entry(
+            architecture=r.entry, role=roles.get(r.entry, "baseline"), l0_knob="k", settings={}
+        )
+        for r in rows
+    }
+    return Results(
+        name="x",
+        created="",
+        versions={},
+        machine={},
+        config={},
+        not_ranked=list(not_ranked),
+        entries=entries,
+        runs=[],
+        rows=list(rows),
+        tests=[],
+    )
+
+
+def test_each_figure_has_its_own_best_baseline():
+    found = results(
+        row("atm", f1=0.9, absorption_full=0.01),
+        row("topk", f1=0.7, absorption_full=0.2),
+        row("jumprelu", f1=0.6, absorption_full=0.04),
+        row("gated", matched=False, f1=0.99, absorption_full=0.0),
+        row("control", f1=0.99, absorption_full=0.0),
+        row("matching_pursuit", f1=0.85, absorption_full=0.1),
+    )
+    assert targets.best_baseline(found, "f1", one_step=True).entry == "topk"
+    assert targets.best_baseline(found, "f1", one_step=False).entry == "matching_pursuit"
+    assert targets.best_baseline(found, "absorption_full", one_step=True).entry == "jumprelu"
+    lines = targets.table(found).splitlines()
+    assert lines[2:] == [
+        "| absorption, full | ≤ 0.3 x best | jumprelu 0.0400 | 0.0120 | 0.0100 | yes |",
+        "| absorption, full | ≤ 0.05 x topk | topk 0.2000 | 0.0100 | 0.0100 | yes |",
+        "| F1 | ≥ best + 0.1 | topk 0.700 | 0.800 | 0.900 | yes |",
+        "| F1 | ≥ best + 0.1 | matching_pursuit 0.850 | 0.950 | 0.900 | no |",
+    ]
+
+
+def test_where_absorption_is_not_ranked_there_is_no_target_for_it():
+    found = results(
+        row("atm", explained_variance=0.79, absorption_full=0.1),
+        row("batchtopk", explained_variance=0.794, absorption_full=0.2),
+        not_ranked=["absorption_full"],
+    )
+    (line,) = targets.table(found).splitlines()[2:]
+    assert line == (
+        "| explained variance | ≥ best \N{MINUS SIGN} 0.005 | batchtopk 0.794 | 0.789 | 0.790 | yes |"
+    )
+
+
+@pytest.mark.parametrize("path", sorted(STUDY.glob("*.yaml")), ids=lambda p: p.stem)
+def test_its_files_are_valid_comparisons(path):
+    comparison = load_comparison(path)
+    assert "candidate" in {p.settings.role for p in comparison.planned}
