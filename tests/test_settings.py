@@ -158,9 +158,18 @@ def test_overrides_make_a_copy_and_new_branches():
 def test_shipped_configs_are_valid(name):
     run = load_run(shipped_config(name))
     assert run.runner.sae.architecture() == "atm"
-    steps = run.runner.total_training_steps
-    # the ramp of c covers the training that the file asks for
-    assert 0.5 * steps <= run.runner.sae.schedule_steps <= steps
+    # the schedule is laid out over the training that the file asks for
+    assert run.runner.sae.schedule_steps == run.runner.total_training_steps
+
+
+def test_a_schedule_given_is_kept(synthetic_yaml):
+    text = synthetic_yaml.read_text().replace("schedule_steps: 40, ", "")
+    synthetic_yaml.write_text(text)
+    assert load_run(synthetic_yaml).runner.sae.schedule_steps == 40
+    longer = load_run(synthetic_yaml, ["training_samples=6400"])
+    assert longer.runner.sae.schedule_steps == 100
+    given = load_run(synthetic_yaml, ["sae.schedule_steps=7"])
+    assert given.runner.sae.schedule_steps == 7
 
 
 def test_the_issue_s_configs_are_there():

@@ -57,6 +57,12 @@ def test_quick_is_what_the_file_says(comparison_yaml):
     assert longer.planned[0].run.runner.total_training_steps == 20
 
 
+def test_the_default_folder_is_the_file_s_name_with_figures_not_ranked(comparison_yaml):
+    text = comparison_yaml.read_text().replace("output_path: out\n", "not_ranked: [mcc]\n")
+    comparison_yaml.write_text(text)
+    assert load_comparison(comparison_yaml).output.name == "small"
+
+
 def test_quick_has_a_folder_of_its_own(comparison_yaml):
     text = comparison_yaml.read_text().replace("output_path: out\n", "")
     comparison_yaml.write_text(text)
@@ -184,6 +190,6 @@ def test_the_sisters_hold_all_nine_architectures_and_controls(name):
         "matching_pursuit",
     }
     controls = {p.entry for p in comparison.planned if p.settings.role == "control"}
-    assert controls == {"untrained", "atm (masking off)"}
+    assert {"untrained", "atm (masking off)", "atm (both off)"} <= controls
     assert len({p.seed for p in comparison.planned}) >= 3
     assert len({p.l0 for p in comparison.planned}) >= 3
