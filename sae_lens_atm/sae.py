@@ -196,7 +196,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         cfg = self.cfg
         sae_out, losses = self._view_losses(step_input, acts, hidden_pre)
         end = cfg.mask_end_step if cfg.mask_end < 1 else math.inf
-        if not self._in_force(cfg.mask_warm_up_steps, end):
+        if cfg.mask_rate == 0 or not self._in_force(cfg.mask_warm_up_steps, end):
             return sae_out, losses, cast(Tensor, sum(losses.values()))
         # Dead latents are revived by what the full SAE leaves over, not by what a mask hides.
         blind = replace(step_input, dead_neuron_mask=None)

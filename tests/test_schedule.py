@@ -129,6 +129,8 @@ def test_masks_that_hide_nothing_are_not_paid_for():
     for step in range(8):
         losses = sae.training_forward_pass(step_input(x, step=step)).losses
         assert ("masked_mse_loss" in losses) == (2 <= step < 5)
+    unmasked = make_sae(mask_rate=0.0, mask_warm_up_steps=0)
+    assert "masked_mse_loss" not in unmasked.training_forward_pass(step_input(x)).losses
 
 
 def test_a_schedule_cut_short_is_told(tmp_path):

@@ -1,12 +1,15 @@
 """The study's script, and that docs/study.md says what the committed results say."""
 
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import pytest
 
 from sae_lens_atm.compare import load_comparison, read_results
 from sae_lens_atm.compare.results import Entry, Results, Row, Spread
+from sae_lens_atm.compare.tables import markdown
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks/study"
@@ -78,7 +81,8 @@ def test_where_absorption_is_not_ranked_there_is_no_target_for_it():
     )
     (line,) = targets.table(found).splitlines()[2:]
     assert line == (
-        "| explained variance | ≥ best \N{MINUS SIGN} 0.005 | batchtopk 0.794 | 0.789 | 0.790 | yes |"
+        "| explained variance | ≥ best \N{MINUS SIGN} 0.005 "
+        "| batchtopk 0.794 | 0.789 | 0.790 | yes |"
     )
 
 
@@ -86,3 +90,52 @@ def test_where_absorption_is_not_ranked_there_is_no_target_for_it():
 def test_its_files_are_valid_comparisons(path):
     comparison = load_comparison(path)
     assert "candidate" in {p.settings.role for p in comparison.planned}
+
+
+MARKED = re.compile(r"<!-- (table|targets): (\S+) -->\n\n(.*?)\n\n<!-- end -->", re.DOTALL)
+PAGES = ("README.md", "docs/results.md", "docs/study.md")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_its_tables_are_those_of_the_committed_results(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = MARKED.findall(text)
+    assert len(found) == text.count("<!-- end -->")
+    for kind, path, shown in found:
+        results = read_results(ROOT / path)
+        assert not results.quick
+        assert results.failed == {}
+        assert shown == (markdown(results).strip() if kind == "table" else targets.table(results))
+
+
+def test_the_study_shows_all_its_results():
+    shown = {path for _, path, _ in MARKED.findall((ROOT / "docs/study.md").read_text("utf-8"))}
+    committed = {f"benchmarks/study/results/{p.name}" for p in STUDY.glob("results/*.json")}
+    others = {f"benchmarks/study/results/{name}.json" for name in ("exploratory", "ceiling")}
+    assert committed - others <= shown
+    assert {"docs/sister-a/results.json", "docs/sister-b/results.json"} <= shown
+
+
+def test_links_of_the_study_lead_somewhere():
+    text = (ROOT / "docs/study.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / "docs" / target).exists(), target
+
+
+def test_the_ceiling_trains_the_encoder_of_the_true_dictionary(tmp_path):
+    config = tmp_path / "small.yaml"
+    config.write_text(
+        "name: small\nrunner: synthetic\nl0: [2]\nseeds: [0]\n"
+        "hierarchy_model: {hidden_dim: 16, roots: 4, lone_features: 4, depth: 1}\n"
+        "sae: {d_in: 16, d_sae: 20}\nbatch_size: 128\ntraining_samples: 38_400\nlr: 1e-2\n"
+        "eval_samples: 2000\narchitectures: {atm: {role: candidate}}\n"
+    )
+    output = tmp_path / "ceiling.json"
+    load("ceiling").main(config, output, l0=2, seeds=2)
+    found = json.loads(output.read_text())
+    assert found["mean"]["mcc"] == pytest.approx(1.0, abs=1e-3)
+    assert found["mean"]["children_learned"] == 1.0
+    assert found["mean"]["explained_variance"] > 0.8
+    assert found["mean"]["f1"] == pytest.approx(
+        sum(run["f1"] for run in found["runs"]) / 2, rel=1e-5
+    )
