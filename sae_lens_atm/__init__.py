@@ -3,6 +3,7 @@
 from sae_lens import register_sae_class, register_sae_training_class
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
+from sae_lens_atm import activations as activations  # its classes register themselves
 from sae_lens_atm.config import ATMSAEConfig, ATMTrainingSAEConfig
 from sae_lens_atm.importance import ImportanceTracker, Signals, batch_signals, combine_signals
 from sae_lens_atm.inference import ATMSAE

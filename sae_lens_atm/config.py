@@ -21,6 +21,7 @@ Schedule = Literal["dual", "interleaved", "masked"]
 Granularity = Literal["step", "sample"]
 Course = Literal["uniform", "ramp"]
 Draw = Literal["independent", "coherent"]
+Kernels = Literal["auto", "dense"]
 
 
 @dataclass
@@ -67,9 +68,10 @@ class ATMTrainingSAEConfig(
             more important latents that it implies (ours, not the paper's; see `parents`). 0: none.
         parent_tau: how much of an activation of a latent must be present in the inputs on which
             another fires for the other to imply it, in (0, 1].
-        parent_start: share of `schedule_steps` at which that pressure begins, in [0, 1]. Children
-            are learned as composites of their parents; pressed too early they die.
-        parent_rows: latents that it is computed for in a step, in turn; bounds its cost.
+        parent_start: share of `schedule_steps` at which that pressure begins, in [0, 1].
+        parent_rows: latents whose parents are looked for in a step, in turn; bounds its cost.
+        kernels: "auto" computes with activations that are not 0 alone where that is faster (see
+            `sparse`), "dense" with all, as SAELens does. The results are the same up to rounding.
     """
 
     activation: Activation = "batchtopk"
@@ -94,8 +96,9 @@ class ATMTrainingSAEConfig(
     mask_seed: int = 0
     parent_weight: float = 1.0
     parent_tau: float = 0.5
-    parent_start: float = 0.6
-    parent_rows: int = 2048
+    parent_start: float = 0.2
+    parent_rows: int = 256
+    kernels: Kernels = "auto"
 
     @override
     @classmethod
@@ -189,6 +192,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "mask_draw": get_args(Draw),
     "c_course": get_args(Course),
     "importance_combine": get_args(Combine),
+    "kernels": get_args(Kernels),
     "jumprelu_sparsity_loss_mode": ("step", "tanh", "quadratic"),
     "dtype": tuple(DTYPE_MAP),
 }

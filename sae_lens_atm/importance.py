@@ -50,6 +50,11 @@ def batch_signals(acts: Tensor, decoder: Tensor, residual: Tensor) -> Signals:
     )
 
 
+def spread(values: Tensor, places: Tensor, size: int) -> Tensor:
+    """Values of some latents among all: rows at these places, 0 elsewhere."""
+    return values.new_zeros(size, *values.shape[1:]).index_copy(0, places, values)
+
+
 def moving_average(old: Tensor, new: Tensor, decay: float, where: Tensor) -> Tensor:
     """``decay * old + (1 - decay) * new`` where asked, ``old`` elsewhere."""
     return torch.where(where, decay * old + (1 - decay) * new, old)
@@ -115,7 +120,9 @@ class ImportanceTracker(ExactBuffers):
     weight: Tensor
     steps: Tensor
     """Training steps so far: the clock of every schedule."""
-    exact_buffers = (*Signals._fields, "weight", "steps")
+    excused: Tensor
+    """Steps by which SAELens counts too many since each latent fired: those that masked it."""
+    exact_buffers = (*Signals._fields, "weight", "steps", "excused")
 
     def __init__(
         self, d_sae: int, decay: float = 0.99, device: torch.device | str | None = None
@@ -125,6 +132,7 @@ class ImportanceTracker(ExactBuffers):
         for name in (*Signals._fields, "weight"):
             self.register_buffer(name, torch.zeros(d_sae, dtype=torch.float32, device=device))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("excused", torch.zeros(d_sae, dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def update(self, signals: Signals, exposure: Tensor) -> None:
@@ -150,3 +158,15 @@ class ImportanceTracker(ExactBuffers):
         """The bias-corrected averages; zero for a latent that was never seen."""
         filled = torch.where(self.weight > 0, self.weight, 1.0)
         return Signals(*(self.get_buffer(name) / filled for name in Signals._fields))
+
+    @torch.no_grad()
+    def excuse(self, masked: Tensor, fired: Tensor) -> None:
+        """Note which latents a step had masked from the trainer's sight, and which it saw fire."""
+        self.excused.add_(masked).masked_fill_(fired, 0)
+
+    @torch.no_grad()
+    def dead(self, counted: Tensor) -> Tensor:
+        """The dead of those that SAELens counts as dead: silent for as many steps as it asks for,
+        leaving out those in which they were masked. To be asked once a step."""
+        self.excused.sub_(counted.to(self.excused.dtype))
+        return counted & (self.excused < 0)

@@ -14,112 +14,141 @@ import torch
 from torch import Tensor
 
 from sae_lens_atm.importance import ExactBuffers, Signals, moving_average
+from sae_lens_atm.sparse import Pattern, dots_at, sparse_products_are_fast
+
+_TINY = 1e-12
 
 
-def unit_rows(matrix: Tensor) -> Tensor:
-    """The rows, each of length 1; a row of zeros stays one."""
-    return matrix / matrix.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-
-
-def lift(inputs: Tensor, magnitude: Tensor, mean_input: Tensor, directions: Tensor) -> Tensor:
-    """``L_ji = <E[a_j x] / E[a_j] - E[x], u_i>``: how much more of direction ``u_i`` an input holds
-    when latent ``j`` fires (weighted by how strongly) than it does on average.
+def lift(inputs: Tensor, magnitude: Tensor, mean_input: Tensor, decoder: Tensor) -> Tensor:
+    """``L_ji = <E[a_j x] / E[a_j] - E[x], d_i / |d_i|>``: how much more of ``i``'s direction an
+    input holds when latent ``j`` fires (weighted by how strongly) than it does on average.
 
     Args:
         inputs: ``E[a_j x]`` of some latents, shape ``(latents, d_in)``.
         magnitude: ``E[a_j]`` of them, shape ``(latents,)``.
         mean_input: ``E[x]``, shape ``(d_in,)``.
-        directions: unit rows ``u_i``, shape ``(d_sae, d_in)``.
+        decoder: rows ``d_i`` of any length, shape ``(d_sae, d_in)``.
     """
-    typical = inputs / magnitude.clamp(min=1e-12).unsqueeze(1)
-    return (typical - mean_input) @ directions.to(typical.dtype).T
+    typical = inputs / magnitude.clamp(min=_TINY).unsqueeze(1)
+    length = decoder.norm(dim=-1).clamp(min=_TINY)
+    return ((typical - mean_input).to(decoder.dtype) @ decoder.T / length).to(inputs.dtype)
 
 
 def implied_parents(
-    lift: Tensor, averages: Signals, importance: Tensor, rows: Tensor, tau: float
+    lift: Tensor, averages: Signals, importance: Tensor, rows: Tensor, tau: float, most: int
 ) -> Tensor:
-    """True at ``[j, i]`` where latent ``rows[j]`` implies latent ``i``:
+    """The latents ``i`` that each latent ``rows[j]`` implies, shape ``(rows, most)``, -1 where
+    there are fewer:
 
         L_ji >= tau M_i / F_i   and   Importance_i > Importance_j
 
     ``M_i / F_i`` is the mean activation of ``i`` where it fires. Latents that never fired imply
-    nothing and are implied by nothing.
+    nothing and are implied by nothing. Of more than ``most`` the most clearly implied are told.
     """
     fired = averages.frequency > 0
     when_active = averages.magnitude / averages.frequency.where(fired, 1.0)
     implied = lift >= tau * when_active
-    return implied & (importance > importance[rows, None]) & fired & fired[rows, None]
+    implied &= (importance > importance[rows, None]) & fired & fired[rows, None]
+    clearness = (lift / when_active.clamp(min=_TINY)).where(implied, -torch.inf)
+    best = clearness.topk(min(most, clearness.shape[1]), dim=1)
+    return best.indices.where(best.values > -torch.inf, -1)
 
 
-def carried_energy(children: Tensor, directions: Tensor, implied: Tensor, energy: Tensor) -> Tensor:
-    """``sum_j E[a_j^2] sum_i max(<u_j, u_i>, 0)^2`` over the parents ``i`` that ``j`` implies: the
-    energy that children add along their parents' directions, in units of the squared error.
+def carried_energy(decoder: Tensor, parents: Tensor, energy: Tensor) -> Tensor:
+    """``sum_j E[a_j^2] sum_i max(cos(d_j, d_i), 0)^2`` over the parents ``i`` that ``j`` implies:
+    the energy that children add along their parents' directions, in units of the squared error.
 
-    Its gradient reaches the children alone.
+    Its gradient reaches the children's rows alone.
 
     Args:
-        children: unit rows ``u_j``, shape ``(latents, d_in)``.
-        directions: unit rows ``u_i``, shape ``(d_sae, d_in)``.
-        implied: of `implied_parents`, shape ``(latents, d_sae)``.
-        energy: ``E[a_j^2]``, shape ``(latents,)``.
+        decoder: rows ``d_j`` of any length, shape ``(d_sae, d_in)``.
+        parents: of `implied_parents`, for all latents, shape ``(d_sae, most)``.
+        energy: ``E[(a_j |d_j|)^2]``, shape ``(d_sae,)``.
     """
-    overlap = (children @ directions.detach().T).clamp(min=0).square()
-    return torch.where(implied, overlap, 0.0).sum(1) @ energy.to(overlap.dtype)
+    fixed, length = decoder.detach(), decoder.norm(dim=-1).clamp(min=_TINY)
+    energy = energy.to(decoder.dtype)
+    if not sparse_products_are_fast(decoder):
+        carried = decoder.new_zeros(())
+        for parent in parents.T:
+            cosine = (decoder * fixed[parent]).sum(-1) / (length * length.detach()[parent])
+            carried = carried + (cosine.clamp(min=0).square() * (parent >= 0)) @ energy
+        return carried
+    child, place = (parents >= 0).nonzero(as_tuple=True)
+    parent = parents[child, place]
+    dots = dots_at(decoder, fixed, Pattern(child, parent, (len(decoder), len(decoder))))
+    cosine = dots / (length[child] * length.detach()[parent])
+    return cosine.clamp(min=0).square() @ energy[child]
 
 
 class ParentTracker(ExactBuffers):
-    """Moving averages of the inputs on which each latent fires, in float32.
+    """Moving averages of the inputs on which each latent fires, in float32, and the parents that
+    each implies by them.
 
-    Only ratios of them are used, which need no bias correction. A latent that a step did not see
-    keeps its own.
+    Only ratios of the averages are used, which need no bias correction. A latent that a step did
+    not see keeps its own.
     """
 
     inputs: Tensor
-    """``E[a_j x]``, shape ``(d_sae, d_in)``."""
+    """``E[a_j |d_j| x]``, shape ``(d_sae, d_in)``."""
     magnitude: Tensor
-    """``E[a_j]``, shape ``(d_sae,)``."""
+    """``E[a_j |d_j|]``, shape ``(d_sae,)``."""
     mean_input: Tensor
     """``E[x]``, shape ``(d_in,)``."""
     weight: Tensor
     """How much of `mean_input` has been filled."""
-    exact_buffers = ("inputs", "magnitude", "mean_input", "weight")
+    parents: Tensor
+    """Of `implied_parents`, as they were last looked for, shape ``(d_sae, most)``."""
+    exact_buffers = ("inputs", "magnitude", "mean_input", "weight", "parents")
 
     def __init__(
-        self, d_in: int, d_sae: int, decay: float = 0.99, device: torch.device | str | None = None
+        self,
+        d_in: int,
+        d_sae: int,
+        decay: float = 0.99,
+        device: torch.device | str | None = None,
+        most: int = 8,
     ) -> None:
         super().__init__()
         self.decay = decay
         shapes = {"inputs": (d_sae, d_in), "magnitude": (d_sae,), "mean_input": (d_in,)}
         for name, shape in {**shapes, "weight": ()}.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device))
+        self.register_buffer("parents", torch.full((d_sae, most), -1, device=device))
 
     @torch.no_grad()
-    def update(self, acts: Tensor, x: Tensor, exposure: Tensor) -> None:
+    def update(
+        self, inputs: Tensor, magnitude: Tensor, mean_input: Tensor, exposure: Tensor
+    ) -> None:
         """Take in one batch.
 
         Args:
-            acts: activations under unit decoder rows, 0 where masked, shape ``(batch, d_sae)``.
-            x: what the SAE reconstructs, shape ``(batch, d_in)``.
+            inputs: means of ``a_j |d_j| x`` over the whole batch, a masked latent counted as
+                silent, shape ``(d_sae, d_in)``.
+            magnitude: means of ``a_j |d_j|``, likewise, shape ``(d_sae,)``.
+            mean_input: mean of ``x``, shape ``(d_in,)``.
             exposure: share of the batch in which each latent was kept; 0 leaves its averages
                 alone, and so does a batch that is not finite.
         """
-        size = x.shape[0]
-        share = size * exposure.clamp(min=1e-12)
-        inputs = (acts.T @ x.to(acts.dtype)).float() / share.unsqueeze(1)
-        magnitude = acts.sum(0, dtype=torch.float32) / share
+        share = exposure.clamp(min=_TINY)
+        inputs, magnitude = inputs.float() / share.unsqueeze(1), magnitude.float() / share
         seen = (exposure > 0) & inputs.isfinite().all(1) & magnitude.isfinite()
-        mean_input = x.mean(0, dtype=torch.float32)
         finite = mean_input.isfinite().all() & seen.any()
         one = torch.ones_like(self.weight)
         for old, new, where in (
             (self.inputs, inputs, seen.unsqueeze(1)),
             (self.magnitude, magnitude, seen),
-            (self.mean_input, mean_input, finite),
+            (self.mean_input, mean_input.float(), finite),
             (self.weight, one, finite),
         ):
             old.copy_(moving_average(old, new, self.decay, where))
 
-    def lift(self, directions: Tensor, rows: Tensor) -> Tensor:
-        """`lift` of some latents."""
-        mean_input = self.mean_input / self.weight.clamp(min=1e-12)
-        return lift(self.inputs[rows], self.magnitude[rows], mean_input, directions)
+    @torch.no_grad()
+    def look_for_parents(
+        self, rows: Tensor, decoder: Tensor, averages: Signals, importance: Tensor, tau: float
+    ) -> None:
+        """Look for the parents of some latents again."""
+        mean_input = self.mean_input / self.weight.clamp(min=_TINY)
+        found = lift(self.inputs[rows], self.magnitude[rows], mean_input, decoder)
+        most = self.parents.shape[1]
+        implied = implied_parents(found, averages, importance, rows, tau, most)
+        self.parents[rows, : implied.shape[1]] = implied

@@ -22,6 +22,7 @@ from typing_extensions import Self
 from sae_lens_atm.compare.figures import ARROWS
 from sae_lens_atm.compare.figures import figure as how_shown
 from sae_lens_atm.compare.jobs import Job
+from sae_lens_atm.view import mean_l0
 
 _REFRESH = 20  # steps between two readings: each waits for the device
 _LINES = 10  # lines over a whole run where there is no terminal
@@ -57,7 +58,7 @@ class Progress:
         every = _REFRESH if self._console.is_terminal else max(self._steps // _LINES, 1)
         if step % every and step != self._steps:
             return
-        l0 = (output.feature_acts != 0).sum() / output.feature_acts.shape[0]
+        l0 = mean_l0(output.feature_acts)
         figures = f"loss {output.loss.item():.4g}  L0 {l0.item():.1f}"
         masked = output.metrics.get("masked_fraction")
         if callable(masked):

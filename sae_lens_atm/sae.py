@@ -9,16 +9,11 @@ import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from numpy.typing import NDArray
-from sae_lens import (
-    BatchTopKTrainingSAE,
-    JumpReLUTrainingSAE,
-    StandardTrainingSAE,
-    TrainingSAE,
-)
+from sae_lens import TrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
@@ -27,7 +22,6 @@ from sae_lens_atm.config import ATMTrainingSAEConfig
 from sae_lens_atm.importance import (
     ExactBuffers,
     ImportanceTracker,
-    batch_signals,
     combine_signals,
 )
 from sae_lens_atm.masking import (
@@ -38,7 +32,8 @@ from sae_lens_atm.masking import (
     sample_mask,
     uniform_at,
 )
-from sae_lens_atm.parents import ParentTracker, carried_energy, implied_parents, unit_rows
+from sae_lens_atm.parents import ParentTracker, carried_energy
+from sae_lens_atm.view import Seen, View, fired_in, narrowed, seen_densely
 
 _MASK, _COIN, _C = 0, 1, 2  # independent streams of the mask's random numbers
 IMPORTANCE_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -50,13 +45,8 @@ _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 _TRAINING_ONLY = ("tracker.", "parent_tracker.")
 
 
-class _Seen(NamedTuple):
-    """One batch as the averages see it."""
-
-    x: Tensor
-    acts: Tensor
-    residual: Tensor
-    exposure: Tensor
+# Of each activation, the class that inherits it from SAELens; see `activations`.
+_CLASS_OF_ACTIVATION: dict[str, type["ATMTrainingSAE"]] = {}
 
 
 class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
@@ -71,6 +61,10 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     tracker: ImportanceTracker
     parent_tracker: ParentTracker | None
     b_enc: torch.nn.Parameter
+
+    def __init_subclass__(cls, activation: str, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _CLASS_OF_ACTIVATION[activation] = cls
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls is not ATMTrainingSAE:
@@ -126,7 +120,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         keep = sample_mask(probability, uniform_at(steps, cfg.mask_seed, _MASK, shape))
         return Mask(keep, probability, threshold, importance, c)
 
-    def mask_view(self, acts: Tensor, hidden_pre: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def mask_acts(self, acts: Tensor, hidden_pre: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         """Activations and pre-activations of the SAE without the masked latents.
 
         A masked latent's pre-activation is moved to where neither activation nor penalty of it
@@ -148,37 +142,25 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         cfg = self.cfg
         mask = self.draw_mask(step_input.sae_in.shape[0])
-        keep = mask.keep
-
-        acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
         if cfg.schedule == "dual":
-            sae_out, losses, loss = self._dual_losses(step_input, acts, hidden_pre, keep)
-            everywhere = torch.ones_like(mask.importance)
-            seen = self._seen(step_input.sae_in, acts, sae_out, everywhere)
+            view = self.full_view(step_input)
+            losses, loss = self._dual_losses(step_input, view, mask.keep)
         else:
-            masked_acts, masked_pre = self.mask_view(acts, hidden_pre, keep)
-            dead = step_input.dead_neuron_mask
-            dead = None if dead is None else self._dead_and_kept(dead, keep)
-            view = replace(step_input, dead_neuron_mask=dead)
-            sae_out, losses = self._view_losses(view, masked_acts, masked_pre)
-            loss = sum(losses.values())
-            exposure = keep.float() if keep.dim() == 1 else keep.float().mean(0)
-            seen = self._seen(step_input.sae_in, masked_acts, sae_out, exposure)
-            if step_input.is_logging_step:  # explained variance is logged of the SAE we will save
-                with torch.no_grad():
-                    sae_out = self._decode_again(acts)
+            view = self._single_view(step_input, mask.keep)
+            losses, loss = view.losses, cast(Tensor, sum(view.losses.values()))
+        seen = view.seen()
         if self._in_force(cfg.parent_start_step) and self.parent_tracker is not None:
             losses["parent_loss"] = self.parent_loss(self.parent_tracker, seen)
             loss = loss + losses["parent_loss"]
+        self._after_view(step_input, view)
         self._update_averages(seen)
 
         return TrainStepOutput(
             sae_in=step_input.sae_in,
-            sae_out=sae_out,
-            # Of the full SAE, so that SAELens does not take a masked latent for a dead one.
-            feature_acts=acts,
-            hidden_pre=hidden_pre,
-            loss=cast(Tensor, loss),
+            sae_out=view.sae_out,
+            feature_acts=view.acts,
+            hidden_pre=view.hidden_pre,
+            loss=loss,
             losses=losses,
             metrics=_mask_metrics(mask, step_input.dead_neuron_mask),
         )
@@ -189,88 +171,139 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         guards comes to nothing outside of those steps in any case."""
         return torch.compiler.is_compiling() or start <= int(self.tracker.steps) < end
 
-    def _dual_losses(
-        self, step_input: TrainStepInput, acts: Tensor, hidden_pre: Tensor, keep: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Reconstruction of the full view, the losses of both, and the loss of the step."""
+    def _can_mask(self) -> bool:
+        """Whether this step can mask anything."""
         cfg = self.cfg
-        sae_out, losses = self._view_losses(step_input, acts, hidden_pre)
         end = cfg.mask_end_step if cfg.mask_end < 1 else math.inf
-        if cfg.mask_rate == 0 or not self._in_force(cfg.mask_warm_up_steps, end):
-            return sae_out, losses, cast(Tensor, sum(losses.values()))
+        return cfg.mask_rate > 0 and self._in_force(cfg.mask_warm_up_steps, end)
+
+    def _dual_losses(
+        self, step_input: TrainStepInput, full: View, keep: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses of the full and of the masked view, and the loss of the step."""
+        if not self._can_mask():
+            return full.losses, cast(Tensor, sum(full.losses.values()))
         # Dead latents are revived by what the full SAE leaves over, not by what a mask hides.
         blind = replace(step_input, dead_neuron_mask=None)
-        _, masked = self._view_losses(blind, *self.mask_view(acts, hidden_pre, keep))
-        revival = sum(losses[name] for name in _REVIVAL if name in losses)
-        full = sum(loss for name, loss in losses.items() if name not in _REVIVAL)
-        weight = cfg.masked_weight
-        loss = (1 - weight) * full + weight * sum(masked.values()) + revival
-        return sae_out, losses | {f"masked_{k}": v for k, v in masked.items()}, cast(Tensor, loss)
+        masked = self.masked_view(blind, keep, full).losses
+        revival = sum(full.losses[name] for name in _REVIVAL if name in full.losses)
+        others = sum(loss for name, loss in full.losses.items() if name not in _REVIVAL)
+        weight = self.cfg.masked_weight
+        loss = (1 - weight) * others + weight * sum(masked.values()) + revival
+        named = {f"masked_{name}": loss for name, loss in masked.items()}
+        return full.losses | named, cast(Tensor, loss)
 
-    def _view_losses(
-        self, step_input: TrainStepInput, acts: Tensor, hidden_pre: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction of one view, and its losses: squared error, penalties, auxiliary loss."""
-        sae_out = self._decode_again(acts)
+    def _single_view(self, step_input: TrainStepInput, keep: Tensor) -> View:
+        """The view of a step that has one, full or masked."""
+        dead = step_input.dead_neuron_mask
+        if keep.dim() == 2 or torch.compiler.is_compiling():
+            if dead is not None:
+                step_input = replace(step_input, dead_neuron_mask=self._dead_and_kept(dead, keep))
+            encoded = self.encode_with_hidden_pre(step_input.sae_in)
+            view = self._masked_densely(step_input, keep, *encoded)
+        else:
+            if dead is not None:
+                step_input = replace(step_input, dead_neuron_mask=self.tracker.dead(dead))
+            if self._can_mask() and not keep.all():
+                view = self.narrow_view(step_input, keep)
+            else:
+                view = self.full_view(step_input)
+            self.tracker.excuse(~keep, fired_in(view.acts))
+        if step_input.is_logging_step:  # explained variance is logged of the SAE we will save
+            with torch.no_grad():
+                view = view._replace(sae_out=self.full_view(step_input).sae_out)
+        return view
+
+    def full_view(self, step_input: TrainStepInput) -> View:
+        """The view of the full SAE."""
+        acts, hidden_pre = self.encode_with_hidden_pre(step_input.sae_in)
+        view = self._view_of(step_input, acts, hidden_pre)
+        return view._replace(full_acts=acts)
+
+    def masked_view(self, step_input: TrainStepInput, keep: Tensor, full: View) -> View:
+        """The view of the SAE without the masked latents, from that of the full SAE."""
+        return self._masked_densely(step_input, keep, full.acts, full.hidden_pre)
+
+    def _masked_densely(
+        self, step_input: TrainStepInput, keep: Tensor, acts: Tensor, hidden_pre: Tensor
+    ) -> View:
+        view = self._view_of(step_input, *self.mask_acts(acts, hidden_pre, keep), keep)
+        # Of the full SAE, so that SAELens does not take a masked latent for a dead one.
+        return view._replace(acts=acts, full_acts=acts)
+
+    def narrow_view(self, step_input: TrainStepInput, keep: Tensor) -> View:
+        """The view of the SAE without the masked latents, of which nothing is computed."""
+        kept, size = keep.nonzero().squeeze(1), len(keep)
+        dead = step_input.dead_neuron_mask
+        dead = None if dead is None else dead[kept]
+        with narrowed(self, kept):
+            view = self.full_view(replace(step_input, dead_neuron_mask=dead))
+            seen = view.seen().spread(kept, size)
+        acts = view.acts.new_zeros(len(view.acts), size).index_copy(1, kept, view.acts)
+        return view._replace(acts=acts, full_acts=None, seen=lambda: seen)
+
+    def _view_of(
+        self,
+        step_input: TrainStepInput,
+        acts: Tensor,
+        hidden_pre: Tensor,
+        keep: Tensor | None = None,
+    ) -> View:
+        """A view of these activations: decoded, with its losses."""
+        x = step_input.sae_in
+        state = {n: getattr(self, n) for n in _NORMALISATION_STATE if hasattr(self, n)}
+        sae_out = self.decode(acts)
+        for name, value in state.items():  # decode has used up what encode left for it
+            setattr(self, name, value)
+
+        def seen() -> Seen:
+            units = state.get("ln_std", 1.0) / state.get("x_norm_coeff", 1.0)
+            exposure = torch.ones_like(self.b_enc) if keep is None else keep.to(self.b_enc.dtype)
+            exposure = exposure.detach().float()
+            exposure = exposure if exposure.dim() == 1 else exposure.mean(0)
+            return seen_densely(x, acts * units, self._decoder(), sae_out, exposure)
+
+        losses = self._losses(step_input, acts, hidden_pre, sae_out)
+        return View(acts, hidden_pre, sae_out, losses, seen)
+
+    def _losses(
+        self, step_input: TrainStepInput, acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    ) -> dict[str, Tensor]:
         squared_error = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
         others = self.calculate_aux_loss(
             step_input=step_input, feature_acts=acts, hidden_pre=hidden_pre, sae_out=sae_out
         )
         assert isinstance(others, dict)
-        return sae_out, {"mse_loss": squared_error, **others}
+        return {"mse_loss": squared_error, **others}
 
-    def _decode_again(self, acts: Tensor) -> Tensor:
-        """Decode without using up what encode left behind for undoing a normalisation."""
-        state = self._normalisation_state()
-        sae_out = self.decode(acts)
-        for name, value in state.items():
-            setattr(self, name, value)
-        return sae_out
-
-    def _normalisation_state(self) -> dict[str, Tensor]:
-        return {n: getattr(self, n) for n in _NORMALISATION_STATE if hasattr(self, n)}
-
-    def _seen(self, x: Tensor, acts: Tensor, sae_out: Tensor, exposure: Tensor) -> "_Seen":
-        """What the averages are taken of, in the units of the reconstruction."""
-        state = self._normalisation_state()
-        if "ln_std" in state:
-            acts = acts * state["ln_std"]
-        elif "x_norm_coeff" in state:
-            acts = acts / state["x_norm_coeff"]
-        return _Seen(x, acts.detach(), (x - sae_out).detach(), exposure)
+    def _after_view(self, step_input: TrainStepInput, view: View) -> None:
+        """What the activation learns from the view of a step."""
 
     @torch.no_grad()
-    def _update_averages(self, seen: "_Seen") -> None:
+    def _update_averages(self, seen: Seen) -> None:
         if self.parent_tracker is not None:
             start = self.cfg.parent_start_step - round(
                 _AVERAGED_OVER / (1 - self.cfg.importance_decay)
             )
             if self._in_force(start):
-                length = self._decoder().norm(dim=-1)
                 exposure = seen.exposure * (self.tracker.steps >= start)
-                self.parent_tracker.update(seen.acts * length, seen.x, exposure)
-        signals = batch_signals(seen.acts, self._decoder(), seen.residual)
-        self.tracker.update(signals, seen.exposure)
+                self.parent_tracker.update(
+                    seen.inputs(),
+                    seen.signals.magnitude,
+                    seen.x.mean(0, dtype=torch.float32),
+                    exposure,
+                )
+        self.tracker.update(seen.signals, seen.exposure)
 
-    def parent_loss(self, parents: ParentTracker, seen: "_Seen") -> Tensor:
+    def parent_loss(self, parents: ParentTracker, seen: Seen) -> Tensor:
         """`parent_weight` times the energy that children add along the parents they imply."""
         cfg, steps = self.cfg, self.tracker.steps
         size = min(cfg.parent_rows, cfg.d_sae)
         rows = (torch.arange(size, device=steps.device) + steps * size) % cfg.d_sae
-        directions = unit_rows(self.W_dec)
-        with torch.no_grad():
-            implied = implied_parents(
-                parents.lift(directions, rows),
-                self.tracker.averages(),
-                self.importance,
-                rows,
-                cfg.parent_tau,
-            )
-            length = self._decoder().norm(dim=-1)
-            share = size / cfg.d_sae * seen.exposure.clamp(min=1e-12)
-            energy = ((seen.acts * length).square().mean(0) / share)[rows]
-            energy = energy * (steps >= cfg.parent_start_step)
-        return cfg.parent_weight * carried_energy(directions[rows], directions, implied, energy)
+        averages = self.tracker.averages()
+        parents.look_for_parents(rows, self.W_dec, averages, self.importance, cfg.parent_tau)
+        energy = seen.energy / seen.exposure.clamp(min=1e-12) * (steps >= cfg.parent_start_step)
+        return cfg.parent_weight * carried_energy(self.W_dec, parents.parents, energy)
 
     def _decoder(self) -> Tensor:
         """The rows that activations multiply in the reconstruction."""
@@ -355,70 +388,3 @@ def _mask_metrics(mask: Mask, dead: Tensor | None) -> dict[str, Any]:
         "masked_fraction": lambda: 1 - mask.keep.float().mean(),
         "alive_latents": lambda: len(importance) - (0 if dead is None else int(dead.sum())),
     }
-
-
-# SAELens' classes name their own config as the type of `cfg`; ATM's config inherits from each.
-class _BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE):  # pyright: ignore[reportGeneralTypeIssues]
-    """ATM over SAELens' `batchtopk`: the masked view chooses its k again among the kept latents."""
-
-    exact_buffers = ("topk_threshold",)
-
-    @override
-    def mask_view(self, acts: Tensor, hidden_pre: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
-        masked_pre = hidden_pre * keep
-        return self.activation_fn(masked_pre), masked_pre
-
-    @override
-    def calculate_topk_aux_loss(
-        self,
-        sae_in: Tensor,
-        sae_out: Tensor,
-        hidden_pre: Tensor,
-        dead_neuron_mask: Tensor | None,
-    ) -> Tensor:
-        """SAELens' auxiliary loss, of what dead latents would do if they fired: an activation is
-        never negative. Without this they learn to explain the residual with the wrong sign."""
-        return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre.relu(), dead_neuron_mask)
-
-    @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        output = super().training_forward_pass(step_input)
-        self.update_topk_threshold(output.feature_acts)  # of the full SAE, as at inference
-        output.metrics["topk_threshold"] = self.topk_threshold
-        return output
-
-    @override
-    def _decoder(self) -> Tensor:
-        if not self.cfg.rescale_acts_by_decoder_norm:
-            return self.W_dec
-        return self.W_dec / self.get_W_dec_norm().unsqueeze(1)
-
-
-class _JumpReLUATM(ATMTrainingSAE, JumpReLUTrainingSAE):  # pyright: ignore[reportGeneralTypeIssues]
-    """ATM over SAELens' `jumprelu`, whose penalty counts the kept latents only."""
-
-    @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        with torch.no_grad():  # as SAELens' class does before each of its steps
-            self.threshold.clamp_(min=0.0)
-        return super().training_forward_pass(step_input)
-
-    @override
-    def _dead_and_kept(self, dead: Tensor, keep: Tensor) -> Tensor:
-        return dead & keep  # the pre-activation loss takes a mask per sample as well
-
-    @property
-    def _silent_pre(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
-        # Thresholds are not negative and their gradient reaches half a bandwidth to either side.
-        return -self.bandwidth
-
-
-class _ReLUATM(ATMTrainingSAE, StandardTrainingSAE):  # pyright: ignore[reportGeneralTypeIssues]
-    """ATM over SAELens' `standard`, whose penalty counts the kept latents only."""
-
-
-_CLASS_OF_ACTIVATION: dict[str, type[ATMTrainingSAE]] = {
-    "batchtopk": _BatchTopKATM,
-    "jumprelu": _JumpReLUATM,
-    "relu": _ReLUATM,
-}

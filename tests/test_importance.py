@@ -57,7 +57,7 @@ def test_contribution_of_a_sae_is_exact(activation, normalization, apply_b_dec, 
     sae.b_dec.data = torch.randn(8, dtype=torch.float64)
     x = torch.randn(32, 8, dtype=torch.float64) * 3
 
-    acts = sae.training_forward_pass(step_input(x)).feature_acts
+    acts = sae.training_forward_pass(step_input(x)).feature_acts.to_dense()
 
     def error(acts):
         sae.encode_with_hidden_pre(x)  # leaves behind what undoes the normalisation

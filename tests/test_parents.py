@@ -2,19 +2,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from sae_lens_atm import parents
 from sae_lens_atm.importance import Signals
-from sae_lens_atm.parents import (
-    ParentTracker,
-    carried_energy,
-    implied_parents,
-    lift,
-    unit_rows,
-)
+from sae_lens_atm.parents import ParentTracker, carried_energy, implied_parents, lift
 
 
-def test_unit_rows():
-    rows = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    assert_close(rows, torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
+@pytest.fixture(params=["sparse", "dense"], autouse=True)
+def kernels(request, monkeypatch):
+    """Each test with sparse products and without."""
+    fast = parents.sparse_products_are_fast
+    monkeypatch.setattr(
+        parents, "sparse_products_are_fast", lambda x: request.param == "sparse" and fast(x)
+    )
 
 
 def test_lift_by_hand():
@@ -22,7 +21,8 @@ def test_lift_by_hand():
     inputs = torch.tensor([[3.0, 1.0]])  # E[a x] = 1/2 * 2 * (3, 1)
     magnitude = torch.tensor([1.0])
     mean_input = torch.tensor([2.0, 1.0])
-    assert_close(lift(inputs, magnitude, mean_input, torch.eye(2)), torch.tensor([[1.0, 0.0]]))
+    decoder = torch.diag(torch.tensor([0.5, 3.0]))  # of any length
+    assert_close(lift(inputs, magnitude, mean_input, decoder), torch.tensor([[1.0, 0.0]]))
 
 
 def test_a_latent_that_never_fired_has_no_lift_of_its_own():
@@ -45,25 +45,38 @@ def test_implied_parents_by_hand():
         importance,
         rows,
         tau=0.5,
+        most=2,
     )
     # latent 1 implies 0 (0.6 >= 0.5 * 1), not itself; 0 is more important than all; 2 is dead
-    assert found.tolist() == [[True, False, False], [False] * 3, [False] * 3]
+    assert found.tolist() == [[0, -1], [-1, -1], [-1, -1]]
     not_enough = torch.tensor([[0.4, 9.0, 9.0]])
-    assert not implied_parents(not_enough, averages, importance, rows[:1], tau=0.5).any()
+    assert (implied_parents(not_enough, averages, importance, rows[:1], 0.5, 2) == -1).all()
+
+
+def test_of_many_parents_the_most_clearly_implied_are_told():
+    averages = Signals(torch.tensor([1.0, 2.0, 1.0, 1.0]), torch.ones(4), torch.zeros(4))
+    importance = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    # in units of the parents' activations: 1, 2 and .9
+    found = torch.tensor([[1.0, 4.0, 0.9, 9.0]])
+    for most, expected in ((1, [1]), (2, [1, 0]), (4, [1, 0, 2, -1])):
+        told = implied_parents(found, averages, importance, torch.tensor([3]), 0.5, most)
+        assert told.tolist() == [expected]
 
 
 def test_carried_energy_by_hand_and_its_gradient():
-    directions = unit_rows(torch.tensor([[1.0, 0.0], [3.0, 4.0], [-3.0, 4.0]])).requires_grad_()
-    children = directions[[1, 2]].detach().requires_grad_()
-    implied = torch.tensor([[True, False, False], [True, True, False]])
-    energy = torch.tensor([2.0, 5.0])
-    found = carried_energy(children, directions, implied, energy)
+    decoder = torch.tensor([[2.0, 0.0], [3.0, 4.0], [-3.0, 4.0]], requires_grad=True)
+    implied = torch.tensor([[-1, -1], [0, -1], [0, 1]])
+    found = carried_energy(decoder, implied, torch.tensor([7.0, 2.0, 5.0]))
     # child 1: cos .6 to latent 0; child 2: cos -.6 to 0, which costs nothing, and .28 to 1
     assert_close(found, torch.tensor(2 * 0.36 + 5 * 0.28**2))
     found.backward()
-    assert directions.grad is None  # parents are not pushed
-    assert_close(children.grad[0], 2 * 2 * 0.6 * torch.tensor([1.0, 0.0]))
-    assert_close(children.grad[1], 5 * 2 * 0.28 * torch.tensor([0.6, 0.8]))
+    assert decoder.grad is not None
+    assert not decoder.grad[0].any()  # a parent is not pushed
+    # d cos / d child = (parent's direction - cos * own) / own length
+    first = 2 * 2 * 0.6 * (torch.tensor([1.0, 0.0]) - 0.6 * torch.tensor([0.6, 0.8])) / 5
+    second = 5 * 2 * 0.28 * (torch.tensor([0.6, 0.8]) - 0.28 * torch.tensor([-0.6, 0.8])) / 5
+    assert_close(decoder.grad[1], first)
+    assert_close(decoder.grad[2], second)
 
 
 def parent_and_child(absorbed: bool, samples: int = 20_000):
@@ -88,19 +101,25 @@ def parent_and_child(absorbed: bool, samples: int = 20_000):
 def test_a_child_implies_its_parent_absorbed_or_not(absorbed):
     x, acts, directions = parent_and_child(absorbed)
     tracker = ParentTracker(3, 3, decay=0.0)
-    tracker.update(acts, x, torch.ones(3))
+    take_in(tracker, acts, x, torch.ones(3))
     frequency = (acts > 0).float().mean(0)
     averages = Signals(acts.mean(0), frequency, torch.zeros(3))
     rows = torch.arange(3)
     importance = torch.tensor([3.0, 1.0, 2.0])
-    implied = implied_parents(tracker.lift(directions, rows), averages, importance, rows, 0.5)
+    tracker.look_for_parents(rows, directions, averages, importance, 0.5)
     # and the overlapping feature implies nothing and is not implied
-    assert implied.tolist() == [[False] * 3, [True, False, False], [False] * 3]
+    assert tracker.parents[:, 0].tolist() == [-1, 0, -1]
+    assert (tracker.parents[:, 1:] == -1).all()
     energy = acts.square().mean(0)
-    carried = carried_energy(directions, directions, implied, energy)
+    carried = carried_energy(directions, tracker.parents, energy)
     share = (acts[:, 1] > 0).float().mean()
     # an absorbing child, active at sqrt(2), has cos 1 / sqrt(2): all of its parent's energy, 1
     assert_close(carried, share * (1.0 if absorbed else 0.0), atol=1e-6, rtol=1e-5)
+
+
+def take_in(tracker, acts, x, exposure):
+    """A batch, as the SAE hands it over."""
+    tracker.update(acts.T @ x / len(x), acts.mean(0), x.mean(0), exposure)
 
 
 def test_tracker_against_brute_force():
@@ -110,7 +129,7 @@ def test_tracker_against_brute_force():
     exposure = (torch.rand(20, 3) < 0.7).float()
     inputs, magnitude, mean = torch.zeros(3, 2), torch.zeros(3), torch.zeros(2)
     for t in range(20):
-        tracker.update(acts[t] * exposure[t], x[t], exposure[t])
+        take_in(tracker, acts[t] * exposure[t], x[t], exposure[t])
         mean = 0.9 * mean + 0.1 * x[t].mean(0)
         for j in range(3):
             if exposure[t, j]:
@@ -118,14 +137,14 @@ def test_tracker_against_brute_force():
                 magnitude[j] = 0.9 * magnitude[j] + 0.1 * acts[t, :, j].mean()
     assert_close(tracker.inputs, inputs)
     assert_close(tracker.magnitude, magnitude)
-    expected = (inputs / magnitude[:, None] - mean / (1 - 0.9**20)) @ torch.eye(2)
-    assert_close(tracker.lift(torch.eye(2), torch.arange(3)), expected)
+    assert_close(tracker.mean_input / tracker.weight, mean / (1 - 0.9**20))
 
 
 def test_exposure_per_sample_is_divided_out():
     tracker = ParentTracker(1, 1, decay=0.0)
     # kept for one sample of the two
-    tracker.update(torch.tensor([[3.0], [0.0]]), torch.tensor([[2.0], [5.0]]), torch.tensor([0.5]))
+    acts, x = torch.tensor([[3.0], [0.0]]), torch.tensor([[2.0], [5.0]])
+    take_in(tracker, acts, x, torch.tensor([0.5]))
     assert_close(tracker.inputs, torch.tensor([[6.0]]))
     assert_close(tracker.magnitude, torch.tensor([3.0]))
 
@@ -133,15 +152,15 @@ def test_exposure_per_sample_is_divided_out():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_batch_that_is_not_finite_leaves_no_trace(bad):
     tracker = ParentTracker(2, 3, decay=0.9)
-    tracker.update(torch.rand(4, 3), torch.randn(4, 2), torch.ones(3))
+    take_in(tracker, torch.rand(4, 3), torch.randn(4, 2), torch.ones(3))
     before = {name: b.clone() for name, b in tracker.named_buffers()}
     x = torch.randn(4, 2)
     x[1, 0] = bad
-    tracker.update(torch.rand(4, 3), x, torch.ones(3))
+    take_in(tracker, torch.rand(4, 3), x, torch.ones(3))
     for name, buffer in tracker.named_buffers():
         assert torch.equal(buffer, before[name]), name
 
 
 def test_its_averages_stay_float32_when_the_sae_is_cast():
     tracker = ParentTracker(2, 3).to(torch.bfloat16)
-    assert {b.dtype for b in tracker.buffers()} == {torch.float32}
+    assert {b.dtype for b in tracker.buffers()} == {torch.float32, torch.int64}

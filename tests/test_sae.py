@@ -137,29 +137,60 @@ def test_a_masked_latent_has_no_gradient(activation, mask_granularity):
 
 @every_activation
 @every_schedule
-def test_feature_acts_are_those_of_the_full_sae(activation, schedule):
+def test_feature_acts_are_those_of_the_view_that_was_computed(activation, schedule):
     sae = with_importance(
-        make_sae(activation=activation, schedule=schedule, mask_rate=20.0),
+        make_sae(activation=activation, schedule=schedule, mask_rate=20.0, masked_probability=1.0),
         torch.cat([torch.zeros(12), torch.ones(12)]),
     )
     x = torch.randn(256, 8)
-    unmasked, _ = sae.encode_with_hidden_pre(x)
-    output = sae.training_forward_pass(step_input(x))
-    assert torch.equal(output.feature_acts, unmasked)
-    assert output.feature_acts[:, :12].any()
+    acts, hidden_pre = sae.encode_with_hidden_pre(x)
+    assert acts[:, :12].any()
+    if schedule != "dual":
+        acts, _ = sae.mask_acts(acts, hidden_pre, torch.arange(24) >= 12)
+    found = sae.training_forward_pass(step_input(x)).feature_acts.to_dense()
+    torch.testing.assert_close(found, acts)
 
 
-def test_a_masked_latent_is_not_called_dead():
-    sae = with_importance(
-        make_sae(schedule="masked", mask_rate=20.0), torch.cat([torch.zeros(12), torch.ones(12)])
-    )
+@every_activation
+@pytest.mark.parametrize("schedule", ["interleaved", "masked"])
+def test_a_masked_latent_is_not_called_dead(activation, schedule):
+    """SAELens counts the steps since each latent fired. Those in which it was masked, and no one
+    could have seen it fire, do not bring its death nearer."""
+    torch.manual_seed(0)
+    window = 5
+    sae = make_sae(activation=activation, schedule=schedule, mask_warm_up_steps=0, c_start=1.0)
+    sae.tracker.magnitude[:12] = 1.0  # so that the others are masked at times
+    sae.b_enc.data[18:] = -1e3  # and some of these never fire
     cfg = SAETrainerConfig(
-        total_training_samples=640, train_batch_size_samples=64, lr=0.0, lr_end=0
+        total_training_samples=64 * 60,
+        train_batch_size_samples=64,
+        lr=0.0,
+        lr_end=0,
+        dead_feature_window=window,
     )
-    trainer = SAETrainer(cfg, sae, iter(torch.randn(10, 64, 8)))
-    for _ in range(10):
-        trainer.step(next(trainer.data_provider))
-    assert trainer.n_forward_passes_since_fired[:12].max() < 10
+    trainer = SAETrainer(cfg, sae, iter(torch.randn(60, 64, 8)))
+    told = []
+    losses = sae.calculate_aux_loss
+
+    def listen(step_input, **kwargs):
+        if step_input.dead_neuron_mask is not None:
+            told.append(step_input.dead_neuron_mask)
+        return losses(step_input=step_input, **kwargs)
+
+    sae.calculate_aux_loss = listen
+    silent = torch.zeros(24, dtype=torch.long)  # steps in sight since each latent fired
+    late = 0
+    for _ in range(60):
+        keep = sae.draw_mask(64).keep
+        counted = trainer.dead_neurons
+        acts = trainer.step(next(trainer.data_provider)).feature_acts.to_dense()
+        dead = silent > window
+        found = told[-1][keep] if len(told[-1]) == 24 else told[-1]
+        assert torch.equal(found, dead[keep])
+        late += int((counted & ~dead).sum())
+        silent += keep
+        silent[acts.any(0)] = 0
+    assert late > 0  # SAELens' own count would have called some dead too early
 
 
 @every_activation
@@ -182,7 +213,7 @@ def test_dual_measures_the_full_view(activation):
         torch.cat([torch.zeros(12), torch.ones(12)]),
     )
     x = torch.randn(256, 8)
-    acts = sae.training_forward_pass(step_input(x)).feature_acts
+    acts = sae.training_forward_pass(step_input(x)).feature_acts.to_dense()
     frequency = (acts > 0).float().mean(0)
     assert frequency[:12].any()
     torch.testing.assert_close(sae.tracker.averages().frequency, frequency)
@@ -201,7 +232,7 @@ def test_per_sample_masks_measure_each_latent_where_it_was_kept(activation):
     )
     x = torch.randn(256, 8)
     keep = sae.draw_mask(256).keep
-    acts, _ = sae.mask_view(*sae.encode_with_hidden_pre(x), keep)
+    acts, _ = sae.mask_acts(*sae.encode_with_hidden_pre(x), keep)
     sae.training_forward_pass(step_input(x))
     for i in range(24):
         expected = (acts[keep[:, i], i] > 0).float().mean()
@@ -255,7 +286,7 @@ def test_the_masked_view_of_batchtopk_chooses_its_k_again():
     )
     x = torch.randn(256, 8)
     acts, hidden_pre = sae.encode_with_hidden_pre(x)
-    masked, _ = sae.mask_view(acts, hidden_pre, sae.draw_mask(256).keep)
+    masked, _ = sae.mask_acts(acts, hidden_pre, sae.draw_mask(256).keep)
     assert (acts > 0).sum() == (masked > 0).sum() == 3 * 256
     assert not masked[:, :12].any()
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from sae_lens import SAETrainer, TrainingSAE, TrainingSAEConfig
 from sae_lens.saes.sae import TrainStepOutput
 
+from sae_lens_atm import view
 from sae_lens_atm.settings import SettingsError
 
 L0_TOLERANCE = 0.05
@@ -128,4 +129,4 @@ class L0Controller:
 
 def mean_l0(output: TrainStepOutput) -> float:
     """Active latents a sample in a training step."""
-    return float((output.feature_acts != 0).sum()) / output.feature_acts.shape[0]
+    return float(view.mean_l0(output.feature_acts))

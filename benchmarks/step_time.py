@@ -1,0 +1,426 @@
+"""Time and memory of a training step, ATM beside SAELens' own architectures, in one process.
+
+    python benchmarks/step_time.py                      # shape C, on one CPU thread
+    python benchmarks/step_time.py --shape G --device cuda
+    python benchmarks/step_time.py --grow               # how it grows with each dimension
+
+What is timed is SAELens' own trainer step (forward, backward, clipping, Adam) on a batch that is
+there already, in turns, so that a noisy machine is noisy to all alike; medians, as ratios to
+SAELens' `batchtopk`. Beside them the floor: five products of matrices and one pass over Adam's
+state, at the rates that this machine reached in the same run.
+"""
+
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAEConfig,
+    MatryoshkaBatchTopKTrainingSAEConfig,
+    StandardTrainingSAEConfig,
+    TopKTrainingSAEConfig,
+    TrainingSAE,
+    TrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from sae_lens_atm import ATMTrainingSAEConfig
+from sae_lens_atm.masking import Mask
+
+BASE = "batchtopk"
+BATCHES = 4  # in turn, so that no latent is dead for want of variety
+LONG = 10**6  # steps of a schedule of which each phase is looked at
+
+
+@dataclass(frozen=True)
+class Shape:
+    batch: int
+    d_in: int
+    d_sae: int
+    k: int
+
+
+SHAPES = {
+    "C": Shape(1024, 512, 4096, 32),
+    "A": Shape(1024, 64, 256, 4),
+    "G": Shape(4096, 2304, 16384, 64),
+    "G64k": Shape(4096, 2304, 65536, 64),
+}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A configuration, and at which share of its schedule it is timed."""
+
+    cfg: TrainingSAEConfig
+    at: float = 0.0
+
+
+def contenders(shape: Shape, *, only_atm: bool = False) -> dict[str, Contender]:
+    size: dict[str, Any] = {"d_in": shape.d_in, "d_sae": shape.d_sae}
+    widths = [shape.d_sae // 16, shape.d_sae // 4, shape.d_sae]
+    theirs = {
+        "topk": TopKTrainingSAEConfig(**size, k=shape.k),
+        BASE: BatchTopKTrainingSAEConfig(**size, k=shape.k),
+        "jumprelu": JumpReLUTrainingSAEConfig(**size),
+        "matryoshka_batchtopk": MatryoshkaBatchTopKTrainingSAEConfig(
+            **size, k=shape.k, matryoshka_widths=widths
+        ),
+        "standard": StandardTrainingSAEConfig(**size),
+    }
+    found = {name: Contender(cfg) for name, cfg in theirs.items() if name == BASE or not only_atm}
+    atm = ATMTrainingSAEConfig(**size, k=shape.k, schedule_steps=LONG)
+    unpressed = replace(atm, parent_weight=0.0)
+    # Half way through the masked phase: c, and with it what is masked, is that of the middle.
+    middle = atm.mask_end / 2
+    found |= {
+        "atm, masks": Contender(atm, atm.parent_start / 2),
+        "atm, masks and pressure": Contender(atm, (atm.parent_start + atm.mask_end) / 2),
+        "atm, pressure": Contender(atm, (atm.mask_end + 1) / 2),
+        "atm, neither": Contender(replace(unpressed, mask_rate=0.0), middle),
+        "atm, dual": Contender(unpressed, middle),
+        "atm, interleaved": Contender(replace(unpressed, schedule="interleaved"), middle),
+        "atm, masked": Contender(replace(unpressed, schedule="masked"), middle),
+    }
+    dense = replace(unpressed, kernels="dense")
+    if not only_atm:
+        found |= {
+            "atm, dual, dense": Contender(dense, middle),
+            "atm, masked, dense": Contender(replace(dense, schedule="masked"), middle),
+        }
+    return found
+
+
+def default_schedule(figures: dict[str, float]) -> float:
+    """The mean over the default's schedule, from its phases."""
+    cfg = ATMTrainingSAEConfig(d_in=1, d_sae=1, k=1)
+    start, end = cfg.parent_start, cfg.mask_end
+    assert 0 <= start <= end <= 1, "the phases below are those of the present defaults"
+    return (
+        start * figures["atm, masks"]
+        + (end - start) * figures["atm, masks and pressure"]
+        + (1 - end) * figures["atm, pressure"]
+    )
+
+
+# --- what is timed -------------------------------------------------------------------------------
+
+
+def make_batches(shape: Shape, device: str) -> list[Tensor]:
+    """Sparse sums of random directions, with frequencies as uneven as those of real features."""
+    generator = torch.Generator().manual_seed(0)
+    features = shape.d_sae // 2
+    directions = torch.nn.functional.normalize(
+        torch.randn(features, shape.d_in, generator=generator), dim=1
+    )
+    often = 0.5 / torch.arange(1, features + 1) ** 0.5
+    batches = []
+    for _ in range(BATCHES):
+        draw = torch.rand(shape.batch, features, generator=generator)
+        batches.append((((draw < often) * 1.0) @ directions).to(device))
+    return batches
+
+
+def make_trainer(
+    contender: Contender, shape: Shape, device: str, autocast: bool, compiled: bool
+) -> SAETrainer[Any, Any]:
+    torch.manual_seed(0)
+    sae = TrainingSAE[Any].from_dict({**contender.cfg.to_dict(), "device": device})
+    if hasattr(sae, "tracker"):
+        sae.tracker.steps.fill_(int(contender.at * LONG))
+    if compiled:
+        sae.training_forward_pass = torch.compile(sae.training_forward_pass)
+    cfg = SAETrainerConfig(
+        total_training_samples=LONG * shape.batch,
+        train_batch_size_samples=shape.batch,
+        lr=1e-3,
+        lr_end=1e-3,
+        device=device,
+        autocast=autocast,
+    )
+    return SAETrainer(cfg, sae, iter([]))
+
+
+def timed(action: Callable[[], Any], device: str) -> float:
+    """Milliseconds."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - start)
+
+
+def median(values: list[float]) -> float:
+    return float(torch.tensor(values).quantile(0.5))
+
+
+def step_times(
+    shape: Shape,
+    named: dict[str, Contender],
+    device: str,
+    *,
+    repeats: int,
+    warm_up: int,
+    autocast: bool = False,
+    compiled: bool = False,
+) -> dict[str, float]:
+    """Milliseconds a step, the median over repeats that take turns."""
+    batches = make_batches(shape, device)
+    trainers = {
+        name: make_trainer(one, shape, device, autocast, compiled) for name, one in named.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in named}
+    for repeat in range(warm_up + repeats):
+        for name, trainer in trainers.items():
+            took = timed(lambda t=trainer, r=repeat: t.step(batches[r % BATCHES]), device)
+            trainer.n_training_steps += 1
+            if repeat >= warm_up:
+                times[name].append(took)
+    return {name: median(values) for name, values in times.items()}
+
+
+def bookkeeping_share(shape: Shape, device: str, repeats: int) -> float:
+    """Share of a masked step that threshold, mask and statistics take."""
+    batches = make_batches(shape, device)
+    one = contenders(shape)["atm, dual"]
+    trainer = make_trainer(one, shape, device, autocast=False, compiled=False)
+    sae = trainer.sae
+    spent: list[float] = [0.0]
+
+    def counted(action: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any) -> Any:
+            result: list[Any] = []
+            spent[-1] += timed(lambda: result.append(action(*args)), device)
+            return result[0]
+
+        return wrapper
+
+    sae.draw_mask, sae._update_averages = counted(sae.draw_mask), counted(sae._update_averages)
+    full_view = sae.full_view
+
+    def with_counted_seen(step_input: Any) -> Any:
+        view = full_view(step_input)
+        return view._replace(seen=counted(view.seen))
+
+    sae.full_view = with_counted_seen
+    shares = []
+    for repeat in range(repeats + 5):
+        spent.append(0.0)
+        whole = timed(lambda r=repeat: trainer.step(batches[r % BATCHES]), device)
+        shares.append(spent[-1] / whole)
+    return median(shares[5:])
+
+
+def floor(shape: Shape, device: str, repeats: int) -> dict[str, float]:
+    """Milliseconds of what no dense step can do without, at rates measured here and now."""
+    x = torch.randn(shape.batch, shape.d_in, device=device)
+    weights = torch.randn(shape.d_in, shape.d_sae, device=device)
+    state = torch.zeros(7, 2 * shape.d_in * shape.d_sae // 8, device=device)  # an eighth of it
+
+    def through() -> None:  # four tensors read and three written, as Adam does
+        state[4:7] = state[:3] + state[3]
+
+    product = median([timed(lambda: x @ weights, device) for _ in range(repeats + 2)][2:])
+    adam = 8 * median([timed(through, device) for _ in range(repeats + 2)][2:])
+    flops = 2 * shape.batch * shape.d_in * shape.d_sae
+    return {
+        "product": product,
+        "adam": adam,
+        "total": 5 * product + adam,
+        "gflops": flops / product / 1e6,
+    }
+
+
+def _peak(one: Contender, shape: Shape, device: str, threads: int, answer: Any) -> None:
+    torch.set_num_threads(threads)
+    batches = make_batches(shape, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trainer = make_trainer(one, shape, device, autocast=False, compiled=False)
+    for repeat in range(6):
+        trainer.step(batches[repeat % BATCHES])
+        trainer.n_training_steps += 1
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    mib = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else (after - before) / 1024
+    answer.put(mib)
+
+
+def peak_memory(named: dict[str, Contender], shape: Shape, device: str) -> dict[str, float]:
+    """MiB above what was there before, the peak of some steps, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    for name, one in named.items():
+        answer = context.Queue()
+        process = context.Process(
+            target=_peak, args=(one, shape, device, torch.get_num_threads(), answer)
+        )
+        process.start()
+        found[name] = answer.get()
+        process.join()
+    return found
+
+
+# --- what is shown -------------------------------------------------------------------------------
+
+
+def measure(
+    shape: Shape, device: str, repeats: int, *, autocast: bool, compiled: bool, memory: bool
+) -> dict[str, Any]:
+    named = contenders(shape)
+    # First, as a new process inherits the high-water mark of the one that starts it.
+    peaks = peak_memory(named, shape, device) if memory else {}
+    times = step_times(
+        shape, named, device, repeats=repeats, warm_up=8, autocast=autocast, compiled=compiled
+    )
+    bounds = floor(shape, device, repeats)
+    times["atm, default schedule"] = default_schedule(times)
+    if peaks:
+        peaks["atm, default schedule"] = max(v for k, v in peaks.items() if k in _PHASES)
+    on_gpu = device == "cuda"
+    return {
+        "shape": asdict(shape),
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"CPU, {torch.get_num_threads()} thread(s)",
+        "torch": torch.__version__,
+        "repeats": repeats,
+        "autocast": autocast,
+        "compiled": compiled,
+        "steps": {
+            name: {
+                "time": took / times[BASE],
+                "memory": peaks[name] / peaks[BASE] if peaks else None,
+                "of_floor": bounds["total"] / took,
+                # Absolute times say something on a GPU alone; a CPU here has other work too.
+                "ms": took if on_gpu else None,
+            }
+            for name, took in times.items()
+        },
+        "floor": bounds["total"] / times[BASE],
+        "one_product": bounds["product"] / times[BASE],
+        "adam": bounds["adam"] / times[BASE],
+        "bookkeeping": bookkeeping_share(shape, device, repeats),
+    }
+
+
+_PHASES = ("atm, masks", "atm, masks and pressure", "atm, pressure")
+
+
+def growth(shape: Shape, device: str, repeats: int) -> dict[str, Any]:
+    """Time against `batchtopk` of the same shape, and against itself at the middle shape, with one
+    dimension changed at a time; and of a masked step against what is masked."""
+    rows = []
+    variations: dict[str, list[int]] = {
+        "batch": [shape.batch // 4, shape.batch, shape.batch * 4],
+        "d_in": [shape.d_in // 4, shape.d_in, shape.d_in * 2],
+        "d_sae": [shape.d_sae // 4, shape.d_sae, shape.d_sae * 4],
+        "k": [shape.k // 4, shape.k, shape.k * 4, shape.k * 8],
+    }
+    for field, values in variations.items():
+        for value in values:
+            one = replace(shape, **{field: value})
+            named = contenders(one, only_atm=True)
+            times = step_times(one, named, device, repeats=repeats, warm_up=4)
+            ratios = {n: t / times[BASE] for n, t in times.items() if n != BASE}
+            rows.append({"dimension": field, "value": value, "ratios": ratios})
+            print(field, value, {n: round(r, 2) for n, r in ratios.items()}, file=sys.stderr)
+    return {"shape": asdict(shape), "rows": rows, "masked": masked_growth(shape, device, repeats)}
+
+
+def _fixed_mask(draw: Callable[[int], Mask], keep: Tensor, batch_size: int) -> Mask:
+    return draw(batch_size)._replace(keep=keep)
+
+
+def masked_growth(shape: Shape, device: str, repeats: int) -> list[dict[str, float]]:
+    """Time of a masked step against the share of latents that it keeps, all kept being 1."""
+    cfg = ATMTrainingSAEConfig(
+        d_in=shape.d_in,
+        d_sae=shape.d_sae,
+        k=shape.k,
+        schedule="masked",
+        schedule_steps=LONG,
+        parent_weight=0.0,
+        mask_warm_up_steps=0,
+        mask_end=1.0,
+    )
+    batches = make_batches(shape, device)
+    times: dict[float, list[float]] = {}
+    trainers = {}
+    for share in (1.0, 0.75, 0.5, 0.25, 0.1):
+        trainer = make_trainer(Contender(cfg), shape, device, autocast=False, compiled=False)
+        keep = torch.rand(shape.d_sae, generator=torch.Generator().manual_seed(0)) < share
+        trainer.sae.draw_mask = partial(_fixed_mask, trainer.sae.draw_mask, keep.to(device))
+        trainers[share], times[share] = trainer, []
+    for repeat in range(repeats + 4):
+        for share, trainer in trainers.items():
+            trainer.sae.tracker.steps.fill_(1001)  # not one of those that look at the full SAE
+            took = timed(lambda t=trainer, r=repeat: t.step(batches[r % BATCHES]), device)
+            if repeat >= 4:
+                times[share].append(took)
+    whole = median(times[1.0])
+    return [{"kept": share, "time": median(values) / whole} for share, values in times.items()]
+
+
+def show(found: dict[str, Any]) -> None:
+    table = Table(
+        "", "time", "memory", "of the floor", title=f"{found['device']}, {found['shape']}"
+    )
+    for name, row in found["steps"].items():
+        memory = "" if row["memory"] is None else f"{row['memory']:.2f}"
+        ms = "" if row["ms"] is None else f" ({row['ms']:.1f} ms)"
+        table.add_row(name, f"{row['time']:.2f}{ms}", memory, f"{row['of_floor']:.2f}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{BASE} = 1.00. Floor {found['floor']:.2f}, of which Adam {found['adam']:.2f}; one "
+        f"product {found['one_product']:.2f}. Threshold, mask and statistics: "
+        f"{found['bookkeeping']:.1%} of a dual step."
+    )
+
+
+def main(
+    shape: Literal["C", "A", "G", "G64k"] = "C",
+    device: Literal["cpu", "cuda"] = "cpu",
+    repeats: Annotated[int, typer.Option(min=3)] = 30,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    autocast: bool = False,
+    compiled: Annotated[bool, typer.Option("--compile")] = False,
+    memory: bool = True,
+    grow: Annotated[bool, typer.Option("--grow", help="How it grows, instead.")] = False,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+) -> None:
+    """Time and memory of a training step, as ratios to SAELens' batchtopk."""
+    torch.set_num_threads(threads)
+    if grow:
+        found = growth(SHAPES[shape], device, repeats)
+    else:
+        found = measure(
+            SHAPES[shape], device, repeats, autocast=autocast, compiled=compiled, memory=memory
+        )
+        show(found)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,217 @@
+"""ATM under each activation: what SAELens' own class of it needs to be told about masks."""
+
+from dataclasses import replace
+
+import torch
+from sae_lens import BatchTopKTrainingSAE, JumpReLUTrainingSAE, StandardTrainingSAE
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_atm.config import ATMTrainingSAEConfig
+from sae_lens_atm.importance import Signals
+from sae_lens_atm.sae import ATMTrainingSAE
+from sae_lens_atm.selection import largest_positive
+from sae_lens_atm.sparse import Pattern, combine, dots_at, sparse_products_are_fast
+from sae_lens_atm.view import Seen, View, narrowed
+
+_DENSE = 1 / 8  # from this share of active latents on, dense products are the faster
+_LOOK_EVERY = 8  # steps between two looks at the full SAE, where all steps are masked
+
+
+# SAELens' classes name their own config as the type of `cfg`; ATM's config inherits from each.
+class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk"):  # pyright: ignore[reportGeneralTypeIssues]
+    """ATM over SAELens' `batchtopk`: the masked view chooses its k again among the kept latents.
+
+    Of the products of a step only the encoder's needs more than the active latents: the others are
+    sparse ones (see `sparse`), with the same results up to rounding.
+    """
+
+    cfg: ATMTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    exact_buffers = ("topk_threshold",)
+
+    @override
+    def mask_acts(self, acts: Tensor, hidden_pre: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+        masked_pre = hidden_pre * keep
+        return self.activation_fn(masked_pre), masked_pre
+
+    # --- by sparse products ------------------------------------------------------------------
+
+    def _is_sparse(self, x: Tensor) -> bool:
+        hooked = self.hook_sae_acts_pre.has_hooks() or self.hook_sae_acts_post.has_hooks()
+        if hooked or self.cfg.kernels == "dense" or self.cfg.mask_granularity == "sample":
+            return False
+        if self.cfg.k / self.cfg.d_sae > _DENSE:
+            return False
+        return x.dim() == 2 and x.dtype == self.W_dec.dtype and sparse_products_are_fast(x)
+
+    @override
+    def full_view(self, step_input: TrainStepInput) -> View:
+        if not self._is_sparse(step_input.sae_in):
+            return super().full_view(step_input)
+        x = self.process_sae_in(step_input.sae_in)
+        length = self.get_W_dec_norm()
+        pre = self._pre_activations(x, self.W_enc, self.b_enc, length)
+        view = self._sparse_view(step_input, x, pre, length)
+        return view._replace(full_acts=view.acts)
+
+    @override
+    def masked_view(self, step_input: TrainStepInput, keep: Tensor, full: View) -> View:
+        if not full.acts.is_sparse:
+            return super().masked_view(step_input, keep, full)
+        x = self.process_sae_in(step_input.sae_in)
+        return self._sparse_view(step_input, x, full.hidden_pre * keep, self.get_W_dec_norm())
+
+    @override
+    def narrow_view(self, step_input: TrainStepInput, keep: Tensor) -> View:
+        if not self._is_sparse(step_input.sae_in):
+            return super().narrow_view(step_input, keep)
+        if step_input.dead_neuron_mask is not None:
+            step_input = replace(step_input, dead_neuron_mask=step_input.dead_neuron_mask & keep)
+        kept = keep.nonzero().squeeze(1)
+        x, length = self.process_sae_in(step_input.sae_in), self.get_W_dec_norm()
+        pre = self._pre_activations(x, self.W_enc[:, kept], self.b_enc[kept], length[kept])
+        return self._sparse_view(step_input, x, pre, length, kept)
+
+    @torch.no_grad()
+    def _pre_activations(self, x: Tensor, encoder: Tensor, bias: Tensor, length: Tensor) -> Tensor:
+        pre = torch.addmm(bias, x, encoder)
+        return pre.mul_(length) if self.cfg.rescale_acts_by_decoder_norm else pre
+
+    def _sparse_view(
+        self,
+        step_input: TrainStepInput,
+        x: Tensor,
+        pre: Tensor,
+        length: Tensor,
+        kept: Tensor | None = None,
+    ) -> View:
+        """The view of the largest of these pre-activations, whose columns are those latents."""
+        count, width = int(self.cfg.k * len(x)), pre.shape[1]
+        places, chosen = largest_positive(pre, count)
+        columns = places % width
+        columns = columns if kept is None else kept[columns]
+        pattern = Pattern(places // width, columns, (len(x), self.cfg.d_sae))
+        rescaled = self.cfg.rescale_acts_by_decoder_norm
+        # Activations under the decoder as it is: by that of unit rows they are `chosen`.
+        known = chosen / length[columns] if rescaled else chosen
+        acts = dots_at(x, self.W_enc.T, pattern, self.b_enc, known)
+        sae_out = combine(acts, self.W_dec, pattern) + self.b_dec
+        sae_out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(sae_out))
+        sae_out = self.reshape_fn_out(sae_out, self.d_head)
+        shown = pattern.coo(chosen)
+        losses = self._losses(step_input, shown, pre, sae_out)
+
+        def seen() -> Seen:
+            return self._seen_sparsely(step_input.sae_in, acts, sae_out, pattern, length, kept)
+
+        return View(shown, pre, sae_out, losses, seen)
+
+    @torch.no_grad()
+    def _seen_sparsely(
+        self,
+        x: Tensor,
+        acts: Tensor,
+        sae_out: Tensor,
+        pattern: Pattern,
+        length: Tensor,
+        kept: Tensor | None,
+    ) -> Seen:
+        """What `seen_densely` computes, from the activations that are not 0."""
+        lengths = acts * length[pattern.columns]
+        squares = lengths.square()
+        aligned = dots_at(x - sae_out, self.W_dec, pattern)
+
+        def mean(values: Tensor) -> Tensor:
+            return pattern.sum_of_columns(values) / len(x)
+
+        exposure = torch.ones_like(self.b_enc)
+        if kept is not None:
+            exposure = torch.zeros_like(exposure).index_fill(0, kept, 1.0)
+        return Seen(
+            x,
+            Signals(
+                magnitude=mean(lengths),
+                frequency=mean(torch.ones_like(acts)),
+                contribution=mean(2 * acts * aligned + squares),
+            ),
+            mean(squares),
+            lambda: pattern.transposed_matrix(lengths) @ x / len(x),
+            exposure,
+        )
+
+    # --- what SAELens learns beside the weights -----------------------------------------------
+
+    @override
+    def calculate_topk_aux_loss(
+        self,
+        sae_in: Tensor,
+        sae_out: Tensor,
+        hidden_pre: Tensor,
+        dead_neuron_mask: Tensor | None,
+    ) -> Tensor:
+        """SAELens' auxiliary loss, of what dead latents would do if they fired: an activation is
+        never negative. Without this they learn to explain the residual with the wrong sign."""
+        whole = super().calculate_topk_aux_loss
+        if hidden_pre.requires_grad or dead_neuron_mask is None or not dead_neuron_mask.any():
+            return whole(sae_in, sae_out, hidden_pre.relu(), dead_neuron_mask)
+        # A sparse view has no gradient of its pre-activations; those of the dead are made anew.
+        dead = dead_neuron_mask.nonzero().squeeze(1)
+        with narrowed(self, dead):
+            pre = self.process_sae_in(sae_in) @ self.W_enc + self.b_enc
+            if self.cfg.rescale_acts_by_decoder_norm:
+                pre = pre * self.W_dec.norm(dim=-1)  # with a gradient, as SAELens has it
+            return whole(sae_in, sae_out, pre.relu(), torch.ones_like(dead, dtype=torch.bool))
+
+    @override
+    def _after_view(self, step_input: TrainStepInput, view: View) -> None:
+        """Move the threshold of inference, which is that of the full SAE."""
+        acts, times = view.full_acts, 1
+        if acts is None and self.cfg.schedule == "masked":
+            times = _LOOK_EVERY
+            if int(self.tracker.steps) % times == 0:
+                blind = replace(step_input, dead_neuron_mask=None)
+                with torch.no_grad():
+                    acts = self.full_view(blind).acts
+        if acts is not None:
+            for _ in range(times):
+                self.update_topk_threshold(acts)
+
+    @override
+    def update_topk_threshold(self, acts_topk: Tensor) -> None:
+        super().update_topk_threshold(acts_topk.values() if acts_topk.is_sparse else acts_topk)
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        output = super().training_forward_pass(step_input)
+        output.metrics["topk_threshold"] = self.topk_threshold
+        return output
+
+    @override
+    def _decoder(self) -> Tensor:
+        if not self.cfg.rescale_acts_by_decoder_norm:
+            return self.W_dec
+        return self.W_dec / self.get_W_dec_norm().unsqueeze(1)
+
+
+class JumpReLUATM(ATMTrainingSAE, JumpReLUTrainingSAE, activation="jumprelu"):  # pyright: ignore[reportGeneralTypeIssues]
+    """ATM over SAELens' `jumprelu`, whose penalty counts the kept latents only."""
+
+    @override
+    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        with torch.no_grad():  # as SAELens' class does before each of its steps
+            self.threshold.clamp_(min=0.0)
+        return super().training_forward_pass(step_input)
+
+    @override
+    def _dead_and_kept(self, dead: Tensor, keep: Tensor) -> Tensor:
+        return dead & keep  # the pre-activation loss takes a mask per sample as well
+
+    @property
+    def _silent_pre(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        # Thresholds are not negative and their gradient reaches half a bandwidth to either side.
+        return -self.bandwidth
+
+
+class ReLUATM(ATMTrainingSAE, StandardTrainingSAE, activation="relu"):  # pyright: ignore[reportGeneralTypeIssues]
+    """ATM over SAELens' `standard`, whose penalty counts the kept latents only."""
