@@ -169,7 +169,7 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
         acts, times = view.full_acts, 1
         if acts is None and self.cfg.schedule == "masked":
             times = _LOOK_EVERY
-            if int(self.tracker.steps) % times == 0:
+            if self.tracker.clock() % times == 0:
                 blind = replace(step_input, dead_neuron_mask=None)
                 with torch.no_grad():
                     acts = self.full_view(blind).acts

@@ -129,6 +129,7 @@ class ImportanceTracker(ExactBuffers):
     ) -> None:
         super().__init__()
         self.decay = decay
+        self._read = (-1, -1, 0)  # the tensor that `steps` was read from, its version, its value
         for name in (*Signals._fields, "weight"):
             self.register_buffer(name, torch.zeros(d_sae, dtype=torch.float32, device=device))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
@@ -152,7 +153,17 @@ class ImportanceTracker(ExactBuffers):
         self.weight.copy_(
             moving_average(self.weight, torch.ones_like(self.weight), self.decay, seen)
         )
+        now = None if torch.compiler.is_compiling() else self.clock()
         self.steps += 1
+        if now is not None:
+            self._read = (id(self.steps), self.steps._version, now + 1)
+
+    def clock(self) -> int:
+        """`steps`, read from the device only where something else than `update` has set it: a read
+        makes the host wait for the device."""
+        if self._read[:2] != (id(self.steps), self.steps._version):
+            self._read = (id(self.steps), self.steps._version, int(self.steps))
+        return self._read[2]
 
     def averages(self) -> Signals:
         """The bias-corrected averages; zero for a latent that was never seen."""

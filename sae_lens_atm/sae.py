@@ -169,7 +169,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         """Whether something that is in force in these steps is so now, so as not to compute it
         where it is not. Always true while compiling, when the step is not known: all that this
         guards comes to nothing outside of those steps in any case."""
-        return torch.compiler.is_compiling() or start <= int(self.tracker.steps) < end
+        return torch.compiler.is_compiling() or start <= self.tracker.clock() < end
 
     def _can_mask(self) -> bool:
         """Whether this step can mask anything."""

@@ -4,10 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sae_lens import TrainingSAE
+from sae_lens import (
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    StandardTrainingSAE,
+    TrainingSAE,
+)
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from sae_lens_atm import parents
 from sae_lens_atm.sae import ATMTrainingSAE
 from sae_lens_atm.view import narrowed
 from tests.helpers import ACTIVATIONS, SCHEDULES, make_sae, state_equal, step_input, train
@@ -231,6 +239,45 @@ def test_a_narrowed_sae_is_itself_again_afterwards(activation):
         sae.W_dec[5]
     assert {name: p.data_ptr() for name, p in sae.named_parameters()} == before
     assert sae.W_enc is sae.get_parameter("W_enc")
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes a host wait for its device: a number or a shape that it must be told."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket
+        indexed = name is torch.ops.aten.index.Tensor.overloadpacket and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        waits = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        self.count += indexed or name in waits
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ["jumprelu", "relu", "batchtopk"])
+def test_a_dense_step_makes_no_device_wait_but_where_saelens_does(activation, monkeypatch):
+    """Checked without a GPU: what forces it to wait is an operation like any other."""
+    monkeypatch.setattr(parents, "sparse_products_are_fast", lambda _: False)
+    x = torch.randn(64, 8)
+    atm = make_sae(activation=activation, kernels="dense", mask_warm_up_steps=0, parent_start=0.0)
+    atm.training_forward_pass(step_input(x))
+    theirs = {"jumprelu": JumpReLUTrainingSAE, "relu": StandardTrainingSAE}.get(activation)
+    plain = make_sae(activation=activation, kernels="dense", mask_rate=0.0, parent_weight=0.0)
+    plain = (
+        BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(d_in=8, d_sae=24, k=3))
+        if theirs is None
+        else theirs(plain.cfg)
+    )
+    counts = []
+    for sae in (atm, plain):
+        with Waits() as waits:
+            sae.training_forward_pass(step_input(x)).loss.backward()
+        counts.append(waits.count)
+    assert counts[0] <= counts[1]
 
 
 def test_hooks_on_activations_are_served_by_the_dense_path():

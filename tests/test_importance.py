@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -179,3 +181,22 @@ def test_autocast_leaves_the_state_in_float32_and_the_importance_right(activatio
 def test_importance_mean_is_one_for_sum():
     sae = train(make_sae(), 20)
     assert sae.importance.mean().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_clock_is_read_again_after_whatever_sets_it():
+    tracker = ImportanceTracker(2)
+    reads = []
+    ones = Signals(*(torch.ones(2),) * 3)
+    for _ in range(3):
+        tracker.update(ones, torch.ones(2))
+        reads.append(tracker.clock())
+    tracker.steps.fill_(40)
+    reads.append(tracker.clock())
+    tracker.load_state_dict({**tracker.state_dict(), "steps": torch.tensor(70)})
+    reads.append(tracker.clock())
+    tracker.load_state_dict({**tracker.state_dict(), "steps": torch.tensor(80)}, assign=True)
+    reads.append(tracker.clock())
+    reads.append(copy.deepcopy(tracker).clock())
+    tracker.update(ones, torch.ones(2))
+    reads.append(tracker.clock())
+    assert reads == [1, 2, 3, 40, 70, 80, 80, 81]

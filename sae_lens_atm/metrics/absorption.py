@@ -40,7 +40,7 @@ FULL_ABSORBER_COSINE = 0.025
 ABSORBED_SHARE = 0.4
 LEARNED_COSINE = 0.8
 _CHUNK = 2**16  # (sample, parent) pairs looked at together
-_FEATURE_CHUNK = 2048  # features whose F1 with every latent is held at once
+_FEATURE_CHUNK = 512  # features whose F1 with every latent is held at once
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ def cooccurrence(active: Active, pairs: tuple[Tensor, Tensor], shape: tuple[int,
         pairs: sample and parent indices.
         shape: numbers of parents and of latents, the shape of the result.
     """
-    counts = torch.zeros(shape[0] * shape[1], dtype=torch.float64)
+    counts = torch.zeros(shape[0] * shape[1], dtype=torch.int32)
     for sample, parent in zip(*(index.split(_CHUNK) for index in pairs), strict=True):
         key = parent.unsqueeze(1) * shape[1] + active.latent[sample]
-        fired = active.value[sample] != 0
-        counts += torch.bincount(key[fired], minlength=len(counts))
+        fired = (active.value[sample] != 0).int()
+        counts.index_add_(0, key.flatten(), fired.flatten())
     return counts.view(shape)
 
 
@@ -134,7 +134,7 @@ def owners(active: Active, firing: tuple[Tensor, Tensor], shape: tuple[int, int]
         inside = (firing[1] >= features.start) & (firing[1] < features.stop)
         local = (firing[0][inside], firing[1][inside] - first)
         hits = cooccurrence(active, local, (features.stop - first, shape[1]))
-        f1 = 2 * hits / (occurs[features].unsqueeze(1) + fires).clamp(min=1)
+        f1 = hits.mul_(2) / (occurs[features].unsqueeze(1) + fires).clamp_(min=1)
         top, index = f1.max(0)
         owner = torch.where(top > best, index + first, owner)
         best = torch.maximum(top, best)
@@ -161,18 +161,22 @@ def find_main_latents(active: Active, pairs: Pairs, cosine: Tensor, eligible: Te
     gain = 0.0
     while is_open.any():
         silent = _silent_pairs(active, pairs, main, is_open)
-        hits = union_hits + cooccurrence(active, silent, shape)
+        hits = cooccurrence(active, silent, shape).add_(union_hits.int())
         together = cooccurrence(active, _firing_pairs(active, main, is_open), shape)
-        predicted = union_fires + fires - together
-        f1 = torch.where(main | ~eligible, -1.0, 2 * hits / (predicted + positives).clamp(min=1))
-        top = f1.max(1).values
+        top, choice = torch.zeros(shape[0], dtype=torch.float64), torch.zeros_like(parents)
+        for rows in parents.split(_FEATURE_CHUNK):
+            predicted = union_fires[rows] + fires - together[rows]
+            f1 = 2 * hits[rows] / (predicted + positives[rows]).clamp(min=1)
+            f1.masked_fill_(main[rows] | ~eligible[rows], -1.0)
+            top[rows] = f1.max(1).values
+            best = f1 == top[rows].unsqueeze(1)
+            choice[rows] = cosine[rows].where(best, -torch.inf).argmax(1)
         is_open = is_open & (top > best_f1 + gain)
-        choice = cosine.where(f1 == top.unsqueeze(1), -torch.inf).argmax(1)
         chosen = (parents[is_open], choice[is_open])
         main[chosen] = True
         best_f1[is_open] = top[is_open]
-        union_hits[is_open, 0] = hits[chosen]
-        union_fires[is_open, 0] = predicted[chosen]
+        union_fires[is_open, 0] += fires[chosen[1]] - together[chosen]
+        union_hits[is_open, 0] = hits[chosen].double()
         gain = SPLIT_GAIN
     return main
 
