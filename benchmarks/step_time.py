@@ -11,8 +11,8 @@ state, at the rates that this machine reached in the same run.
 """
 
 import json
-import multiprocessing
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +23,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
@@ -43,6 +41,7 @@ from sae_lens_atm.masking import Mask
 
 BASE = "batchtopk"
 BATCHES = 4  # in turn, so that no latent is dead for want of variety
+_PEAK = "--peak-of"  # how this file calls itself, in a process of its own
 LONG = 10**6  # steps of a schedule of which each phase is looked at
 
 
@@ -231,13 +230,15 @@ def floor(shape: Shape, device: str, repeats: int) -> dict[str, float]:
     """Milliseconds of what no dense step can do without, at rates measured here and now."""
     x = torch.randn(shape.batch, shape.d_in, device=device)
     weights = torch.randn(shape.d_in, shape.d_sae, device=device)
-    state = torch.zeros(7, 2 * shape.d_in * shape.d_sae // 8, device=device)  # an eighth of it
+    state = torch.zeros(7, 2 * shape.d_in * shape.d_sae, device=device)
 
     def through() -> None:  # four tensors read and three written, as Adam does
-        state[4:7] = state[:3] + state[3]
+        torch.add(state[0], state[1], out=state[4])
+        torch.add(state[2], state[3], out=state[5])
+        state[6].zero_()
 
     product = median([timed(lambda: x @ weights, device) for _ in range(repeats + 2)][2:])
-    adam = 8 * median([timed(through, device) for _ in range(repeats + 2)][2:])
+    adam = median([timed(through, device) for _ in range(repeats + 2)][2:])
     flops = 2 * shape.batch * shape.d_in * shape.d_sae
     return {
         "product": product,
@@ -247,34 +248,30 @@ def floor(shape: Shape, device: str, repeats: int) -> dict[str, float]:
     }
 
 
-def _peak(one: Contender, shape: Shape, device: str, threads: int, answer: Any) -> None:
+def peak_memory(named: dict[str, Contender], shape: Shape, device: str) -> dict[str, float]:
+    """MiB above what was there before, the peak of some steps, each in a process of its own."""
+    found = {}
+    for name in named:
+        order = json.dumps([name, asdict(shape), device, torch.get_num_threads()])
+        command = [sys.executable, __file__, _PEAK, order]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=600)
+        found[name] = float(answer.stdout.split()[-1])
+    return found
+
+
+def _own_peak(name: str, shape: Shape, device: str, threads: int) -> float:
     torch.set_num_threads(threads)
     batches = make_batches(shape, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trainer = make_trainer(one, shape, device, autocast=False, compiled=False)
+    trainer = make_trainer(contenders(shape)[name], shape, device, autocast=False, compiled=False)
     for repeat in range(6):
         trainer.step(batches[repeat % BATCHES])
         trainer.n_training_steps += 1
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    mib = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else (after - before) / 1024
-    answer.put(mib)
-
-
-def peak_memory(named: dict[str, Contender], shape: Shape, device: str) -> dict[str, float]:
-    """MiB above what was there before, the peak of some steps, each in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    found = {}
-    for name, one in named.items():
-        answer = context.Queue()
-        process = context.Process(
-            target=_peak, args=(one, shape, device, torch.get_num_threads(), answer)
-        )
-        process.start()
-        found[name] = answer.get()
-        process.join()
-    return found
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
 # --- what is shown -------------------------------------------------------------------------------
@@ -378,19 +375,38 @@ def masked_growth(shape: Shape, device: str, repeats: int) -> list[dict[str, flo
     return [{"kept": share, "time": median(values) / whole} for share, values in times.items()]
 
 
-def show(found: dict[str, Any]) -> None:
-    table = Table(
-        "", "time", "memory", "of the floor", title=f"{found['device']}, {found['shape']}"
-    )
+def table(found: dict[str, Any]) -> str:
+    """The figures of `measure` as a Markdown table."""
+    lines = ["| | time | peak memory | of the floor |", "|---|--:|--:|--:|"]
     for name, row in found["steps"].items():
         memory = "" if row["memory"] is None else f"{row['memory']:.2f}"
         ms = "" if row["ms"] is None else f" ({row['ms']:.1f} ms)"
-        table.add_row(name, f"{row['time']:.2f}{ms}", memory, f"{row['of_floor']:.2f}")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{BASE} = 1.00. Floor {found['floor']:.2f}, of which Adam {found['adam']:.2f}; one "
-        f"product {found['one_product']:.2f}. Threshold, mask and statistics: "
+        lines.append(f"| {name} | {row['time']:.2f}{ms} | {memory} | {row['of_floor']:.2f} |")
+    return "\n".join(lines)
+
+
+def growth_table(found: dict[str, Any]) -> str:
+    """The figures of `growth` as a Markdown table."""
+    names = list(found["rows"][0]["ratios"])
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
+    for row in found["rows"]:
+        cells = " | ".join(f"{row['ratios'][name]:.2f}" for name in names)
+        lines.append(f"| {row['dimension']} {row['value']} | {cells} |")
+    return "\n".join(lines)
+
+
+def masked_table(found: dict[str, Any]) -> str:
+    """How a masked step's time goes with what it keeps, as a Markdown table."""
+    rows = found["masked"]
+    kept = "| kept | " + " | ".join(f"{row['kept']:.0%}" for row in rows) + " |"
+    times = "| time | " + " | ".join(f"{row['time']:.2f}" for row in rows) + " |"
+    return "\n".join([kept, "|---|" + "--:|" * len(rows), times])
+
+
+def sentence(found: dict[str, Any]) -> str:
+    return (
+        f"{BASE} = 1.00. The floor is {found['floor']:.2f}, of which Adam {found['adam']:.2f}; one "
+        f"product of matrices {found['one_product']:.2f}. Threshold, mask and statistics take "
         f"{found['bookkeeping']:.1%} of a dual step."
     )
 
@@ -412,15 +428,21 @@ def main(
     torch.set_num_threads(threads)
     if grow:
         found = growth(SHAPES[shape], device, repeats)
+        shown = [growth_table(found), masked_table(found)]
     else:
         found = measure(
             SHAPES[shape], device, repeats, autocast=autocast, compiled=compiled, memory=memory
         )
-        show(found)
+        shown = [table(found), sentence(found)]
+    print(f"{found['shape']}\n", *shown, sep="\n\n")
     if json_path is not None:
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    if sys.argv[1:2] == [_PEAK]:
+        name, shape, device, threads = json.loads(sys.argv[2])
+        print(_own_peak(name, Shape(**shape), device, threads))
+    else:
+        typer.run(main)

@@ -12,7 +12,7 @@ from sae_lens_atm.config import ATMTrainingSAEConfig
 from sae_lens_atm.importance import Signals
 from sae_lens_atm.sae import ATMTrainingSAE
 from sae_lens_atm.selection import largest_positive
-from sae_lens_atm.sparse import Pattern, combine, dots_at, sparse_products_are_fast
+from sae_lens_atm.sparse import Pattern, dots_at, sparse_products_are_fast, squared_error
 from sae_lens_atm.view import Seen, View, narrowed
 
 _DENSE = 1 / 8  # from this share of active latents on, dense products are the faster
@@ -38,8 +38,12 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
     # --- by sparse products ------------------------------------------------------------------
 
     def _is_sparse(self, x: Tensor) -> bool:
-        hooked = self.hook_sae_acts_pre.has_hooks() or self.hook_sae_acts_post.has_hooks()
-        if hooked or self.cfg.kernels == "dense" or self.cfg.mask_granularity == "sample":
+        inside = (self.hook_sae_acts_pre, self.hook_sae_acts_post, self.hook_sae_recons)
+        if (
+            any(hook.has_hooks() for hook in inside)
+            or self.cfg.kernels == "dense"
+            or self.cfg.mask_granularity == "sample"
+        ):
             return False
         if self.cfg.k / self.cfg.d_sae > _DENSE:
             return False
@@ -96,49 +100,16 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
         # Activations under the decoder as it is: by that of unit rows they are `chosen`.
         known = chosen / length[columns] if rescaled else chosen
         acts = dots_at(x, self.W_enc.T, pattern, self.b_enc, known)
-        sae_out = combine(acts, self.W_dec, pattern) + self.b_dec
-        sae_out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(sae_out))
-        sae_out = self.reshape_fn_out(sae_out, self.d_head)
+        error, sae_out, aligned = squared_error(
+            step_input.sae_in, acts, self.W_dec, self.b_dec, pattern
+        )
         shown = pattern.coo(chosen)
-        losses = self._losses(step_input, shown, pre, sae_out)
+        losses = self._with_others(error, step_input, shown, pre, sae_out)
 
         def seen() -> Seen:
-            return self._seen_sparsely(step_input.sae_in, acts, sae_out, pattern, length, kept)
+            return _seen_sparsely(step_input.sae_in, acts, aligned, pattern, length, kept)
 
         return View(shown, pre, sae_out, losses, seen)
-
-    @torch.no_grad()
-    def _seen_sparsely(
-        self,
-        x: Tensor,
-        acts: Tensor,
-        sae_out: Tensor,
-        pattern: Pattern,
-        length: Tensor,
-        kept: Tensor | None,
-    ) -> Seen:
-        """What `seen_densely` computes, from the activations that are not 0."""
-        lengths = acts * length[pattern.columns]
-        squares = lengths.square()
-        aligned = dots_at(x - sae_out, self.W_dec, pattern)
-
-        def mean(values: Tensor) -> Tensor:
-            return pattern.sum_of_columns(values) / len(x)
-
-        exposure = torch.ones_like(self.b_enc)
-        if kept is not None:
-            exposure = torch.zeros_like(exposure).index_fill(0, kept, 1.0)
-        return Seen(
-            x,
-            Signals(
-                magnitude=mean(lengths),
-                frequency=mean(torch.ones_like(acts)),
-                contribution=mean(2 * acts * aligned + squares),
-            ),
-            mean(squares),
-            lambda: pattern.transposed_matrix(lengths) @ x / len(x),
-            exposure,
-        )
 
     # --- what SAELens learns beside the weights -----------------------------------------------
 
@@ -192,6 +163,38 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
         if not self.cfg.rescale_acts_by_decoder_norm:
             return self.W_dec
         return self.W_dec / self.get_W_dec_norm().unsqueeze(1)
+
+
+@torch.no_grad()
+def _seen_sparsely(
+    x: Tensor,
+    acts: Tensor,
+    aligned: Tensor,
+    pattern: Pattern,
+    length: Tensor,
+    kept: Tensor | None,
+) -> Seen:
+    """What `seen_densely` computes, from the activations that are not 0."""
+    lengths = acts * length[pattern.columns]
+    squares = lengths.square()
+
+    def mean(values: Tensor) -> Tensor:
+        return pattern.sum_of_columns(values) / len(x)
+
+    exposure = torch.ones_like(length, dtype=torch.float32)
+    if kept is not None:
+        exposure = torch.zeros_like(exposure).index_fill(0, kept, 1.0)
+    return Seen(
+        x,
+        Signals(
+            magnitude=mean(lengths),
+            frequency=mean(torch.ones_like(acts)),
+            contribution=mean(2 * acts * aligned + squares),
+        ),
+        mean(squares),
+        lambda: pattern.transposed_matrix(lengths) @ x / len(x),
+        exposure,
+    )
 
 
 class JumpReLUATM(ATMTrainingSAE, JumpReLUTrainingSAE, activation="jumprelu"):  # pyright: ignore[reportGeneralTypeIssues]

@@ -13,7 +13,7 @@ and two features that merely overlap in a crowded space do not pass for parent a
 import torch
 from torch import Tensor
 
-from sae_lens_atm.importance import ExactBuffers, Signals, moving_average
+from sae_lens_atm.importance import ExactBuffers, Signals
 from sae_lens_atm.sparse import Pattern, dots_at, sparse_products_are_fast
 
 _TINY = 1e-12
@@ -129,9 +129,10 @@ class ParentTracker(ExactBuffers):
             exposure: share of the batch in which each latent was kept; 0 leaves its averages
                 alone, and so does a batch that is not finite.
         """
-        share = exposure.clamp(min=_TINY)
+        share = exposure.float().clamp(min=_TINY)
         inputs, magnitude = inputs.float() / share.unsqueeze(1), magnitude.float() / share
-        seen = (exposure > 0) & inputs.isfinite().all(1) & magnitude.isfinite()
+        # Of a row that is not finite neither is its sum.
+        seen = (exposure > 0) & inputs.sum(1).isfinite() & magnitude.isfinite()
         finite = mean_input.isfinite().all() & seen.any()
         one = torch.ones_like(self.weight)
         for old, new, where in (
@@ -140,7 +141,7 @@ class ParentTracker(ExactBuffers):
             (self.mean_input, mean_input.float(), finite),
             (self.weight, one, finite),
         ):
-            old.copy_(moving_average(old, new, self.decay, where))
+            old.lerp_(new.where(where, old), 1 - self.decay)
 
     @torch.no_grad()
     def look_for_parents(

@@ -258,18 +258,23 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 
         def seen() -> Seen:
             units = state.get("ln_std", 1.0) / state.get("x_norm_coeff", 1.0)
-            exposure = torch.ones_like(self.b_enc) if keep is None else keep.to(self.b_enc.dtype)
-            exposure = exposure.detach().float()
-            exposure = exposure if exposure.dim() == 1 else exposure.mean(0)
+            kept = torch.ones_like(self.b_enc) if keep is None else keep
+            exposure = kept.float() if kept.dim() == 1 else kept.float().mean(0)
             return seen_densely(x, acts * units, self._decoder(), sae_out, exposure)
 
-        losses = self._losses(step_input, acts, hidden_pre, sae_out)
+        squared_error = self.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
+        losses = self._with_others(squared_error, step_input, acts, hidden_pre, sae_out)
         return View(acts, hidden_pre, sae_out, losses, seen)
 
-    def _losses(
-        self, step_input: TrainStepInput, acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
+    def _with_others(
+        self,
+        squared_error: Tensor,
+        step_input: TrainStepInput,
+        acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
     ) -> dict[str, Tensor]:
-        squared_error = self.mse_loss_fn(sae_out, step_input.sae_in).sum(dim=-1).mean()
+        """The losses of a view: squared error, and what SAELens' class adds to it."""
         others = self.calculate_aux_loss(
             step_input=step_input, feature_acts=acts, hidden_pre=hidden_pre, sae_out=sae_out
         )

@@ -1,9 +1,8 @@
 """Products with the few activations that are not 0, and their gradients.
 
-Of the six products of a training step (encode, decode, the gradients of the activations, of the
-decoder, of the encoder, and the statistics) only the first needs every latent. The others need it
-at the active ones alone, ``k`` of ``d_sae``: there each is a sparse product, and so are its
-gradients.
+Of the products of a training step (encode, decode, the gradients of the activations, of the
+decoder, of the encoder, and those of the statistics) only the first needs every latent. The others
+need the active ones alone, ``k`` of ``d_sae``: there each is a sparse product.
 """
 
 import warnings
@@ -113,23 +112,27 @@ class _DotsAt(Function):
         )
 
 
-class _Combine(Function):
+class _SquaredError(Function):
     @staticmethod
     @override
-    def forward(ctx: Any, values: Tensor, rows: Tensor, pattern: Pattern) -> Tensor:
-        ctx.save_for_backward(values, rows)
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, rows: Tensor, bias: Tensor, pattern: Pattern
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        result = pattern.matrix(values) @ rows + bias
+        residual = x - result
+        aligned = _sampled(pattern, residual, rows)
+        ctx.save_for_backward(values, residual, aligned)
         ctx.pattern = pattern
-        return pattern.matrix(values) @ rows
+        ctx.mark_non_differentiable(result, aligned)
+        return residual.square().sum() / len(x), result, aligned
 
     @staticmethod
     @override
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
-        (grad,) = grad_outputs
-        values, rows = ctx.saved_tensors
-        pattern: Pattern = ctx.pattern
-        to_values = _sampled(pattern, grad, rows) if ctx.needs_input_grad[0] else None
-        to_rows = pattern.transposed_matrix(values) @ grad if ctx.needs_input_grad[1] else None
-        return to_values, to_rows, None
+        values, residual, aligned = ctx.saved_tensors
+        scale = -2 * grad_outputs[0] / len(residual)
+        to_rows = ctx.pattern.transposed_matrix(scale * values) @ residual
+        return None, scale * aligned, to_rows, scale * residual.sum(0), None
 
 
 def dots_at(
@@ -146,9 +149,17 @@ def dots_at(
     return _DotsAt.apply(left, right, bias, pattern, known)  # pyright: ignore[reportReturnType]
 
 
-def combine(values: Tensor, rows: Tensor, pattern: Pattern) -> Tensor:
-    """``S @ rows`` with ``S`` the sparse matrix of the values."""
-    return _Combine.apply(values, rows, pattern)  # pyright: ignore[reportReturnType]
+def squared_error(
+    x: Tensor, values: Tensor, rows: Tensor, bias: Tensor, pattern: Pattern
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``E |x - S rows - bias|^2`` over the rows of ``x``, with ``S`` the sparse matrix of the values.
+
+    Returns:
+        It; ``S rows + bias``; and ``<e_r, rows_c>`` at each entry ``(r, c)`` of the pattern, with
+        ``e`` the residual. That is the gradient of the values but for a factor, and what the
+        statistics need: one product serves both. The last two have no gradient.
+    """
+    return _SquaredError.apply(x, values, rows, bias, pattern)  # pyright: ignore[reportReturnType]
 
 
 def _sampled(pattern: Pattern, left: Tensor, right: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from sae_lens_atm.sparse import Pattern, combine, dots_at, sparse_products_are_fast
+from sae_lens_atm.sparse import Pattern, dots_at, sparse_products_are_fast, squared_error
 
 
 def a_pattern(density=0.3, shape=(7, 5)):
@@ -41,16 +41,22 @@ def test_dots_at_and_their_gradients(density):
 
 
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_combine_and_its_gradients(density):
+def test_the_squared_error_and_its_gradients(density):
     pattern, mask = a_pattern(density)
-    values = torch.randn(int(mask.sum()), dtype=torch.float64, requires_grad=True)
-    rows = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    expected = torch.zeros(7, 5, dtype=torch.float64).masked_scatter(mask, values) @ rows
-    found = combine(values, rows, pattern)
+    x = torch.randn(7, 4, dtype=torch.float64)
+    leaves = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((int(mask.sum()),), (5, 4), (4,))
+    ]
+    values, rows, bias = leaves
+    result = torch.zeros(7, 5, dtype=torch.float64).masked_scatter(mask, values) @ rows + bias
+    expected = (x - result).square().sum(1).mean()
+    found, shown, aligned = squared_error(x, values, rows, bias, pattern)
     assert_close(found, expected)
-    weights = torch.randn_like(expected)
-    wanted = torch.autograd.grad((expected * weights).sum(), [values, rows])
-    assert_close(torch.autograd.grad((found * weights).sum(), [values, rows]), wanted)
+    assert_close(shown, result.detach())
+    assert_close(aligned, ((x - result) @ rows.T)[mask].detach())
+    assert not shown.requires_grad
+    assert_close(torch.autograd.grad(3 * found, leaves), torch.autograd.grad(3 * expected, leaves))
 
 
 def test_where_they_are_used():

@@ -1,0 +1,99 @@
+"""The benchmark of steps, and the pages drawn from what it measured."""
+
+import importlib.util
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers import step_input
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+MARKED = re.compile(r"<!-- (\w+): (\S+) -->\n\n(.*?)\n\n<!-- end -->", re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def step_time():
+    spec = importlib.util.spec_from_file_location("step_time", ROOT / "benchmarks/step_time.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    import sys
+
+    sys.modules["step_time"] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_figures(step_time):
+    drawn = {
+        "steps": step_time.table,
+        "sentence": step_time.sentence,
+        "growth": step_time.growth_table,
+        "masked": step_time.masked_table,
+    }
+    kinds = set()
+    for kind, path, shown in MARKED.findall(PAGE):
+        assert shown == drawn[kind](json.loads((ROOT / path).read_text()))
+        kinds.add(kind)
+    assert kinds == drawn.keys()
+
+
+def test_every_contender_takes_steps_and_is_timed(step_time):
+    shape = step_time.Shape(32, 8, 64, 4)
+    named = step_time.contenders(shape)
+    assert step_time.BASE in named
+    times = step_time.step_times(shape, named, "cpu", repeats=3, warm_up=2)
+    assert times.keys() == named.keys()
+    assert min(times.values()) > 0
+    assert 0 < step_time.bookkeeping_share(shape, "cpu", 3) < 1
+    assert set(step_time.floor(shape, "cpu", 3)) == {"product", "adam", "total", "gflops"}
+    masked = step_time.masked_growth(shape, "cpu", 3)
+    assert masked[0] == {"kept": 1.0, "time": 1.0}
+
+
+def test_the_phases_are_what_they_are_called(step_time):
+    """Of each contender: whether it masks, and whether it presses."""
+    shape = step_time.Shape(64, 8, 64, 4)
+    expected = {
+        "atm, masks": (True, False),
+        "atm, masks and pressure": (True, True),
+        "atm, pressure": (False, True),
+        "atm, neither": (False, False),
+        "atm, dual": (True, False),
+    }
+    batches = step_time.make_batches(shape, "cpu")
+    for name, (masks, presses) in expected.items():
+        contender = step_time.contenders(shape)[name]
+        trainer = step_time.make_trainer(contender, shape, "cpu", autocast=False, compiled=False)
+        for batch in batches:
+            trainer.step(batch)
+        losses = trainer.sae.training_forward_pass(step_input(batches[0])).losses
+        assert ("masked_mse_loss" in losses) == masks, name
+        assert ("parent_loss" in losses) == presses, name
+
+
+def test_the_default_schedule_is_the_mean_of_its_phases(step_time):
+    figures = {"atm, masks": 1.0, "atm, masks and pressure": 2.0, "atm, pressure": 4.0}
+    # masks until .6, pressure from .2
+    assert step_time.default_schedule(figures) == pytest.approx(0.2 * 1 + 0.4 * 2 + 0.4 * 4)
+
+
+def test_peak_memory_counts_what_a_step_needs(step_time):
+    small = step_time.Shape(64, 32, 256, 4)
+    large = replace(small, d_in=512, d_sae=8192)  # 4 x 32 MiB of weights and Adam's state
+    peaks = {}
+    for name, shape in (("small", small), ("large", large)):
+        named = {"atm, masked": step_time.contenders(shape)["atm, masked"]}
+        peaks[name] = step_time.peak_memory(named, shape, "cpu")["atm, masked"]
+    assert peaks["large"] - peaks["small"] > 100
+
+
+def test_batches_are_made_alike_each_time(step_time):
+    shape = step_time.Shape(8, 4, 16, 2)
+    for a, b in zip(*(step_time.make_batches(shape, "cpu") for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
