@@ -39,13 +39,10 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
 
     def _is_sparse(self, x: Tensor) -> bool:
         inside = (self.hook_sae_acts_pre, self.hook_sae_acts_post, self.hook_sae_recons)
-        if (
-            any(hook.has_hooks() for hook in inside)
-            or self.cfg.kernels == "dense"
-            or self.cfg.mask_granularity == "sample"
-        ):
+        cfg = self.cfg
+        if cfg.kernels == "dense" or cfg.mask_granularity == "sample":
             return False
-        if self.cfg.k / self.cfg.d_sae > _DENSE:
+        if cfg.k / cfg.d_sae > _DENSE or any(hook.has_hooks() for hook in inside):
             return False
         return x.dim() == 2 and x.dtype == self.W_dec.dtype and sparse_products_are_fast(x)
 

@@ -152,7 +152,7 @@ def dots_at(
 def squared_error(
     x: Tensor, values: Tensor, rows: Tensor, bias: Tensor, pattern: Pattern
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``E |x - S rows - bias|^2`` over the rows of ``x``, with ``S`` the sparse matrix of the values.
+    """``E |x - S rows - bias|^2`` over the rows of ``x``, ``S`` the sparse matrix of the values.
 
     Returns:
         It; ``S rows + bias``; and ``<e_r, rows_c>`` at each entry ``(r, c)`` of the pattern, with
