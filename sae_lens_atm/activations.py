@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 from sae_lens import BatchTopKTrainingSAE, JumpReLUTrainingSAE, StandardTrainingSAE
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor
 from typing_extensions import override
 
@@ -38,11 +38,12 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
     # --- by sparse products ------------------------------------------------------------------
 
     def _is_sparse(self, x: Tensor) -> bool:
-        inside = (self.hook_sae_acts_pre, self.hook_sae_acts_post, self.hook_sae_recons)
         cfg = self.cfg
         if cfg.kernels == "dense" or cfg.mask_granularity == "sample":
             return False
-        if cfg.k / cfg.d_sae > _DENSE or any(hook.has_hooks() for hook in inside):
+        if cfg.k / cfg.d_sae > _DENSE or self._is_hooked() or x.requires_grad:
+            return False
+        if self.mse_loss_fn is not mse_loss:
             return False
         return x.dim() == 2 and x.dtype == self.W_dec.dtype and sparse_products_are_fast(x)
 
@@ -66,6 +67,8 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
     @override
     def narrow_view(self, step_input: TrainStepInput, keep: Tensor) -> View:
         if not self._is_sparse(step_input.sae_in):
+            if self.cfg.k > int(keep.sum()):  # SAELens' choice needs that many to choose among
+                return self.view_under_mask(step_input, keep)
             return super().narrow_view(step_input, keep)
         if step_input.dead_neuron_mask is not None:
             step_input = replace(step_input, dead_neuron_mask=step_input.dead_neuron_mask & keep)
@@ -104,7 +107,9 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
         losses = self._with_others(error, step_input, shown, pre, sae_out)
 
         def seen() -> Seen:
-            return _seen_sparsely(step_input.sae_in, acts, aligned, pattern, length, kept)
+            seen = _seen_sparsely(step_input.sae_in, acts, aligned, pattern, length, kept)
+            # What is not finite is never chosen; the averages are to know of it all the same.
+            return seen._replace(exposure=seen.exposure * error.detach().isfinite())
 
         return View(shown, pre, sae_out, losses, seen)
 
@@ -199,8 +204,7 @@ class JumpReLUATM(ATMTrainingSAE, JumpReLUTrainingSAE, activation="jumprelu"):  
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        with torch.no_grad():  # as SAELens' class does before each of its steps
-            self.threshold.clamp_(min=0.0)
+        self.threshold.data.clamp_(min=0.0)  # as SAELens' class does before each of its steps
         return super().training_forward_pass(step_input)
 
     @override

@@ -121,7 +121,8 @@ class ImportanceTracker(ExactBuffers):
     steps: Tensor
     """Training steps so far: the clock of every schedule."""
     excused: Tensor
-    """Steps by which SAELens counts too many since each latent fired: those that masked it."""
+    """Steps that masked each latent since it fired, by which SAELens counts too many; less those in
+    which SAELens has counted it as dead since. Below 0 it is dead."""
     exact_buffers = (*Signals._fields, "weight", "steps", "excused")
 
     def __init__(
@@ -179,5 +180,6 @@ class ImportanceTracker(ExactBuffers):
     def dead(self, counted: Tensor) -> Tensor:
         """The dead of those that SAELens counts as dead: silent for as many steps as it asks for,
         leaving out those in which they were masked. To be asked once a step."""
-        self.excused.sub_(counted.to(self.excused.dtype))
-        return counted & (self.excused < 0)
+        left = torch.where(counted, self.excused - 1, self.excused.clamp(min=0))
+        self.excused.copy_(left)
+        return counted & (left < 0)

@@ -65,19 +65,30 @@ def carried_energy(decoder: Tensor, parents: Tensor, energy: Tensor) -> Tensor:
         parents: of `implied_parents`, for all latents, shape ``(d_sae, most)``.
         energy: ``E[(a_j |d_j|)^2]``, shape ``(d_sae,)``.
     """
-    fixed, length = decoder.detach(), decoder.norm(dim=-1).clamp(min=_TINY)
+    length = decoder.norm(dim=-1).clamp(min=_TINY)
     energy = energy.to(decoder.dtype)
     if not sparse_products_are_fast(decoder):
-        carried = decoder.new_zeros(())
-        for parent in parents.T:
-            cosine = (decoder * fixed[parent]).sum(-1) / (length * length.detach()[parent])
-            carried = carried + (cosine.clamp(min=0).square() * (parent >= 0)) @ energy
-        return carried
+        return _carried_densely(decoder / length.unsqueeze(1), parents, energy)
     child, place = (parents >= 0).nonzero(as_tuple=True)
     parent = parents[child, place]
-    dots = dots_at(decoder, fixed, Pattern(child, parent, (len(decoder), len(decoder))))
+    pattern = Pattern(child, parent, (len(decoder), len(decoder)))
+    dots = dots_at(decoder, decoder.detach(), pattern)
     cosine = dots / (length[child] * length.detach()[parent])
     return cosine.clamp(min=0).square() @ energy[child]
+
+
+def _carried_densely(unit: Tensor, parents: Tensor, energy: Tensor) -> Tensor:
+    """The same of unit rows, without sparse products. Its gradient, ``2 E[a_j^2] sum_i cos u_i``,
+    is summed up on the way, so that the backward pass needs no row of a parent."""
+    with torch.no_grad():
+        carried, gradient = unit.new_zeros(()), torch.zeros_like(unit)
+        for parent in parents.T:
+            rows = unit[parent]
+            cosine = (unit * rows).sum(-1).clamp(min=0) * (parent >= 0)
+            carried = carried + cosine.square() @ energy
+            gradient += (2 * energy * cosine).unsqueeze(1) * rows
+    linear = (unit * gradient).sum()
+    return carried + (linear - linear.detach())
 
 
 class ParentTracker(ExactBuffers):

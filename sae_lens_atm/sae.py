@@ -42,6 +42,8 @@ _REVIVAL = ("auxiliary_reconstruction_loss", "pre_act_loss")
 _AVERAGED_OVER = 10  # parents are told from averages this many times as long as their decay's
 # What SAELens' run-time normalisations leave on the SAE between encode and decode.
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
+# Buffers that checkpoints of earlier versions lack, and that fill again by themselves.
+_LATE = ("tracker.excused", "parent_tracker.parents")
 _TRAINING_ONLY = ("tracker.", "parent_tracker.")
 
 
@@ -146,8 +148,12 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
             view = self.full_view(step_input)
             losses, loss = self._dual_losses(step_input, view, mask.keep)
         else:
+            step_input = self._without_excused(step_input)
             view = self._single_view(step_input, mask.keep)
             losses, loss = view.losses, cast(Tensor, sum(view.losses.values()))
+            if not torch.compiler.is_compiling():
+                unseen = ~mask.keep & (view.full_acts is None)
+                self.tracker.excuse(unseen.reshape(-1, cfg.d_sae).all(0), fired_in(view.acts))
         seen = view.seen()
         if self._in_force(cfg.parent_start_step) and self.parent_tracker is not None:
             losses["parent_loss"] = self.parent_loss(self.parent_tracker, seen)
@@ -162,8 +168,18 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
             hidden_pre=view.hidden_pre,
             loss=loss,
             losses=losses,
-            metrics=_mask_metrics(mask, step_input.dead_neuron_mask),
+            metrics={
+                **_mask_metrics(mask, step_input.dead_neuron_mask),
+                "l0_unmasked": partial(self._l0_unmasked, seen),
+            },
         )
+
+    def _without_excused(self, step_input: TrainStepInput) -> TrainStepInput:
+        """Without the latents that SAELens takes for dead as it counts steps that masked them."""
+        dead = step_input.dead_neuron_mask
+        if dead is None or torch.compiler.is_compiling():
+            return step_input
+        return replace(step_input, dead_neuron_mask=self.tracker.dead(dead))
 
     def _in_force(self, start: int, end: float = math.inf) -> bool:
         """Whether something that is in force in these steps is so now, so as not to compute it
@@ -195,24 +211,28 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 
     def _single_view(self, step_input: TrainStepInput, keep: Tensor) -> View:
         """The view of a step that has one, full or masked."""
-        dead = step_input.dead_neuron_mask
-        if keep.dim() == 2 or torch.compiler.is_compiling():
-            if dead is not None:
-                step_input = replace(step_input, dead_neuron_mask=self._dead_and_kept(dead, keep))
-            encoded = self.encode_with_hidden_pre(step_input.sae_in)
-            view = self._masked_densely(step_input, keep, *encoded)
+        if keep.dim() == 2 or torch.compiler.is_compiling() or self._is_hooked():
+            view = self.view_under_mask(step_input, keep)
+        elif self._can_mask() and not keep.all():
+            view = self.narrow_view(step_input, keep)
         else:
-            if dead is not None:
-                step_input = replace(step_input, dead_neuron_mask=self.tracker.dead(dead))
-            if self._can_mask() and not keep.all():
-                view = self.narrow_view(step_input, keep)
-            else:
-                view = self.full_view(step_input)
-            self.tracker.excuse(~keep, fired_in(view.acts))
+            view = self.full_view(step_input)
         if step_input.is_logging_step:  # explained variance is logged of the SAE we will save
             with torch.no_grad():
                 view = view._replace(sae_out=self.full_view(step_input).sae_out)
         return view
+
+    def _is_hooked(self) -> bool:
+        """Whether someone looks at what a step computes, and expects all latents there."""
+        return any(
+            hook.has_hooks()
+            for hook in (
+                self.hook_sae_input,
+                self.hook_sae_acts_pre,
+                self.hook_sae_acts_post,
+                self.hook_sae_recons,
+            )
+        )
 
     def full_view(self, step_input: TrainStepInput) -> View:
         """The view of the full SAE."""
@@ -222,9 +242,16 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 
     def masked_view(self, step_input: TrainStepInput, keep: Tensor, full: View) -> View:
         """The view of the SAE without the masked latents, from that of the full SAE."""
-        return self._masked_densely(step_input, keep, full.acts, full.hidden_pre)
+        return self._masked(step_input, keep, full.acts, full.hidden_pre)
 
-    def _masked_densely(
+    def view_under_mask(self, step_input: TrainStepInput, keep: Tensor) -> View:
+        """The same where there is none of the full SAE, by computing all and masking some."""
+        dead = step_input.dead_neuron_mask
+        if dead is not None:
+            step_input = replace(step_input, dead_neuron_mask=self._dead_and_kept(dead, keep))
+        return self._masked(step_input, keep, *self.encode_with_hidden_pre(step_input.sae_in))
+
+    def _masked(
         self, step_input: TrainStepInput, keep: Tensor, acts: Tensor, hidden_pre: Tensor
     ) -> View:
         view = self._view_of(step_input, *self.mask_acts(acts, hidden_pre, keep), keep)
@@ -239,7 +266,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         with narrowed(self, kept):
             view = self.full_view(replace(step_input, dead_neuron_mask=dead))
             seen = view.seen().spread(kept, size)
-        acts = view.acts.new_zeros(len(view.acts), size).index_copy(1, kept, view.acts)
+        acts = view.acts.new_zeros(len(view.acts), size).index_copy(1, kept, view.acts.detach())
         return view._replace(acts=acts, full_acts=None, seen=lambda: seen)
 
     def _view_of(
@@ -283,6 +310,12 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 
     def _after_view(self, step_input: TrainStepInput, view: View) -> None:
         """What the activation learns from the view of a step."""
+
+    @torch.no_grad()
+    def _l0_unmasked(self, seen: Seen) -> Tensor:
+        """The L0 of the full SAE: of latents that this step did not see, by their averages."""
+        here = seen.signals.frequency / seen.exposure.clamp(min=1e-12)
+        return here.where(seen.exposure > 0, self.tracker.averages().frequency).sum()
 
     @torch.no_grad()
     def _update_averages(self, seen: Seen) -> None:
@@ -355,9 +388,14 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         # SAELens' loaders cast every tensor to the SAE's dtype, counters too.
         super().process_state_dict_for_loading(state_dict)
+        parents = state_dict.get("parent_tracker.parents")
+        if parents is not None and parents.dtype in (torch.float16, torch.bfloat16):
+            parents.fill_(-1)  # indices that were rounded; they are found again
         for name, buffer in self.named_buffers():
             if name in state_dict:
                 state_dict[name] = state_dict[name].to(buffer.dtype)
+            elif name in _LATE:
+                state_dict[name] = buffer.clone()
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:

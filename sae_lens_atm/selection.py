@@ -36,7 +36,7 @@ def largest_positive(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def _lower_bound(flat: Tensor, count: int) -> Tensor:
     """A value that rather more than `count` of the values exceed, and at least 0."""
     sample = flat[::_SAMPLED]
-    expected = count * sample.numel() / flat.numel()
+    expected = count * sample.numel() / max(flat.numel(), 1)
     rank = int(_MARGIN * expected + 4 * expected**0.5) + 1
     if rank >= sample.numel():
         return flat.new_zeros(())

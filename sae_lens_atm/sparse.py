@@ -33,7 +33,7 @@ def sparse_products_are_fast(like: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Where the entries of a sparse matrix are: ascending by row, then by column."""
+    """Where the entries of a sparse matrix are, ascending by row."""
 
     rows: Tensor
     columns: Tensor
@@ -68,10 +68,6 @@ class Pattern:
         return torch.sparse_coo_tensor(
             places, values, self.shape, is_coalesced=True, check_invariants=False
         )
-
-    def where(self, chosen: Tensor) -> "Pattern":
-        """The pattern of some of the entries."""
-        return Pattern(self.rows[chosen], self.columns[chosen], self.shape)
 
     def sum_of_columns(self, values: Tensor) -> Tensor:
         """The sum of each column, shape ``(columns,)``."""

@@ -15,10 +15,10 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sae_lens_atm import parents
+from sae_lens_atm import ImportanceTracker, parents
 from sae_lens_atm.sae import ATMTrainingSAE
 from sae_lens_atm.view import narrowed
-from tests.helpers import ACTIVATIONS, SCHEDULES, make_sae, state_equal, step_input, train
+from tests.helpers import ACTIVATIONS, SCHEDULES, make_sae, step_input, train
 from tests.test_sae import with_importance
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -106,7 +106,7 @@ def test_a_step_on_the_kept_latents_is_the_step_with_the_others_at_nothing(
     def masked_after(step_input, keep):
         encoded = masking.encode_with_hidden_pre(step_input.sae_in)
         dead = masking._dead_and_kept(step_input.dead_neuron_mask, keep)
-        view = masking._masked_densely(replace(step_input, dead_neuron_mask=dead), keep, *encoded)
+        view = masking._masked(replace(step_input, dead_neuron_mask=dead), keep, *encoded)
         return view._replace(acts=view.acts * keep, full_acts=None)
 
     def shown(step_input, keep):  # the activations of the masked view, not of the full SAE
@@ -294,13 +294,78 @@ def test_the_threshold_is_learned_where_all_steps_are_masked():
     masked = make_sae(schedule="masked", mask_rate=20.0, mask_end=1.0, parent_weight=0.0)
     masked.load_state_dict(full.state_dict(), strict=False)
     with_importance(masked, torch.cat([torch.zeros(12), torch.ones(12)]))
-    masked.tracker.requires_grad_(False)
     for _ in range(400):  # nothing is trained, so both have one threshold to find
         x = torch.randn(64, 8)
         full.training_forward_pass(step_input(x))
         masked.training_forward_pass(step_input(x))
     assert full.topk_threshold > 0
     assert_close(masked.topk_threshold, full.topk_threshold, rtol=0.02, atol=0.0)
-    before = full.topk_threshold.clone()
-    full.training_forward_pass(step_input(torch.randn(64, 8), logging=True))
-    assert not state_equal({"t": before}, {"t": full.topk_threshold})
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dense"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_batch_reaches_no_average(kernels, schedule, bad):
+    sae = train(make_sae(d_sae=64, kernels=kernels, schedule=schedule, parent_start=0.0), 6)
+    averaged = ("magnitude", "frequency", "contribution", "weight", "inputs", "mean_input")
+    before = {n: b.clone() for n, b in sae.named_buffers() if n.split(".")[-1] in averaged}
+    x = torch.randn(32, 8)
+    x[4:12] = bad
+    sae.training_forward_pass(step_input(x))
+    for name, buffer in before.items():
+        assert torch.equal(sae.get_buffer(name), buffer), name
+    sae.training_forward_pass(step_input(torch.randn(32, 8)))
+    assert sae.importance.isfinite().all()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dense"])
+def test_fewer_latents_may_be_kept_than_k(kernels):
+    sae = make_sae(d_sae=24, k=2.5, schedule="masked", mask_rate=40.0, kernels=kernels)
+    with_importance(sae, torch.cat([torch.zeros(22), torch.ones(2)]))
+    output = sae.training_forward_pass(step_input(torch.randn(32, 8)))
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert not sae.W_dec.grad[:22].any()
+
+
+def test_hooks_see_all_latents_in_a_masked_step():
+    sae = with_importance(
+        make_sae(d_sae=64, schedule="masked", mask_rate=40.0),
+        torch.cat([torch.zeros(32), torch.ones(32)]),
+    )
+    shapes = []
+    sae.add_hook("hook_sae_acts_post", lambda acts, hook: shapes.append(acts.shape))  # noqa: ARG005
+    sae.training_forward_pass(step_input(torch.randn(4, 8)))
+    assert shapes == [(4, 64)]
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dense"])
+def test_another_squared_error_is_used(kernels):
+    sae = make_sae(kernels=kernels, mask_rate=0.0, parent_weight=0.0)
+    sae.mse_loss_fn = lambda predicted, x: (predicted - x).abs()
+    x = torch.randn(16, 8)
+    output = sae.training_forward_pass(step_input(x))
+    assert_close(output.loss, (output.sae_out - x).abs().sum(1).mean())
+
+
+def test_what_a_new_trainer_counts_is_excused_anew():
+    tracker = ImportanceTracker(2)
+    masked, nothing = torch.tensor([True, False]), torch.zeros(2, dtype=torch.bool)
+    for _ in range(10):  # a trainer has counted both as dead for long
+        tracker.dead(torch.ones(2, dtype=torch.bool))
+    for _ in range(3):  # another begins at 0; its first latent is masked three times
+        assert not tracker.dead(nothing).any()
+        tracker.excuse(masked, nothing)
+    told = [tracker.dead(torch.ones(2, dtype=torch.bool)).tolist() for _ in range(4)]
+    assert told == [[False, True]] * 3 + [[True, True]]
+
+
+def test_the_unmasked_l0_of_masked_steps_is_that_of_the_full_sae():
+    torch.manual_seed(0)
+    sae = make_sae(activation="relu", schedule="masked", mask_warm_up_steps=0, mask_rate=9.0)
+    x = torch.randn(512, 8)
+    full = (sae.encode_with_hidden_pre(x)[0] > 0).float().sum(1).mean()
+    for _ in range(30):
+        output = sae.training_forward_pass(step_input(x))
+    assert (output.feature_acts > 0).sum(1).float().mean() < 0.9 * full
+    assert_close(output.metrics["l0_unmasked"](), full)

@@ -127,10 +127,13 @@ def test_no_history_is_zero_and_not_nan():
 def test_a_bad_batch_leaves_the_averages_alone(bad):
     tracker = ImportanceTracker(2, decay=0.9)
     tracker.update(Signals(*(torch.ones(2),) * 3), torch.ones(2))
-    before = tracker.averages()
-    poisoned = Signals(torch.ones(2), torch.ones(2), torch.tensor([bad, 1.0]))
+    before = {name: b.clone() for name, b in tracker.named_buffers()}
+    threes = torch.full((2,), 3.0)
+    poisoned = Signals(threes, threes, torch.tensor([bad, 3.0]))
     tracker.update(poisoned, torch.ones(2))
-    assert tracker.averages().magnitude.tolist() == pytest.approx(before.magnitude.tolist())
+    for name in (*Signals._fields, "weight"):
+        assert tracker.get_buffer(name)[0] == before[name][0]  # the poisoned latent has none of it
+        assert tracker.get_buffer(name)[1] != before[name][1]
 
 
 def test_casting_keeps_the_averages_and_the_counter_exact():

@@ -185,3 +185,22 @@ def test_meta_device(sae):
     assert all(t.is_meta for t in meta.state_dict().values())
     meta.load_state_dict(sae.state_dict(), assign=True)
     assert state_equal(meta.state_dict(), sae.state_dict())
+
+
+def test_checkpoints_of_earlier_versions_are_read_for_inference(tmp_path):
+    sae = train(make_sae(), 20)
+    sae.save_model(tmp_path)
+    weights = tmp_path / "sae_weights.safetensors"
+    state = load_file(weights)
+    late = [name for name in state if name in ("tracker.excused", "parent_tracker.parents")]
+    assert len(late) == 2
+    save_file({name: t for name, t in state.items() if name not in late}, weights)
+    assert torch.equal(SAE.load_from_disk(tmp_path).importance, sae.importance)
+
+
+def test_parents_that_were_rounded_are_found_again(tmp_path):
+    sae = train(make_sae(d_sae=1000, dtype="bfloat16", parent_start=0.0), 3)
+    sae.parent_tracker.parents[5, 0] = 999
+    sae.save_model(tmp_path)
+    loaded = train(TrainingSAE.load_from_disk(tmp_path), 3)
+    assert (loaded.parent_tracker.parents < 1000).all()

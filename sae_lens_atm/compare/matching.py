@@ -129,4 +129,5 @@ class L0Controller:
 
 def mean_l0(output: TrainStepOutput) -> float:
     """Active latents a sample in a training step."""
-    return float(view.mean_l0(output.feature_acts))
+    unmasked: Any = output.metrics.get("l0_unmasked")  # of ATM, whose step may see a part
+    return float(view.mean_l0(output.feature_acts) if unmasked is None else unmasked())

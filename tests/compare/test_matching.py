@@ -80,7 +80,7 @@ def follow(l0s, start=0.1, target=4.0, lrs=None, warm_up=0):
         group["lr"] = 1.0 if lrs is None else lrs[i]
         acts = torch.zeros(10, 20)
         acts.view(-1)[: round(l0 * 10)] = 1.0
-        controller.after_step(SimpleNamespace(feature_acts=acts))
+        controller.after_step(SimpleNamespace(feature_acts=acts, metrics={}))
         assert scheduler.final_value == scheduler.current_value == controller.value
         values.append(controller.value)
     return values
@@ -111,7 +111,7 @@ def test_it_waits_for_the_warm_up():
     scheduler = SimpleNamespace(final_value=0.1, current_value=0.0, current_step=3, warm_up_steps=9)
     trainer = SimpleNamespace(coefficient_schedulers={"l1": scheduler})
     controller = L0Controller(trainer, Knob("l1", True), 4)
-    controller.after_step(SimpleNamespace(feature_acts=torch.ones(2, 20)))
+    controller.after_step(SimpleNamespace(feature_acts=torch.ones(2, 20), metrics={}))
     assert (scheduler.current_value, scheduler.final_value) == (0.0, 0.1)
 
 
@@ -150,7 +150,7 @@ def test_a_number_of_the_config_is_steered_too():
     trainer = trainer_of(sae, 1)
     controller = L0Controller(trainer, Knob("residual_threshold", True), 1.0)
     assert controller.value == 3.0
-    controller.after_step(SimpleNamespace(feature_acts=torch.ones(4, 16)))
+    controller.after_step(SimpleNamespace(feature_acts=torch.ones(4, 16), metrics={}))
     assert sae.cfg.residual_threshold > 3.0
 
 
@@ -173,7 +173,7 @@ def test_its_state_goes_on():
     sae = TrainingSAE.from_dict(config("standard").to_dict())
     one, other = trainer_of(sae, 1), trainer_of(sae, 1)
     first = L0Controller(one, Knob("l1", True), 2.0)
-    output = SimpleNamespace(feature_acts=torch.ones(4, 16))
+    output = SimpleNamespace(feature_acts=torch.ones(4, 16), metrics={})
     for _ in range(3):
         first.after_step(output)
     second = L0Controller(other, Knob("l1", True), 2.0)
