@@ -120,10 +120,7 @@ class ImportanceTracker(ExactBuffers):
     weight: Tensor
     steps: Tensor
     """Training steps so far: the clock of every schedule."""
-    excused: Tensor
-    """Steps that masked each latent since it fired, by which SAELens counts too many; less those in
-    which SAELens has counted it as dead since. Below 0 it is dead."""
-    exact_buffers = (*Signals._fields, "weight", "steps", "excused")
+    exact_buffers = (*Signals._fields, "weight", "steps")
 
     def __init__(
         self, d_sae: int, decay: float = 0.99, device: torch.device | str | None = None
@@ -134,7 +131,6 @@ class ImportanceTracker(ExactBuffers):
         for name in (*Signals._fields, "weight"):
             self.register_buffer(name, torch.zeros(d_sae, dtype=torch.float32, device=device))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("excused", torch.zeros(d_sae, dtype=torch.int64, device=device))
 
     @torch.no_grad()
     def update(self, signals: Signals, exposure: Tensor) -> None:
@@ -170,16 +166,3 @@ class ImportanceTracker(ExactBuffers):
         """The bias-corrected averages; zero for a latent that was never seen."""
         filled = torch.where(self.weight > 0, self.weight, 1.0)
         return Signals(*(self.get_buffer(name) / filled for name in Signals._fields))
-
-    @torch.no_grad()
-    def excuse(self, masked: Tensor, fired: Tensor) -> None:
-        """Note which latents a step had masked from the trainer's sight, and which it saw fire."""
-        self.excused.add_(masked).masked_fill_(fired, 0)
-
-    @torch.no_grad()
-    def dead(self, counted: Tensor) -> Tensor:
-        """The dead of those that SAELens counts as dead: silent for as many steps as it asks for,
-        leaving out those in which they were masked. To be asked once a step."""
-        left = torch.where(counted, self.excused - 1, self.excused.clamp(min=0))
-        self.excused.copy_(left)
-        return counted & (left < 0)

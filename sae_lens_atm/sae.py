@@ -33,7 +33,7 @@ from sae_lens_atm.masking import (
     uniform_at,
 )
 from sae_lens_atm.parents import ParentTracker, carried_energy
-from sae_lens_atm.view import Seen, View, fired_in, narrowed, seen_densely
+from sae_lens_atm.view import Seen, View, narrowed, seen_densely
 
 _MASK, _COIN, _C = 0, 1, 2  # independent streams of the mask's random numbers
 IMPORTANCE_QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
@@ -42,8 +42,6 @@ _REVIVAL = ("auxiliary_reconstruction_loss", "pre_act_loss")
 _AVERAGED_OVER = 10  # parents are told from averages this many times as long as their decay's
 # What SAELens' run-time normalisations leave on the SAE between encode and decode.
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
-# Buffers that checkpoints of earlier versions lack, and that fill again by themselves.
-_LATE = ("tracker.excused", "parent_tracker.parents")
 _TRAINING_ONLY = ("tracker.", "parent_tracker.")
 
 
@@ -148,12 +146,8 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
             view = self.full_view(step_input)
             losses, loss = self._dual_losses(step_input, view, mask.keep)
         else:
-            step_input = self._without_excused(step_input)
             view = self._single_view(step_input, mask.keep)
             losses, loss = view.losses, cast(Tensor, sum(view.losses.values()))
-            if not torch.compiler.is_compiling():
-                unseen = ~mask.keep & (view.full_acts is None)
-                self.tracker.excuse(unseen.reshape(-1, cfg.d_sae).all(0), fired_in(view.acts))
         seen = view.seen()
         if self._in_force(cfg.parent_start_step) and self.parent_tracker is not None:
             losses["parent_loss"] = self.parent_loss(self.parent_tracker, seen)
@@ -173,13 +167,6 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
                 "l0_unmasked": partial(self._l0_unmasked, seen),
             },
         )
-
-    def _without_excused(self, step_input: TrainStepInput) -> TrainStepInput:
-        """Without the latents that SAELens takes for dead as it counts steps that masked them."""
-        dead = step_input.dead_neuron_mask
-        if dead is None or torch.compiler.is_compiling():
-            return step_input
-        return replace(step_input, dead_neuron_mask=self.tracker.dead(dead))
 
     def _in_force(self, start: int, end: float = math.inf) -> bool:
         """Whether something that is in force in these steps is so now, so as not to compute it
@@ -394,7 +381,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         for name, buffer in self.named_buffers():
             if name in state_dict:
                 state_dict[name] = state_dict[name].to(buffer.dtype)
-            elif name in _LATE:
+            elif name == "parent_tracker.parents":  # checkpoints of earlier versions lack them
                 state_dict[name] = buffer.clone()
 
     @override

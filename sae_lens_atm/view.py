@@ -91,15 +91,6 @@ def narrowed(sae: TrainingSAE[Any], latents: Tensor) -> Generator[None]:
         vars(sae).update(before)
 
 
-def fired_in(acts: Tensor) -> Tensor:
-    """Which latents are active anywhere in a batch, shape ``(d_sae,)``."""
-    if not acts.is_sparse:
-        return acts.any(0)
-    fired = torch.zeros(acts.shape[1], dtype=torch.bool, device=acts.device)
-    fired[acts.indices()[1]] = True
-    return fired
-
-
 def mean_l0(acts: Tensor) -> Tensor:
     """The mean number of active latents."""
     return (acts.values() if acts.is_sparse else acts).count_nonzero() / acts.shape[0]

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sae_lens_atm import ImportanceTracker, parents
+from sae_lens_atm import parents
 from sae_lens_atm.sae import ATMTrainingSAE
 from sae_lens_atm.view import narrowed
 from tests.helpers import ACTIVATIONS, SCHEDULES, make_sae, step_input, train
@@ -346,18 +346,6 @@ def test_another_squared_error_is_used(kernels):
     x = torch.randn(16, 8)
     output = sae.training_forward_pass(step_input(x))
     assert_close(output.loss, (output.sae_out - x).abs().sum(1).mean())
-
-
-def test_what_a_new_trainer_counts_is_excused_anew():
-    tracker = ImportanceTracker(2)
-    masked, nothing = torch.tensor([True, False]), torch.zeros(2, dtype=torch.bool)
-    for _ in range(10):  # a trainer has counted both as dead for long
-        tracker.dead(torch.ones(2, dtype=torch.bool))
-    for _ in range(3):  # another begins at 0; its first latent is masked three times
-        assert not tracker.dead(nothing).any()
-        tracker.excuse(masked, nothing)
-    told = [tracker.dead(torch.ones(2, dtype=torch.bool)).tolist() for _ in range(4)]
-    assert told == [[False, True]] * 3 + [[True, True]]
 
 
 def test_the_unmasked_l0_of_masked_steps_is_that_of_the_full_sae():

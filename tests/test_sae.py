@@ -153,44 +153,25 @@ def test_feature_acts_are_those_of_the_view_that_was_computed(activation, schedu
 
 @every_activation
 @pytest.mark.parametrize("schedule", ["interleaved", "masked"])
-def test_a_masked_latent_is_not_called_dead(activation, schedule):
-    """SAELens counts the steps since each latent fired. Those in which it was masked, and no one
-    could have seen it fire, do not bring its death nearer."""
-    torch.manual_seed(0)
-    window = 5
+def test_a_latent_that_is_kept_now_and_then_is_not_called_dead(activation, schedule):
+    """A masked latent is not computed, so not seen to fire; in some steps of the window it is."""
     sae = make_sae(activation=activation, schedule=schedule, mask_warm_up_steps=0, c_start=1.0)
-    sae.tracker.magnitude[:12] = 1.0  # so that the others are masked at times
-    sae.b_enc.data[18:] = -1e3  # and some of these never fire
     cfg = SAETrainerConfig(
         total_training_samples=64 * 60,
         train_batch_size_samples=64,
         lr=0.0,
         lr_end=0,
-        dead_feature_window=window,
+        dead_feature_window=20,
     )
     trainer = SAETrainer(cfg, sae, iter(torch.randn(60, 64, 8)))
-    told = []
-    losses = sae.calculate_aux_loss
-
-    def listen(step_input, **kwargs):
-        if step_input.dead_neuron_mask is not None:
-            told.append(step_input.dead_neuron_mask)
-        return losses(step_input=step_input, **kwargs)
-
-    sae.calculate_aux_loss = listen
-    silent = torch.zeros(24, dtype=torch.long)  # steps in sight since each latent fired
-    late = 0
+    sae.b_enc.data[:2] = -1e3
+    masked = 0
     for _ in range(60):
-        keep = sae.draw_mask(64).keep
-        counted = trainer.dead_neurons
-        acts = trainer.step(next(trainer.data_provider)).feature_acts.to_dense()
-        dead = silent > window
-        found = told[-1][keep] if len(told[-1]) == 24 else told[-1]
-        assert torch.equal(found, dead[keep])
-        late += int((counted & ~dead).sum())
-        silent += keep
-        silent[acts.any(0)] = 0
-    assert late > 0  # SAELens' own count would have called some dead too early
+        masked += int((~sae.draw_mask(64).keep[2:]).sum())
+        trainer.step(next(trainer.data_provider))
+    assert masked > 50
+    assert trainer.dead_neurons[:2].all()
+    assert not trainer.dead_neurons[2:].any()
 
 
 @every_activation
