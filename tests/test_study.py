@@ -139,3 +139,11 @@ def test_the_ceiling_trains_the_encoder_of_the_true_dictionary(tmp_path):
     assert found["mean"]["f1"] == pytest.approx(
         sum(run["f1"] for run in found["runs"]) / 2, rel=1e-5
     )
+
+
+def test_the_picture_is_drawn_from_the_committed_results(tmp_path):
+    picture = load("picture")
+    picture.main(tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 20_000
+    paths = {f"benchmarks/study/results/{p.name}" for p in STUDY.glob("results/held-out-*.json")}
+    assert paths <= set(picture.PANELS.values())
