@@ -264,14 +264,24 @@ def _own_peak(name: str, shape: Shape, device: str, threads: int) -> float:
     batches = make_batches(shape, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water()
     trainer = make_trainer(contenders(shape)[name], shape, device, autocast=False, compiled=False)
     for repeat in range(6):
         trainer.step(batches[repeat % BATCHES])
         trainer.n_training_steps += 1
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _high_water() - before
+
+
+def _high_water() -> float:
+    """The most memory that this process has held, in MiB."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Unlike getrusage, this does not begin with what the process that started this one held.
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 # --- what is shown -------------------------------------------------------------------------------
@@ -281,7 +291,6 @@ def measure(
     shape: Shape, device: str, repeats: int, *, autocast: bool, compiled: bool, memory: bool
 ) -> dict[str, Any]:
     named = contenders(shape)
-    # First, as a new process inherits the high-water mark of the one that starts it.
     peaks = peak_memory(named, shape, device) if memory else {}
     times = step_times(
         shape, named, device, repeats=repeats, warm_up=8, autocast=autocast, compiled=compiled
