@@ -33,7 +33,17 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
     @override
     def mask_acts(self, acts: Tensor, hidden_pre: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
         masked_pre = hidden_pre * keep
-        return self.activation_fn(masked_pre), masked_pre
+        inherited = self.cfg.masked_choice == "inherited"
+        return acts * keep if inherited else self.activation_fn(masked_pre), masked_pre
+
+    @property
+    def k(self) -> float:
+        """k of this step."""
+        cfg = self.cfg
+        if cfg.k_start == 1 or not cfg.mask_end_step:
+            return cfg.k
+        part = min(self.tracker.clock() / cfg.mask_end_step, 1.0)
+        return min(cfg.k * (cfg.k_start + (1 - cfg.k_start) * part), cfg.d_sae)
 
     # --- by sparse products ------------------------------------------------------------------
 
@@ -61,13 +71,20 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
     def masked_view(self, step_input: TrainStepInput, keep: Tensor, full: View) -> View:
         if not full.acts.is_sparse:
             return super().masked_view(step_input, keep, full)
-        x = self.process_sae_in(step_input.sae_in)
-        return self._sparse_view(step_input, x, full.hidden_pre * keep, self.get_W_dec_norm())
+        x, length = self.process_sae_in(step_input.sae_in), self.get_W_dec_norm()
+        pre = full.hidden_pre * keep
+        if self.cfg.masked_choice == "again":
+            return self._sparse_view(step_input, x, pre, length)
+        acts = full.acts.coalesce()
+        rows, columns = acts.indices()
+        kept = keep[columns]
+        inherited = (rows * len(keep) + columns)[kept], acts.values()[kept]
+        return self._sparse_view(step_input, x, pre, length, inherited=inherited)
 
     @override
     def narrow_view(self, step_input: TrainStepInput, keep: Tensor) -> View:
         if not self._is_sparse(step_input.sae_in):
-            if self.cfg.k > int(keep.sum()):  # SAELens' choice needs that many to choose among
+            if self.k > int(keep.sum()):  # SAELens' choice needs that many to choose among
                 return self.view_under_mask(step_input, keep)
             return super().narrow_view(step_input, keep)
         if step_input.dead_neuron_mask is not None:
@@ -89,10 +106,12 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
         pre: Tensor,
         length: Tensor,
         kept: Tensor | None = None,
+        inherited: tuple[Tensor, Tensor] | None = None,
     ) -> View:
-        """The view of the largest of these pre-activations, whose columns are those latents."""
-        count, width = int(self.cfg.k * len(x)), pre.shape[1]
-        places, chosen = largest_positive(pre, count)
+        """The view of the largest of these pre-activations (or of those at given places), whose
+        columns are those latents."""
+        width = pre.shape[1]
+        places, chosen = inherited or largest_positive(pre, int(self.k * len(x)))
         columns = places % width
         columns = columns if kept is None else kept[columns]
         pattern = Pattern(places // width, columns, (len(x), self.cfg.d_sae))
@@ -156,6 +175,8 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        if self.cfg.k_start != 1:
+            self.activation_fn.k = self.k  # pyright: ignore[reportFunctionMemberAccess]
         output = super().training_forward_pass(step_input)
         output.metrics["topk_threshold"] = self.topk_threshold
         return output

@@ -21,6 +21,7 @@ Schedule = Literal["dual", "interleaved", "masked"]
 Granularity = Literal["step", "sample"]
 Course = Literal["uniform", "ramp"]
 Draw = Literal["independent", "coherent"]
+Choice = Literal["again", "inherited"]
 Kernels = Literal["auto", "dense"]
 
 
@@ -45,6 +46,9 @@ class ATMTrainingSAEConfig(
         mask_granularity: one mask for the whole batch ("step") or one per sample ("sample").
         mask_draw: each latent by a number of its own ("independent", the paper's), or all by one
             ("coherent"), so that latents fall in the order of their importance.
+        masked_choice: under `batchtopk`, the masked view of the dual schedule chooses its k "again"
+            among the kept latents, or has "inherited" from the full view what that chose of them.
+        k_start: k at the first step as a multiple of `k`, to which it falls linearly by `mask_end`.
         importance_decay: decay of the moving averages of the three signals, in [0, 1).
         magnitude_weight: weight in the importance of M_i = |d_i| E[a_i].
         frequency_weight: weight in the importance of F_i = P(a_i > 0).
@@ -80,6 +84,8 @@ class ATMTrainingSAEConfig(
     masked_probability: float = 0.5
     mask_granularity: Granularity = "step"
     mask_draw: Draw = "independent"
+    masked_choice: Choice = "again"
+    k_start: float = 1.0
     importance_decay: float = 0.99
     magnitude_weight: float = 1.0
     frequency_weight: float = 1.0
@@ -153,6 +159,7 @@ class ATMTrainingSAEConfig(
         for name in _WHOLE:
             self._require(name, isinstance(getattr(self, name), int), "a whole number")
         self._require("importance_decay", self.importance_decay < 1, "in [0, 1)")
+        self._require("k_start", self.k_start > 0, "above 0")
         self._require("parent_tau", self.parent_tau > 0, "in (0, 1]")
         if sum(self.signal_weights) == 0:
             raise ValueError(
@@ -190,6 +197,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": get_args(Schedule),
     "mask_granularity": get_args(Granularity),
     "mask_draw": get_args(Draw),
+    "masked_choice": get_args(Choice),
     "c_course": get_args(Course),
     "importance_combine": get_args(Combine),
     "kernels": get_args(Kernels),
@@ -205,6 +213,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "d_sae": (1, _INF, "1 or more"),
     "masked_weight": _UNIT,
     "masked_probability": _UNIT,
+    "k_start": (0, _INF, "above 0"),
     "importance_decay": (0, 1, "in [0, 1)"),
     "magnitude_weight": _NOT_NEGATIVE,
     "frequency_weight": _NOT_NEGATIVE,

@@ -85,6 +85,42 @@ def test_sparse_steps_are_the_dense_ones(
     assert sparse_steps == 16
 
 
+@pytest.mark.parametrize("fields", [{"masked_choice": "inherited"}, {"k_start": 3.0}])
+def test_sparse_steps_are_the_dense_ones_with_other_choices(fields):
+    torch.manual_seed(0)
+    sae = make_sae(d_in=12, d_sae=64, k=2, dtype="float64", mask_warm_up_steps=0, **fields)
+    dense = twin(sae, kernels="dense")
+    dead = torch.zeros(64, dtype=torch.bool)
+    for _ in range(10):
+        sae.zero_grad()
+        dense.zero_grad()
+        compare_step(sae, dense, torch.randn(50, 12, dtype=torch.float64), dead)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dense"])
+def test_an_inherited_choice_is_the_full_views_without_the_masked_latents(kernels):
+    torch.manual_seed(0)
+    sae = make_sae(d_sae=48, kernels=kernels, masked_choice="inherited")
+    keep = torch.rand(48) < 0.5
+    batch = step_input(torch.randn(40, 8), torch.zeros(48, dtype=torch.bool))
+    full = sae.full_view(batch)
+    masked = sae.masked_view(batch, keep, full)
+    out = (full.acts.to_dense() * keep / sae.W_dec.norm(dim=-1)) @ sae.W_dec + sae.b_dec
+    assert_close(masked.sae_out, out.detach(), check_stride=False)
+    assert 0 < len(masked.seen().signals.frequency.nonzero()) <= int(keep.sum())
+
+
+@pytest.mark.parametrize("kernels", ["auto", "dense"])
+def test_k_falls_to_its_value_where_masking_ends(kernels):
+    sae = make_sae(k=2, k_start=3.0, mask_end=0.5, schedule_steps=8, kernels=kernels)
+    sae.b_enc.data += 100  # all latents would fire
+    counts = [
+        sae.training_forward_pass(step_input(torch.randn(10, 8))).feature_acts.to_dense()
+        for _ in range(6)
+    ]
+    assert [int(acts.count_nonzero()) for acts in counts] == [60, 50, 40, 30, 20, 20]
+
+
 @every_activation
 @pytest.mark.parametrize("kernels", ["auto", "dense"])
 def test_a_step_on_the_kept_latents_is_the_step_with_the_others_at_nothing(

@@ -8,6 +8,8 @@ BAD = {
     "activation": "gelu",
     "schedule": "sometimes",
     "mask_granularity": "token",
+    "masked_choice": "afresh",
+    "k_start": 0.0,
     "importance_combine": "product",
     "masked_weight": 1.5,
     "masked_probability": -0.1,
