@@ -1,0 +1,83 @@
+"""Text that every machine with Python has, its words, and a tokenizer of them."""
+
+import ast
+import re
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+BOS, EOS, PAD, UNKNOWN = SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
+LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+"""As answers; all text is in lower case."""
+_TOKEN = r"[A-Za-z]+|<[a-z]+>|\n|[^\sA-Za-z]"
+_ELSEWHERE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+_OFTEN = 20  # from so many occurrences on, what is no word has a token of its own
+
+
+class Text(NamedTuple):
+    """Text as tokens."""
+
+    vocabulary: list[str]
+    words: list[str]
+    """Those of the vocabulary that are ordinary words, of two letters or more."""
+    tokens: Tensor
+    """The whole text, one token after the other."""
+
+
+def docstrings() -> Iterator[str]:
+    """The docstrings of Python's standard library, in the order of its files."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(root.rglob("*.py")):
+        if _ELSEWHERE.intersection(file.relative_to(root).parts):
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (OSError, SyntaxError, ValueError):  # some are meant to be broken
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node)
+                if text:
+                    yield text.lower()
+
+
+@cache
+def text(words: int) -> Text:
+    """Docstrings in a vocabulary that has the most frequent of their words."""
+    rows = [[*re.findall(_TOKEN, row), "\n"] for row in docstrings()]
+    count = Counter(token for row in rows for token in row)
+    by_frequency = sorted(count, key=lambda token: (-count[token], token))
+    chosen = sorted([t for t in by_frequency if t.isalpha() and len(t) > 1][:words])
+    others = sorted(t for t in count if not (t.isalpha() and len(t) > 1) and count[t] >= _OFTEN)
+    vocabulary = [*SPECIAL, *others, *chosen, *LETTERS]
+    index = {token: i for i, token in enumerate(vocabulary)}
+    unknown = index[UNKNOWN]
+    tokens = torch.tensor([index.get(token, unknown) for row in rows for token in row])
+    return Text(vocabulary, chosen, tokens)
+
+
+def tokenizer(vocabulary: list[str], name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words, in the form that `transformers` loads from a folder."""
+    index = {token: i for i, token in enumerate(vocabulary)}
+    words = Tokenizer(models.WordLevel(index, unk_token=UNKNOWN))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(_TOKEN), "removed", invert=True)  # pyright: ignore[reportAttributeAccessIssue]
+    words.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+        single=f"{BOS} $A", special_tokens=[(BOS, index[BOS])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=UNKNOWN,
+        name_or_path=name,
+        add_bos_token=True,
+    )
