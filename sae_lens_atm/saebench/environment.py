@@ -1,5 +1,6 @@
 """SAEBench's own environment: it asks for versions of libraries that SAELens does not run with."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ _LIKE_OURS = (
     "transformer-lens",
     "transformers",
 )  # the same SAE, the same model
-_USED = ("scikit-learn", "beartype", "collectibles", "seaborn", "tabulate", "openai")
+_USED = ("scikit-learn<1.10", "beartype", "collectibles", "seaborn", "tabulate", "openai")
 
 
 class SAEBenchError(RuntimeError):
@@ -33,14 +34,16 @@ def requirements() -> list[str]:
     """What is installed, SAEBench aside: what computes the SAE and the model, as it is here.
 
     SAEBench pins numpy<2 and torchvision, and needs neither; but one data set of its sparse probing
-    is a script, which datasets 4 does not run.
+    is a script, which datasets 4 does not run, and scikit-learn 1.10 drops a word that it says.
     """
     ours = [f"{name}=={version(name).partition('+')[0]}" for name in _LIKE_OURS]
     return [*ours, "datasets>=3.1,<4", *_USED]
 
 
 def default_folder() -> Path:
-    return user_cache_path("sae-lens-atm") / f"saebench-{SAE_BENCH}"
+    """In the user's cache, one for each set of versions."""
+    digest = hashlib.sha256(_listed().encode()).hexdigest()[:8]
+    return user_cache_path("sae-lens-atm") / f"saebench-{SAE_BENCH}-{digest}"
 
 
 def is_whole(folder: Path) -> bool:

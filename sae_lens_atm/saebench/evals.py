@@ -71,7 +71,7 @@ def plan_evals(
 
 def _absolute(name: str) -> str:
     """The process works in a folder of its own."""
-    return str(Path(name).absolute()) if Path(name).is_dir() else name
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def run_evals(plan: Plan, environment: Path) -> dict[str, Any]:
@@ -117,7 +117,12 @@ def command(environment: Path) -> list[str]:
 def child_environment() -> dict[str, str]:
     """Ours, without what would lead that Python to our packages; with the folder of `inside`."""
     kept = {name: v for name, v in os.environ.items() if name != "PYTHONHOME"}
-    return {**kept, "PYTHONPATH": str(Path(__file__).parent), "PYTHONNOUSERSITE": "1"}
+    ours = {
+        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONNOUSERSITE": "1",
+        "JAXTYPING_DISABLE": "1",  # it insists on a HookedTransformer, a TransformerBridge does
+    }
+    return {**kept, **ours}
 
 
 def read_results(file: Path, returncode: int) -> dict[str, Any]:

@@ -18,7 +18,6 @@ SCORES: dict[str, dict[str, Figure]] = {
     "core": {
         "sparsity.l0": Figure("L0", 0, 2),
         "reconstruction_quality.explained_variance": Figure("explained variance", 1),
-        "reconstruction_quality.mse": Figure("MSE", -1),
         "reconstruction_quality.cossim": Figure("cosine", 1),
         "model_performance_preservation.ce_loss_score": Figure("CE loss recovered", 1),
         "model_behavior_preservation.kl_div_score": Figure("KL recovered", 1),
@@ -33,7 +32,8 @@ SCORES: dict[str, dict[str, Figure]] = {
     },
 }
 """By eval, then by where in SAEBench's `eval_result_metrics` it is. SAEBench's own plots show
-1 - absorption; its files, and these tables, absorption itself."""
+1 - absorption; its files, and these tables, absorption itself. Its `mse` is divided by the number
+of tokens twice, and left out."""
 
 _BETTER = {1: "higher", -1: "lower", 0: None}
 

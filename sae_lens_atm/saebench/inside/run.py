@@ -7,10 +7,8 @@ order of a hash table.
 # pyright: basic, reportMissingImports=false
 
 import json
-import os
 import random
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -37,12 +35,17 @@ from sae_bench.sae_bench_utils.activation_collection import (
 from sae_lens.training.activations_store import ActivationsStore
 
 from .models import load_model, load_sae
+from .parent import end_with_parent
 
 SEED = 42  # SAEBench's
 SMALL_VOCABULARY = 8192
 """Words, below which SAEBench's batch of 4096 leaves its probes hardly any steps."""
 TEXT = "Skylion007/openwebtext"
 """SAEBench's own text for the core eval."""
+
+
+class CannotRun(Exception):
+    """What an eval wants is not there."""
 
 
 @dataclass
@@ -63,9 +66,9 @@ def absorption(subject: Subject) -> dict[str, Any]:
     words = sorted(get_alpha_tokens(subject.model.tokenizer))
     missing = set(LETTERS) - {word.strip()[0].lower() for word in words}
     if missing:
-        raise ValueError(
-            "absorption wants words of every letter in the model's vocabulary: none begins with "
-            + ", ".join(sorted(missing))
+        raise CannotRun(
+            f"no word of the model's vocabulary begins with {', '.join(sorted(missing))}: "
+            "SAEBench wants words of every letter"
         )
     config = absorption_main.AbsorptionEvalConfig(
         model_name=subject.model_name,
@@ -99,7 +102,7 @@ def absorption(subject: Subject) -> dict[str, Any]:
     f1 = {row["letter"]: row for row in json.loads(probing.read_text())}
     if not found:
         good = sum(row["f1_probe"] > config.min_GT_probe_f1 for row in f1.values())
-        raise ValueError(
+        raise CannotRun(
             f"the model tells too few first letters: a linear probe's F1 is above "
             f"{config.min_GT_probe_f1} for {good}, SAEBench wants {config.min_feats_for_eval}"
         )
@@ -201,7 +204,7 @@ def from_hub(name: str, *args: Any, **options: Any) -> Any:
     try:
         return datasets.load_dataset(name, *args, **options)
     except Exception as error:
-        raise FileNotFoundError(f"wants the dataset {name}: {reason(error)}") from error
+        raise CannotRun(f"wants the dataset {name}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -236,22 +239,13 @@ def all_evals(job: dict[str, Any]) -> dict[str, Any]:
         print(f"--- SAEBench: {name}", flush=True)
         try:
             found[name] = EVALS[name](subject)
+        except CannotRun as error:
+            found[name] = {"error": str(error)}
         except Exception as error:
             traceback.print_exc()
             found[name] = {"error": reason(error)}
     versions = {name: version(name) for name in ("sae-bench", "sae-lens", "torch")}
     return {"device": subject.device, "versions": versions, "evals": found}
-
-
-def end_with_parent() -> None:
-    """Whatever ends the command that started this closes its end of our stdin."""
-
-    def wait() -> None:
-        while os.read(0, 1):  # not sys.stdin: its lock would be held at our end
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def main() -> None:
