@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sae_lens_atm import saebench
 from sae_lens_atm.checkpoints import CheckpointError
 from sae_lens_atm.compare import (
     Results,
@@ -161,6 +162,40 @@ def evaluate(
             json_file.write_text(to_json(figures), encoding="utf-8")
 
 
+@app.command("saebench")
+def saebench_command(
+    sae: Annotated[str, typer.Argument(help="A folder, or a Hub id: REPO:SAE_ID.")],
+    evals: Annotated[str, typer.Option(help="Which, with commas.")] = ",".join(saebench.EVALS),
+    model: Annotated[
+        str | None, typer.Option(help="A Hub name or a folder; else what the SAE says.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Text for core: a Hub name or a folder; else SAEBench's.")
+    ] = None,
+    env: Annotated[Path | None, typer.Option(help="SAEBench's environment; else cached.")] = None,
+    quick: Annotated[bool, typer.Option(help="Core on few batches: to see that it runs.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all that was found here.")
+    ] = None,
+) -> None:
+    """Run SAEBench's evals of a saved SAE, in an environment of its own (made at the first use)."""
+    with _clear_errors():
+        planned = saebench.plan_evals(sae, evals, model, dataset, quick)
+        environment = env or saebench.default_folder()
+        if not saebench.is_whole(environment):
+            console.print(f"making {environment}: minutes, once", highlight=False)
+            saebench.prepare(environment)
+        found = saebench.run_evals(planned, environment)
+        console.print(saebench.table(f"SAEBench of {sae}", found["evals"]))
+        if json_file is not None:
+            scores = saebench.scores_of(found["evals"])
+            everything = {"sae": sae, "model": planned.model, "scores": scores, "saebench": found}
+            json_file.write_text(to_json(everything), encoding="utf-8")
+        failed = saebench.failures(found["evals"])
+        if failed:
+            _exit("\n".join(failed), 1)
+
+
 @app.command()
 def inspect(
     sae: Annotated[str, typer.Argument(help="A folder, or a Hub id: REPO:SAE_ID.")],
@@ -197,7 +232,7 @@ def _clear_errors() -> Generator[None]:
         _exit("stopped", 130)
     except (SettingsError, CheckpointError) as error:
         _exit(str(error), BAD_INPUT)
-    except NonFiniteBatchError as error:
+    except (NonFiniteBatchError, saebench.SAEBenchError) as error:
         _exit(str(error), 1)
     except typer.Exit:
         raise
