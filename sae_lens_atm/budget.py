@@ -20,7 +20,7 @@ SHARE = 0.3  # of the peak; the rest of a step is memory traffic
 
 # Bytes that a training step holds for each entry of batch x d_sae, and of d_in x d_sae.
 _STEP = {"atm": (52, 38)}
-_STEP_OF_OTHERS = (34, 36)
+_STEP_OF_OTHERS = (27, 28)
 
 
 class SAESize(NamedTuple):
@@ -123,7 +123,12 @@ def memory(run: LanguageModelSAERunnerConfig[Any], model: LanguageModel) -> dict
     evaluation = evaluation_bytes(model, run.eval_batch_size_prompts or prompts, context)
     beyond = max(evaluation + training["activation store"] - sum(training.values()), 0)
     weights = model.parameters * model.dtype.itemsize
-    needed = {"LLM": weights, "SAE with Adam": size.resident, **training, "more in evaluation": beyond}
+    needed = {
+        "LLM": weights,
+        "SAE with Adam": size.resident,
+        **training,
+        "more in evaluation": beyond,
+    }
     return {name: amount for name, amount in needed.items() if amount}
 
 
