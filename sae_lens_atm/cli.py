@@ -77,12 +77,14 @@ def train_command(
     resume: Annotated[
         Path | None, typer.Option(help="A checkpoint, or a run's folder (its newest checkpoint).")
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Check everything, print the plan, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check everything, print the plan and what it needs, stop.")
+    ] = False,
 ) -> None:
     """Train the SAE of a run file."""
     with _clear_errors():
         run = load_run(_config_path(config), overrides or [])
-        console.print(_facts_table(plan(run, resume)))
+        console.print(_facts_table(plan(run, resume, dry_run)))
         if dry_run:
             return
         silence_saelens()

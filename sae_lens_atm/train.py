@@ -1,6 +1,5 @@
 """Training a run with SAELens' trainer and runner, on synthetic data or on a language model."""
 
-import difflib
 import json
 import os
 import shutil
@@ -14,9 +13,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import wandb
-from datasets import Dataset, DatasetDict, load_from_disk
 from sae_lens import (
-    LanguageModelSAERunnerConfig,
     LanguageModelSAETrainingRunner,
     LoggingConfig,
     SAETrainer,
@@ -38,7 +35,9 @@ from sae_lens_atm.checkpoints import (
     newest_checkpoint,
     reading,
 )
+from sae_lens_atm.dry_run import look_up
 from sae_lens_atm.evaluation import evaluate, to_json
+from sae_lens_atm.language_models import check_hook, saved_dataset
 from sae_lens_atm.settings import LanguageModelRun, Run, SettingsError, SyntheticRun
 from sae_lens_atm.synthetic import build_hierarchy_model
 from sae_lens_atm.watch import OnStep, StopFlag, Watch
@@ -105,8 +104,10 @@ class _Job(NamedTuple):
     evaluate: Callable[[TrainingSAE[Any]], dict[str, float]]
 
 
-def plan(run: Run, resume: str | Path | None = None) -> dict[str, Any]:
+def plan(run: Run, resume: str | Path | None = None, dry: bool = False) -> dict[str, Any]:
     """Check what can be checked without loading data or models, and say what would be done.
+
+    For a `dry` run everything short of the download of a language model is checked (`dry_run`).
 
     Raises:
         SettingsError, CheckpointError: something does not fit.
@@ -135,6 +136,8 @@ def plan(run: Run, resume: str | Path | None = None) -> dict[str, Any]:
         checkpoint = newest_checkpoint(resume)
         check_resumable(checkpoint, cfg.sae)
         facts["resuming from"] = checkpoint
+    if dry and isinstance(run, LanguageModelRun):
+        facts |= look_up(run.runner)
     return facts
 
 
@@ -322,6 +325,10 @@ def _prepare_language_model(run: LanguageModelRun, watch: Watch) -> _Job:
         ) from error
     runner.watch = watch
     check_hook(runner.cfg, runner.model)
+    if watch.checkpoint is not None:
+        # SAELens does so while prefetching has begun: two threads would draw on the data at once.
+        with reading(watch.checkpoint):
+            runner.activations_store.load_from_checkpoint(watch.checkpoint)
 
     def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
         evaluator: LLMSaeEvaluator[Any] = runner.evaluator
@@ -329,32 +336,3 @@ def _prepare_language_model(run: LanguageModelRun, watch: Watch) -> _Job:
         return {name: value for group in groups.values() for name, value in group.items()}
 
     return _Job(runner.run, final_evaluation)
-
-
-def saved_dataset(path: str) -> Dataset | None:
-    """A dataset that `Dataset.save_to_disk` wrote, which SAELens' `load_dataset` does not read."""
-    if not any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return None
-    dataset = load_from_disk(path)
-    return dataset["train"] if isinstance(dataset, DatasetDict) else dataset
-
-
-@torch.no_grad()
-def check_hook(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> None:
-    """Check that the hook exists and that the SAE fits it, with one token.
-
-    Raises:
-        SettingsError: naming the nearest hooks, or the width that fits.
-    """
-    if cfg.hook_name not in model.hook_dict:
-        inner: Any = getattr(model, "model", model)
-        names = [*model.hook_dict, *(name for name, _ in inner.named_modules())]
-        close = difflib.get_close_matches(cfg.hook_name, names, n=3, cutoff=0.4)
-        near = f", near it are {', '.join(close)}" if close else ""
-        raise SettingsError(f"hook_name is {cfg.hook_name!r}: no such hook in the model{near}")
-    token = torch.zeros(1, 1, dtype=torch.long, device=cfg.llm_device)
-    _, cache = model.run_with_cache(token, names_filter=[cfg.hook_name], **cfg.model_kwargs)
-    shape = cache[cfg.hook_name].shape[2:]
-    width = shape[-1] if cfg.hook_head_index is not None else shape.numel()
-    if width != cfg.sae.d_in:
-        raise SettingsError(f"sae.d_in is {cfg.sae.d_in}: allowed is {width}, the hook's width")

@@ -37,8 +37,9 @@ from sae_lens_atm.compare.kept import (
 )
 from sae_lens_atm.compare.matching import L0Controller
 from sae_lens_atm.evaluation import is_signed
+from sae_lens_atm.language_models import check_hook, saved_dataset
 from sae_lens_atm.settings import LanguageModelRun, SettingsError
-from sae_lens_atm.train import check_hook, saved_at_once, saved_dataset
+from sae_lens_atm.train import saved_at_once
 from sae_lens_atm.watch import Interrupted, NonFiniteBatchError, OnStep, StopFlag
 
 _FIGURES = {
@@ -197,6 +198,8 @@ def train_group(
             runner.points = curve_points(cfg.total_training_steps, points)
             runner.keep_at = set(curve_points(cfg.total_training_steps, cfg.n_checkpoints + 1)[:-1])
             runner.stopped = stopped
+            if stopped.exists():  # before prefetching begins, as in `train`
+                runner.activations_store.load_from_checkpoint(stopped)
             runner.run()
         else:
             held_out = hold_out(make_store(cfg, model), cfg)

@@ -303,8 +303,9 @@ def test_on_a_language_model(language_model_comparison_yaml, tmp_path):
             assert run.figures == before[run.entry]
 
 
-def test_a_group_on_a_language_model_goes_on(language_model_comparison_yaml, tmp_path):
-    overrides = ["seeds=[0]", "training_tokens=6400", "lr=1e-3"]
+@pytest.mark.parametrize("prefetch", [0, 8])
+def test_a_group_on_a_language_model_goes_on(language_model_comparison_yaml, tmp_path, prefetch):
+    overrides = ["seeds=[0]", "training_tokens=6400", "lr=1e-3", f"prefetch_llm_batches={prefetch}"]
     comparison = load_comparison(language_model_comparison_yaml, overrides)
     stop = StopFlag()
     with pytest.raises(Interrupted):
