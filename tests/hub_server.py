@@ -160,6 +160,18 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
+    def tree(self, name, revision):
+        repo = self.repo(name)
+        sha = repo and self.commit_of(repo, revision)
+        if not sha:
+            return
+        listed = []
+        for path, file in repo.commits[sha].items():
+            size = len(file.content)
+            lfs = {"lfs": {"oid": file.oid, "size": size, "pointerSize": 134}} if file.lfs else {}
+            listed.append({"type": "file", "path": path, "oid": file.oid, "size": size, **lfs})
+        self.answer(listed)
+
     def validate(self):
         card = json.loads(self.read_body())["content"]
         head = yaml.safe_load(card.split("---")[1])
@@ -332,6 +344,7 @@ ROUTES = [
     ("POST", "/api/validate-yaml", Handler.validate),
     ("GET", f"/api/models/{NAME}", Handler.info),
     ("GET", f"/api/models/{NAME}/revision/{REST}", Handler.info),
+    ("GET", f"/api/models/{NAME}/tree/([^/]+)", Handler.tree),
     ("POST", f"/api/models/{NAME}/preupload/{REST}", Handler.preupload),
     ("POST", f"/api/models/{NAME}/commit/{REST}", Handler.commit),
     ("POST", f"/{NAME}\\.git/info/lfs/objects/batch", Handler.batch),

@@ -310,7 +310,9 @@ def test_a_branch(hub, save):
     # SAE.from_pretrained reads main alone: the card says how else
     assert "not in that repo" in failed(2, "inspect", "me/saes:a")
     (source,) = re.findall(r"```python\n(.*?)```", card_of(hub, "new/k"), re.DOTALL)
-    assert "snapshot_download" in source
+    scope = {}
+    exec(source, scope)
+    assert same(scope["sae"], SAE.load_from_disk(save))
     # the next one finds the branch's card, not main's
     assert run("push", save, "me/saes", "--id", "b", "--revision", "new/k").exit_code == 0
     assert "## a\n" in card_of(hub, "new/k")
@@ -423,16 +425,18 @@ def test_names_that_point_elsewhere_write_nothing_there(hub, save, tmp_path):
     assert not list((tmp_path / "cache").rglob("outside*"))
 
 
-def test_a_branch_of_a_hostile_repo_is_fetched_into_the_cache_alone(hub, save, tmp_path):
-    """By the card's own way to a branch."""
+@pytest.mark.parametrize("name", ["a/../../../../outside", "../outside", "/outside"])
+def test_a_branch_of_a_hostile_repo_is_fetched_into_the_cache_alone(hub, save, tmp_path, name):
+    """By the card's own way to a branch, but of the whole of it."""
     repo = hub.repos["me/saes"] = Repo(private=False)
     repo.branches["k"] = repo.branches["main"]
     run("push", save, "me/saes", "--id", "a", "--revision", "k")
-    hub.listed = ["a/../../../../outside"]
-    repo.commits[repo.branches["k"]][hub.listed[0]] = File(b"x", False)
-    with pytest.raises((ValueError, OSError)):
-        snapshot_download("me/saes", revision="k", allow_patterns="a/*")
-    assert not list(tmp_path.rglob("outside"))
+    repo.commit("k", {**repo.files("k"), name: File(b"x", False)})
+    with pytest.raises(ValueError, match="Invalid filename"):
+        snapshot_download("me/saes", revision="k")
+    assert not list((tmp_path / "cache").rglob("outside"))
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "cache"}
+    assert not Path("/outside").exists()
 
 
 @pytest.mark.parametrize("repo_id", ["saes", "a/b/c", "me/../saes", "me/sa es", "me/-", ""])
