@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +36,9 @@ from sae_lens_atm.compare.jobs import silence_saelens
 from sae_lens_atm.compare.saved import data_of, evaluate_saved
 from sae_lens_atm.compare.tables import MARKS, row_tables, test_table
 from sae_lens_atm.evaluation import to_json
+from sae_lens_atm.hub import prepare
+from sae_lens_atm.hub import push as push_to_hub
+from sae_lens_atm.hub_errors import HubError
 from sae_lens_atm.inspection import describe, load_sae
 from sae_lens_atm.progress import Progress, RunsProgress, figures_table
 from sae_lens_atm.settings import LanguageModelRun, SettingsError, load_run, shipped_config
@@ -158,6 +162,7 @@ def evaluate(
     """Evaluate saved SAEs, whoever trained them, on the data of a config."""
     with _clear_errors():
         silence_saelens()
+        hub_logging.set_verbosity_error()  # of its tries the last one is told, by us
         figures = evaluate_saved(saes, data_of(str(_config_path(on)), overrides or []))
         console.print(figures_table(f"On the data of {on}", figures))
         if json_file is not None:
@@ -204,8 +209,32 @@ def inspect(
 ) -> None:
     """Show what a SAE is, where it comes from, and how important its latents are."""
     with _clear_errors():
+        hub_logging.set_verbosity_error()
         for table in describe(load_sae(sae)):
             console.print(table)
+
+
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(help="A run's folder, or a saved SAE's.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to: NAMESPACE/NAME.")],
+    sae_id: Annotated[
+        str | None, typer.Option("--id", help="Its folder in the repo; by default hook and width.")
+    ] = None,
+    private: Annotated[bool, typer.Option(help="If the repo is to be made, make it so.")] = False,
+    revision: Annotated[str, typer.Option(help="A branch that is there.")] = "main",
+    dry_run: Annotated[bool, typer.Option(help="Check, print what would be sent, stop.")] = False,
+) -> None:
+    """Upload a SAE to the Hugging Face Hub, with a model card."""
+    with _clear_errors():
+        hub_logging.set_verbosity_error()
+        upload = prepare(path, repo_id, sae_id, revision)
+        console.print(_facts_table({name: f"{n:,} B" for name, n in upload.sizes.items()}))
+        if dry_run:
+            console.print(upload.write_card(None), markup=False, highlight=False, soft_wrap=True)
+            return
+        commit = push_to_hub(upload, private)
+        console.print(f"pushed {repo_id}:{upload.sae_id}, {commit.commit_url}", highlight=False)
 
 
 @app.command(
@@ -234,7 +263,7 @@ def _clear_errors() -> Generator[None]:
         _exit("stopped", 130)
     except (SettingsError, CheckpointError) as error:
         _exit(str(error), BAD_INPUT)
-    except (NonFiniteBatchError, saebench.SAEBenchError) as error:
+    except (NonFiniteBatchError, HubError, saebench.SAEBenchError) as error:
         _exit(str(error), 1)
     except typer.Exit:
         raise

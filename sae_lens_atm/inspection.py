@@ -10,6 +10,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
 
+from sae_lens_atm.hub_errors import explained
 from sae_lens_atm.inference import ATMSAE
 from sae_lens_atm.sae import IMPORTANCE_QUANTILES
 from sae_lens_atm.settings import SettingsError
@@ -23,12 +24,16 @@ def load_sae(reference: str) -> SAE[Any]:
 
     Raises:
         SettingsError: the reference is neither, or what is there cannot be loaded.
+        HubError: it cannot be fetched.
     """
     try:
         return _load_sae(reference)
     except SettingsError:
         raise
     except Exception as error:  # whatever it is that a file of other people's holds
+        of_hub = None if Path(reference).exists() else explained(error, reference)
+        if of_hub is not None:
+            raise of_hub from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise SettingsError(f"cannot load {reference}: {reason}") from error
 

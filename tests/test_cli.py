@@ -221,7 +221,7 @@ def test_a_signal_to_the_real_process_leaves_a_checkpoint_that_resumes(
 
 def test_help_names_the_commands():
     result = run("--help")
-    for command in ("train", "compare", "report", "evaluate", "inspect", "saelens"):
+    for command in ("train", "compare", "report", "evaluate", "inspect", "push", "saelens"):
         assert command in result.output
 
 

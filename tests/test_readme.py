@@ -131,7 +131,7 @@ def test_train_command_lines_run(language_model_yaml):
 
 def test_compare_command_lines_run(comparison_yaml, tmp_path):
     """On the small comparison, in the folders of the real one."""
-    commands = [words for words in command_lines() if words[0] not in ("train", "inspect")]
+    commands = [words for words in command_lines() if words[0] not in ("train", "inspect", "push")]
     assert [words[0] for words in commands] == ["compare", "compare", "report", "evaluate"]
     text = comparison_yaml.read_text().replace("output_path: out\n", "")
     (tmp_path / "compare-sister-a.yaml").write_text(text)
@@ -140,6 +140,14 @@ def test_compare_command_lines_run(comparison_yaml, tmp_path):
         arguments = [f"{w}.yaml" if w == "compare-sister-a" else w for w in command]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
+
+
+def test_push_command_line_runs(tmp_path):
+    train(make_sae(), 5).save_inference_model(tmp_path / "my-sae")
+    (command,) = [words for words in command_lines() if words[0] == "push"]
+    result = CliRunner().invoke(app, [*command, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert 'SAE.from_pretrained("you/your-saes", "layer_12")' in result.output
 
 
 def test_the_error_shown_is_the_error_given(synthetic_yaml):
