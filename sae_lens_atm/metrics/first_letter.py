@@ -4,20 +4,20 @@ This is SAEBench 0.6.0's definition with its constants. What it needs is a resid
 last token of many words, in prompts that ask for the word's first letter, and for each letter ``c``
 a linear probe ``w_c`` of that stream.
 
-- Main latents of a letter: those of largest weight in an L1-penalised probe of the activations,
-  ``k`` of them: 1, and one more as long as each raises the F1 of a logistic regression on them, over
-  the test words, by more than 0.03.
+- Main latents of a letter: those of largest weight in an L1-penalised probe of the activations, one
+  of them, and another as long as it raises the F1 of a logistic regression on them, over the test
+  words, by more than 0.03.
 - On a test word that the probe gets right, with ``g = w_c / |w_c|``, ``p = <x, g>`` is to be
-  explained, and latent ``j`` contributes ``a_j cos(d_j, g)``. ``m`` is the sum over the main latents,
-  ``t`` that of the up to 3 largest contributions of others with cosine >= 0.1.
+  explained, and latent ``j`` contributes ``a_j cos(d_j, g)``. ``m`` is the sum over the main
+  latents, ``t`` that of the up to 3 largest contributions of others with cosine >= 0.1.
 - Fraction: 0 if ``m >= p`` or ``t < 0.4 p``; 1 if ``m <= 0``; else, with ``u = min(t, p - m)``,
   ``u / (u + m)``.
-- Full: no main latent fires, and the largest contribution of a single latent (cosine >= 0.025) is at
-  least ``0.4 p``.
+- Full: no main latent fires, and the largest contribution of a single latent (cosine >= 0.025) is
+  at least ``0.4 p``.
 
-Scores are averaged over the words of a letter, then over letters whose probe has an F1 above 0.6, of
-which there must be 20. Beside that, over those of them of which one latent alone (``k = 1``) reaches an
-F1 of 0.5: where a letter has no latent, its "main" latents are chance, and so is the score.
+Scores are averaged over the words of a letter, then over letters whose probe has an F1 above 0.6,
+of which there must be 20. Beside that, over those of them of which one latent alone reaches an F1
+of 0.5: where a letter has no latent, its "main" latents are chance, and so is the score.
 """
 
 import math
@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
 
 from sae_lens_atm.metrics.absorption import (
     ABSORBED_SHARE,
@@ -143,9 +143,9 @@ def f1_scores(predicted: Tensor, true: Tensor) -> Tensor:
 def nested_logistic(x: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
     """Logistic regressions on the first column alone, on the first two, and so on.
 
-    Of each, the minimum of ``|w|^2 / 2 + sum_i s_i log(1 + exp(-y_i (<w, x_i> + b)))``, with ``s_i``
-    such that both classes weigh the same: scikit-learn's, `class_weight="balanced"`. By Newton's
-    method, all at once.
+    Of each, the minimum of ``|w|^2 / 2 + sum_i s_i log(1 + exp(-y_i (<w, x_i> + b)))``, with
+    ``s_i`` such that both classes weigh the same: scikit-learn's, `class_weight="balanced"`. By
+    Newton's method, all at once.
 
     Args:
         x: ``(words, k)``.

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from sae_lens import SAE
 from torch import Tensor
-from torch.nn import functional as F
 
 from sae_lens_atm.metrics.first_letter import (
     MIN_LETTERS,

@@ -2,9 +2,9 @@
 
 Absorption wants a model that holds, on a word, both the word and its first letter. Half of this
 one's text is spelling: the prompts of SAEBench, and words followed by their first letter at once,
-without which the model looks a letter up only when asked, and past the layer that is looked at. Noise in its residual stream makes
-each letter a direction of its own, well apart from the others; a penalty on the stream's norm keeps
-it from shouting the noise down.
+without which the model looks letters up only when asked, out of sight of the layer that is looked
+at. Noise in its residual stream makes each letter a direction of its own, well apart from the
+others; a penalty on the stream's norm keeps it from shouting the noise down.
 """
 
 import json
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from sae_lens.util import temporary_seed
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_lens_atm.spelling.text import LETTERS, Text, text, tokenizer
@@ -28,7 +28,7 @@ HOOK = "transformer.h.0"
 TOKENS = "tokens"
 _DONE = "spelling-lm.json"
 _TEMPLATE = ("has", "the", "first", "letter", ":")
-_LETTER_WEIGHT = 3.0  # of the first letters' loss, a sum over a ninth of the tokens
+_LETTER_WEIGHT = 100.0  # of the first letters' loss, which noise alone keeps above 0
 
 
 @dataclass
@@ -37,7 +37,8 @@ class SpellingLMConfig:
 
     Args:
         seed: of initialisation, batches and noise.
-        words: words in the vocabulary, the most frequent ones of the text.
+        words_per_letter: words in the vocabulary of each first letter, the most frequent ones; rare
+            letters have fewer.
         layers: transformer layers.
         d_model: width of the residual stream.
         heads: attention heads of a layer.
@@ -51,20 +52,28 @@ class SpellingLMConfig:
     """
 
     seed: int = 0
-    words: int = 3000
+    words_per_letter: int = 160
     layers: int = 2
     d_model: int = 64
     heads: int = 4
     context_size: int = 96
-    steps: int = 600
+    steps: int = 1000
     batch_size: int = 32
     lr: float = 4e-3
-    noise: float = 0.7
+    noise: float = 1.0
     norm_penalty: float = 0.1
     dataset_rows: int = 8192
 
     def __post_init__(self) -> None:
-        whole = ("words", "layers", "d_model", "heads", "steps", "batch_size", "dataset_rows")
+        whole = (
+            "words_per_letter",
+            "layers",
+            "d_model",
+            "heads",
+            "steps",
+            "batch_size",
+            "dataset_rows",
+        )
         for name in whole:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: allowed is 1 or more")
@@ -136,7 +145,7 @@ def make_spelling_lm(
     """
     if is_spelling_lm(cfg, folder):
         return folder
-    material = text(cfg.words)
+    material = text(cfg.words_per_letter)
     rows = Rows(material, cfg.context_size, torch.Generator().manual_seed(cfg.seed))
     with temporary_seed(cfg.seed):
         model = _train(cfg, len(material.vocabulary), rows, on_step)

@@ -50,12 +50,16 @@ def docstrings() -> Iterator[str]:
 
 
 @cache
-def text(words: int) -> Text:
-    """Docstrings in a vocabulary that has the most frequent of their words."""
+def text(words_per_letter: int) -> Text:
+    """Docstrings, in a vocabulary of the most frequent words of each first letter."""
     rows = [[*re.findall(_TOKEN, row), "\n"] for row in docstrings()]
     count = Counter(token for row in rows for token in row)
     by_frequency = sorted(count, key=lambda token: (-count[token], token))
-    chosen = sorted([t for t in by_frequency if t.isalpha() and len(t) > 1][:words])
+    of_letter: dict[str, list[str]] = {letter: [] for letter in LETTERS}
+    for token in by_frequency:
+        if token.isalpha() and len(token) > 1:
+            of_letter[token[0].upper()].append(token)
+    chosen = sorted(word for words in of_letter.values() for word in words[:words_per_letter])
     others = sorted(t for t in count if not (t.isalpha() and len(t) > 1) and count[t] >= _OFTEN)
     vocabulary = [*SPECIAL, *others, *chosen, *LETTERS]
     index = {token: i for i, token in enumerate(vocabulary)}
