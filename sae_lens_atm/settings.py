@@ -17,7 +17,7 @@ import types
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -72,6 +72,7 @@ class LanguageModelRun:
 
 
 Run = SyntheticRun | LanguageModelRun
+_Config = TypeVar("_Config")
 
 
 def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
@@ -244,6 +245,11 @@ def _parse_sae(content: Any) -> Any:
         _schema(config_class), {k: v for k, v in values.items() if k != "architecture"}, "sae"
     )
     return _build(config_class, "sae", **checked)
+
+
+def parse_fields(cls: type[_Config], values: dict[str, Any], where: str) -> _Config:
+    """A config dataclass from the mapping of its fields in a YAML file, checked."""
+    return _build(cls, where, **_validate(_schema(cls), values, where))
 
 
 def _schemas() -> dict[str, type[BaseModel]]:

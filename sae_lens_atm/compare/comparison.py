@@ -12,10 +12,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from filelock import FileLock, Timeout
 from sae_lens.synthetic import SyntheticModel
 
-from sae_lens_atm.compare.config import Comparison, Planned, settings_of
+from sae_lens_atm.compare.config import (
+    Comparison,
+    Planned,
+    settings_of,
+    spelling_lm_folder,
+)
 from sae_lens_atm.compare.data import Pool, kept_model, synthetic_model
 from sae_lens_atm.compare.history import still_moving
 from sae_lens_atm.compare.jobs import Job, Listener, StepCounter, cpu_name, run_jobs
@@ -30,10 +36,15 @@ from sae_lens_atm.compare.kept import (
 from sae_lens_atm.compare.language_model_runs import train_group
 from sae_lens_atm.compare.matching import is_matched
 from sae_lens_atm.compare.results import Curve, Entry, Importance, Parent, Results, Run, Spread
-from sae_lens_atm.compare.summary import make_rows, make_tests
+from sae_lens_atm.compare.summary import make_rows, make_tests, spread
 from sae_lens_atm.compare.synthetic_runs import evaluate_one, pool_of, train_one
 from sae_lens_atm.metrics import Stability
 from sae_lens_atm.settings import LanguageModelRun, SettingsError, SyntheticRun
+from sae_lens_atm.spelling.language_model import (
+    SpellingLMConfig,
+    is_spelling_lm,
+    make_spelling_lm,
+)
 from sae_lens_atm.synthetic import children_of
 from sae_lens_atm.train import check_data, check_devices
 from sae_lens_atm.watch import Interrupted, StopFlag
@@ -48,6 +59,22 @@ class _MakeModel:
 
     def __call__(self, _on_progress: Callable[[int], None], _stop: StopFlag) -> None:
         synthetic_model(self.run, self.folder)
+
+
+@dataclass(frozen=True)
+class _MakeLanguageModel:
+    lm: SpellingLMConfig
+    folder: Path
+
+    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+        counter = StepCounter(on_progress)
+
+        def on_step(_loss: float) -> None:
+            counter.count()
+            if stop.signal_number is not None:
+                raise Interrupted(None, stop.signal_number)
+
+        make_spelling_lm(self.lm, self.folder, on_step)
 
 
 @dataclass(frozen=True)
@@ -147,18 +174,25 @@ def make_jobs(comparison: Comparison) -> list[list[Job]]:
     """What is left to do: a synthetic model to make, then batches to draw, then runs."""
     folder, points = comparison.output, comparison.curve_points
     if not comparison.is_synthetic:
-        groups = [list(g) for _, g in groupby(comparison.planned, key=lambda p: p.seed)]
+        groups = [list(g) for _, g in groupby(comparison.planned, key=lambda p: p.group)]
         runs: list[Job] = [
             Job(
-                f"seed {group[0].seed}",
+                group[0].group,
                 sum(steps_of(p) for p in group if not is_trained(p, folder)),
                 _RunGroup(tuple(group), folder, points),
             )
             for group in groups
             if not all(is_evaluated(p, folder, with_map=False) for p in group)
         ]
-        return [runs]
-    models: list[Job] = []
+        lms = {p.lm.seed: p.lm for p in comparison.planned if p.lm is not None} if runs else {}
+        homes = {seed: spelling_lm_folder(folder, lm) for seed, lm in lms.items()}
+        models = [
+            Job(f"model {seed}", lm.steps, _MakeLanguageModel(lm, homes[seed]))
+            for seed, lm in lms.items()
+            if not is_spelling_lm(lm, homes[seed])
+        ]
+        return [models, runs]
+    models = []
     pools: dict[Path, Job] = {}
     runs: list[Job] = []
     for planned in comparison.planned:
@@ -248,6 +282,7 @@ def _run_of(planned: Planned, folder: Path) -> Run:
         entry=planned.entry,
         l0_target=planned.l0,
         seed=planned.seed,
+        model_seed=planned.model_seed,
         figures=figures,
         matched=is_matched(figures["l0"], planned.l0),
         moving=curve is not None and still_moving(curve, runner.sae.d_sae, runner.lr_decay_steps),
@@ -263,18 +298,23 @@ _COSTS = ("seconds", "group_seconds", "step_ms", "peak_memory_mib")
 
 
 def _stability(done: list[Planned], folder: Path) -> dict[tuple[str, float], Spread]:
-    """Of each entry and L0 that has two seeds or more, unless there are too many latents."""
+    """Of each entry and L0 that has two seeds or more, unless there are too many latents. The pairs
+    are of SAEs on one language model."""
     found: dict[tuple[str, float], Spread] = {}
     for key in dict.fromkeys((p.entry, p.l0) for p in done):
-        seeds = [p for p in done if (p.entry, p.l0) == key]
-        if len(seeds) < 2 or seeds[0].run.runner.sae.d_sae > _MAX_LATENTS:
-            continue
-        metric = Stability(signed=any(_found(p, folder)["signed"] for p in seeds))
-        for planned in seeds:
-            metric.update(*kept_decoder(planned, folder))
-        scores = metric.compute()
-        pairs = len(seeds) * (len(seeds) - 1) // 2
-        found[key] = Spread(mean=_finite(scores.mean), sd=_finite(scores.sd), n=pairs)
+        pairs: list[float] = []
+        for model in dict.fromkeys(p.model_seed for p in done):
+            seeds = [p for p in done if (p.entry, p.l0, p.model_seed) == (*key, model)]
+            if len(seeds) < 2 or seeds[0].run.runner.sae.d_sae > _MAX_LATENTS:
+                continue
+            metric = Stability(signed=any(_found(p, folder)["signed"] for p in seeds))
+            for planned in seeds:
+                metric.update(*kept_decoder(planned, folder))
+            scores = metric.compute().by_pair
+            above = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            pairs += scores[above].tolist()
+        if pairs:
+            found[key] = spread(pairs).model_copy(update={"n": len(pairs)})
     return found
 
 
@@ -282,14 +322,13 @@ def _found(planned: Planned, folder: Path) -> dict[str, Any]:
     return read_json(folder / planned.folder / FIGURES)
 
 
-def _finite(value: float) -> float | None:
-    return value if value == value else None
-
-
 def _parents(comparison: Comparison, done: list[Planned]) -> list[Parent]:
     run = comparison.planned[0].run
-    if not isinstance(run, SyntheticRun) or not done:
+    if not done:
         return []
+    if not isinstance(run, SyntheticRun):
+        shares = _found(done[0], comparison.output).get("parent_probability", [])
+        return [Parent(feature=i, depth=0, probability=share) for i, share in enumerate(shares)]
     model = synthetic_model(run, comparison.output)
     if model.hierarchy is None:
         return []

@@ -15,6 +15,8 @@ has one value:
       standard: {sae: {l1_coefficient: 0.1}, run: {lr: 1.0e-3}}
       masking-off: {architecture: atm, role: control, sae: {mask_rate: 0}}
       untrained: {architecture: topk, role: control, trained: false}
+    spelling_lm: {seeds: [0, 1]}   # language models that are made here (see `spelling`)
+    first_letters: {}              # absorption on a language model, by SAEBench's definition
     quick: {seeds: [0], training_samples: 204_800}   # what --quick changes
 """
 
@@ -40,9 +42,12 @@ from sae_lens_atm.settings import (
     SyntheticRun,
     apply_overrides,
     describe_errors,
+    parse_fields,
     parse_run,
     read_yaml,
 )
+from sae_lens_atm.spelling.first_letters import FirstLetterConfig
+from sae_lens_atm.spelling.language_model import HOOK, TOKENS, SpellingLMConfig
 
 _OWN_KEYS = (
     "name",
@@ -53,6 +58,8 @@ _OWN_KEYS = (
     "curve_points",
     "pool_batches",
     "not_ranked",
+    "spelling_lm",
+    "first_letters",
 )
 TRAINER_FIELDS = (
     "lr",
@@ -99,6 +106,11 @@ class _OwnSettings(BaseModel):
     pool_batches: int | None = Field(default=None, ge=1)
     """On synthetic data: how many batches to draw for a seed, gone through again and again; all
     of them if left out."""
+    spelling_lm: dict[str, Any] | None = None
+    """Fields of `SpellingLMConfig`, with `seeds` in the place of its seed: every SAE is trained on
+    each of these models."""
+    first_letters: dict[str, Any] | None = None
+    """Fields of `FirstLetterConfig`; left out, absorption is not looked for."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +124,29 @@ class Planned:
     knob: Knob
     run: Run
     pool_batches: int | None = None
+    lm: SpellingLMConfig | None = None
+    """The language model that it is trained on, where that is made here."""
+    first_letters: FirstLetterConfig | None = None
+
+    @property
+    def model_seed(self) -> int | None:
+        return None if self.lm is None else self.lm.seed
+
+    @property
+    def group(self) -> str:
+        """The same for SAEs that are trained on the same activations."""
+        return f"seed {self.seed}" if self.lm is None else f"model {self.lm.seed}, seed {self.seed}"
 
     @property
     def label(self) -> str:
-        return f"{self.entry}, L0 {self.l0:g}, seed {self.seed}"
+        return f"{self.entry}, L0 {self.l0:g}, {self.group}"
 
     @property
     def training_key(self) -> str:
         """Changes with whatever would change the trained SAE."""
         config = _config_of(self.run)
+        if self.lm is not None:  # not where it is kept
+            config |= {"model_name": asdict(self.lm), "dataset_path": TOKENS}
         # A language model's SAEs train on what follows the tokens that are held out for evaluation.
         moot = _EVALUATION if isinstance(self.run, SyntheticRun) else ("run_final_eval",)
         for name in (*_FILING, *moot):
@@ -133,7 +159,8 @@ class Planned:
     def evaluation_key(self) -> str:
         """Changes with whatever would change its figures."""
         config = _config_of(self.run)
-        return _hash([self.training_key, {name: config.get(name) for name in _EVALUATION}])
+        facts = [self.training_key, {name: config.get(name) for name in _EVALUATION}]
+        return _hash(facts + ([asdict(self.first_letters)] if self.first_letters else []))
 
     @property
     def data_key(self) -> str:
@@ -223,13 +250,15 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     if not isinstance(shared.get("sae") or {}, dict):
         raise SettingsError(f"sae is {shared['sae']!r}: allowed is a mapping of fields")
     output = shared.setdefault("output_path", f"runs/{name}{'-quick' if quick else ''}")
+    letters = _first_letters(settings, shared)
     planned = [
-        plan
+        replace(plan, lm=lm, first_letters=letters)
+        for lm in _spelling_lms(settings)
         for entry, entry_settings in settings.architectures.items()
-        for plan in _plan_entry(entry, entry_settings, shared, settings)
+        for plan in _plan_entry(entry, entry_settings, _on_model(shared, lm), settings)
     ]
     # Seed by seed, so that a comparison stopped half-way holds whole tables of fewer seeds.
-    planned.sort(key=lambda p: settings.seeds.index(p.seed))
+    planned.sort(key=lambda p: (settings.seeds.index(p.seed), p.group))
     output_folder = Path(str(output)).expanduser()
     return Comparison(
         settings.name,
@@ -240,6 +269,56 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
         settings.not_ranked,
         planned,
     )
+
+
+def _first_letters(own: _OwnSettings, shared: dict[str, Any]) -> FirstLetterConfig | None:
+    if own.first_letters is None:
+        return None
+    if own.spelling_lm is None and shared.get("runner") != "language_model":
+        raise SettingsError("first_letters: only with runner: language_model")
+    return parse_fields(FirstLetterConfig, own.first_letters, "first_letters")
+
+
+def _spelling_lms(own: _OwnSettings) -> list[SpellingLMConfig | None]:
+    if own.spelling_lm is None:
+        return [None]
+    values = dict(own.spelling_lm)
+    seeds = values.pop("seeds", [0])
+    if (
+        not isinstance(seeds, list)
+        or not seeds
+        or len(set(map(str, cast(Any, seeds)))) < len(cast(list[Any], seeds))
+    ):
+        raise SettingsError(f"spelling_lm.seeds is {seeds!r}: allowed is a list, each value once")
+    return [
+        parse_fields(SpellingLMConfig, {**values, "seed": seed}, "spelling_lm")
+        for seed in cast(list[Any], seeds)
+    ]
+
+
+def spelling_lm_folder(output: Path, lm: SpellingLMConfig) -> Path:
+    """Where a comparison keeps a language model that it makes."""
+    return output / "models" / f"spelling-lm-{lm.seed}-{_hash(asdict(lm))}"
+
+
+def _on_model(shared: dict[str, Any], lm: SpellingLMConfig | None) -> dict[str, Any]:
+    """What all SAEs on a language model share, that model among it."""
+    if lm is None:
+        return shared
+    folder = spelling_lm_folder(Path(str(shared["output_path"])).expanduser(), lm)
+    model = {
+        "runner": "language_model",
+        "model_name": str(folder),
+        "model_class_name": "AutoModelForCausalLM",
+        "dataset_path": str(folder / TOKENS),
+        "is_dataset_tokenized": True,
+        "streaming": False,
+        "context_size": lm.context_size,
+    }
+    twice = [key for key in model if shared.get(key, model[key]) != model[key]]
+    if twice:
+        raise SettingsError(f"{twice[0]}: spelling_lm says that already")
+    return {"hook_name": HOOK, **shared, **model}
 
 
 def _plan_entry(

@@ -39,6 +39,12 @@ from sae_lens_atm.compare.matching import L0Controller
 from sae_lens_atm.evaluation import is_signed
 from sae_lens_atm.language_models import check_hook, saved_dataset
 from sae_lens_atm.settings import LanguageModelRun, SettingsError
+from sae_lens_atm.spelling.first_letters import (
+    FirstLetters,
+    figures_of,
+    look_at_first_letters,
+    scores_of,
+)
 from sae_lens_atm.train import saved_at_once
 from sae_lens_atm.watch import Interrupted, NonFiniteBatchError, OnStep, StopFlag
 
@@ -225,8 +231,14 @@ def train_group(
         write_json(home / TRAINING, facts)
     if runner is not None:
         shutil.rmtree(runner.stopped.parent, ignore_errors=True)
+    letters: FirstLetters | None = None
     for planned in group:
-        evaluate_on_language_model(planned, folder, model, held_out)
+        if not is_evaluated(planned, folder, with_map=False):
+            if letters is None and planned.first_letters is not None:
+                letters = look_at_first_letters(
+                    model, cfg.hook_name, planned.first_letters, cfg.model_kwargs
+                )
+            evaluate_on_language_model(planned, folder, model, held_out, letters)
 
 
 def _group_key(names: Iterable[str]) -> str:
@@ -280,17 +292,28 @@ def make_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> Activation
 
 @torch.no_grad()
 def evaluate_on_language_model(
-    planned: Planned, folder: Path, model: Any, tokens: HeldOutTokens
+    planned: Planned,
+    folder: Path,
+    model: Any,
+    tokens: HeldOutTokens,
+    letters: FirstLetters | None,
 ) -> None:
     """Evaluate a kept SAE as its users will load it, and keep the figures."""
-    if is_evaluated(planned, folder, with_map=False):
-        return
     home = folder / planned.folder
     cfg = cast(LanguageModelRun, planned.run).runner
     sae = SAE[Any].load_from_disk(home / "sae", device=cfg.device)
     figures, alive = language_model_figures(sae, model, tokens, cfg)
     save_file({"alive": alive}, home / MEASURED)
-    found = {"evaluation_key": planned.evaluation_key, "figures": figures, "signed": is_signed(sae)}
+    found: dict[str, Any] = {
+        "evaluation_key": planned.evaluation_key,
+        "figures": figures,
+        "signed": is_signed(sae),
+    }
+    if letters is not None:
+        scores = scores_of(sae, letters)
+        figures |= figures_of(scores, letters)
+        found["absorption_by_parent"] = scores.fraction_by_letter.tolist()
+        found["parent_probability"] = letters.shares.tolist()
     write_json(home / FIGURES, found)
 
 

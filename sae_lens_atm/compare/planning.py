@@ -34,9 +34,13 @@ def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
         "entries": ", ".join(dict.fromkeys(p.entry for p in planned)),
         "L0": ", ".join(f"{l0:g}" for l0 in dict.fromkeys(p.l0 for p in planned)),
         "seeds": ", ".join(str(seed) for seed in dict.fromkeys(p.seed for p in planned)),
+        "language models": ", ".join(
+            str(seed) for seed in dict.fromkeys(p.model_seed for p in planned) if seed is not None
+        ),
         "steps of a run": f"{planned[0].run.runner.total_training_steps:,}",
         "output": folder,
     }
+    facts = {name: fact for name, fact in facts.items() if fact != ""}
     try:
         for p in planned:
             check_devices(p.run)

@@ -66,6 +66,8 @@ class Run(_Schema):
     entry: str
     l0_target: float
     seed: int
+    model_seed: int | None = None
+    """Of the language model, where a comparison makes several."""
     figures: Figures
     matched: bool
     """Whether the L0 measured is within 5% of the target."""
@@ -81,7 +83,7 @@ class Run(_Schema):
 
 
 class Spread(_Schema):
-    """Mean and standard deviation (of the sample) over `n` seeds (for stability, pairs of them)."""
+    """Mean and standard deviation (of the sample) over `n` runs (for stability, pairs of them)."""
 
     mean: float | None
     sd: float | None
@@ -113,7 +115,7 @@ class Test(_Schema):
     p: float | None
     """Two-sided paired t test over `n` seeds; None with fewer than two, or no spread."""
     n: int
-    """Seeds; for stability pairs of them."""
+    """Seeds; for stability pairs of them; where there are several language models, models."""
     off_target: list[str] = []
     """Baselines that do better than `baseline`, but at another L0 than was asked for."""
 
@@ -157,11 +159,27 @@ def write_results(results: Results, folder: Path) -> list[Path]:
     with (folder / ".results.csv.partial").open("w", newline="", encoding="utf-8") as file:
         figures = list(dict.fromkeys(name for run in results.runs for name in run.figures))
         table = csv.writer(file)
-        head = ["entry", "role", "architecture", "l0_target", "seed", "matched", "moving"]
+        head = [
+            "entry",
+            "role",
+            "architecture",
+            "l0_target",
+            "model_seed",
+            "seed",
+            "matched",
+            "moving",
+        ]
         table.writerow([*head, *figures])
         for run in results.runs:
             entry = results.entries[run.entry]
-            facts = [run.entry, entry.role, entry.architecture, run.l0_target, run.seed]
+            facts = [
+                run.entry,
+                entry.role,
+                entry.architecture,
+                run.l0_target,
+                run.model_seed,
+                run.seed,
+            ]
             values = [_or_none(run.figures.get(name)) for name in figures]
             table.writerow([*facts, run.matched, run.moving, *values])
     (folder / ".results.csv.partial").replace(csv_path)

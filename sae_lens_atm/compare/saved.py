@@ -1,12 +1,13 @@
 """Figures of SAEs that were saved, here or by other people, on the data of a config."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens import SAE
 
-from sae_lens_atm.compare.config import is_comparison, parse_comparison
+from sae_lens_atm.compare.config import is_comparison, parse_comparison, spelling_lm_folder
 from sae_lens_atm.compare.data import batch_seed
 from sae_lens_atm.compare.language_model_runs import (
     hold_out,
@@ -24,23 +25,43 @@ from sae_lens_atm.settings import (
     parse_run,
     read_yaml,
 )
+from sae_lens_atm.spelling.first_letters import (
+    FirstLetterConfig,
+    figures_of,
+    look_at_first_letters,
+    scores_of,
+)
+from sae_lens_atm.spelling.language_model import make_spelling_lm
 from sae_lens_atm.train import build_synthetic_model, check_devices
 
 
-def data_of(path: str, overrides: Sequence[str] = ()) -> Run:
-    """The run whose data a config describes; of a comparison, the first."""
+class Data(NamedTuple):
+    """What SAEs are evaluated on."""
+
+    run: Run
+    first_letters: FirstLetterConfig | None = None
+
+
+def data_of(path: str, overrides: Sequence[str] = ()) -> Data:
+    """The data that a config describes; of a comparison, those of its first run. A language model
+    that the comparison makes is made, if it is not there."""
     content = apply_overrides(read_yaml(path), overrides)
-    if is_comparison(content):
-        return parse_comparison(content, "data").planned[0].run
-    return parse_run(content)
+    if not is_comparison(content):
+        return Data(parse_run(content))
+    comparison = parse_comparison(content, Path(path).stem)
+    first = comparison.planned[0]
+    if first.lm is not None:
+        make_spelling_lm(first.lm, spelling_lm_folder(comparison.output, first.lm))
+    return Data(first.run, first.first_letters)
 
 
-def evaluate_saved(references: Sequence[str], run: Run) -> dict[str, dict[str, float]]:
+def evaluate_saved(references: Sequence[str], data: Data) -> dict[str, dict[str, float]]:
     """Evaluate SAEs, each a folder or `REPO:SAE_ID`, on the same samples.
 
     Raises:
         SettingsError: one cannot be loaded, or does not fit the data.
     """
+    run = data.run
     check_devices(run)
     saes = {reference: load_sae(reference) for reference in references}
     d_in = run.runner.sae.d_in
@@ -56,7 +77,12 @@ def evaluate_saved(references: Sequence[str], run: Run) -> dict[str, dict[str, f
     for sae in saes.values():  # where it is to be looked at is the config's to say
         sae.cfg.metadata.hook_name = cfg.hook_name
         sae.cfg.metadata.hook_head_index = cfg.hook_head_index
-    return {name: language_model_figures(sae, model, tokens, cfg)[0] for name, sae in saes.items()}
+    figures = {n: language_model_figures(sae, model, tokens, cfg)[0] for n, sae in saes.items()}
+    if data.first_letters is not None:
+        letters = look_at_first_letters(model, cfg.hook_name, data.first_letters, cfg.model_kwargs)
+        for name, sae in saes.items():
+            figures[name] |= figures_of(scores_of(sae, letters), letters)
+    return figures
 
 
 def _on_synthetic_data(saes: dict[str, SAE[Any]], run: SyntheticRun) -> dict[str, dict[str, float]]:

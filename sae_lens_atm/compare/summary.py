@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import groupby
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeGuard
 
 from scipy import stats
 
@@ -14,9 +14,13 @@ from sae_lens_atm.compare.results import Entry, Results, Row, Run, Spread, Test
 _ROUNDING = 1e-12  # a spread below this is none
 
 
+def is_number(value: float | None) -> TypeGuard[float]:
+    return value is not None and not math.isnan(value)
+
+
 def spread(values: Iterable[float | None]) -> Spread:
     """Mean and standard deviation of the values that there are."""
-    found = [v for v in values if v is not None and not math.isnan(v)]
+    found = [v for v in values if is_number(v)]
     return Spread(
         mean=fmean(found) if found else None,
         sd=stdev(found) if len(found) > 1 else None,
@@ -99,8 +103,10 @@ def make_tests(
 ) -> list[Test]:
     """Every candidate against the best baseline, figure by figure and L0 by L0.
 
-    Runs of one seed see the same batches, so they are compared seed by seed. The best baseline is
-    another one for each figure, chosen after the fact: that makes it hard for the candidate.
+    Runs of one seed see the same batches, so they are compared seed by seed; where there are
+    several language models, model by model, as the seeds of one are no evidence about others. The
+    best baseline is another one for each figure, chosen after the fact: that makes it hard for the
+    candidate.
     """
     tests: list[Test] = []
     for row in rows:
@@ -133,12 +139,13 @@ def _better_off_target(baselines: Iterable[Row], best: Row, name: str) -> list[s
 
 def _test(runs: Sequence[Run], row: Row, best: Row, name: str) -> Test:
     def by_seed(entry: str) -> dict[int, float]:
-        found = (
-            (r.seed, r.figures.get(name))
-            for r in runs
-            if r.entry == entry and r.l0_target == row.l0_target
-        )
-        return {seed: v for seed, v in found if v is not None and not math.isnan(v)}
+        found: dict[int, list[float]] = {}
+        for run in runs:
+            value = run.figures.get(name)
+            if run.entry == entry and run.l0_target == row.l0_target and is_number(value):
+                unit = run.seed if run.model_seed is None else run.model_seed
+                found.setdefault(unit, []).append(value)
+        return {unit: fmean(values) for unit, values in found.items()}
 
     ours, theirs = by_seed(row.entry), by_seed(best.entry)
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from sae_lens_atm.metrics.absorption import (
     ABSORBED_SHARE,
@@ -107,7 +107,7 @@ def train_probe(
 ) -> Probe:
     """SAEBench's probes: one against the rest, positives weighted by their rarity, Adam with a
     learning rate that falls to 1e-5 from epoch to epoch."""
-    x, target = words.x, F.one_hot(words.letter, letters).to(words.x.dtype)
+    x, target = words.x, functional.one_hot(words.letter, letters).to(words.x.dtype)
     positives = target.sum(0)
     rarity = (len(x) - positives) / positives.clamp(min=1)
     bound = 1 / math.sqrt(x.shape[1])  # as torch.nn.Linear starts
@@ -122,7 +122,7 @@ def train_probe(
     with torch.enable_grad():
         for _ in range(epochs):
             for batch in torch.randperm(len(x), generator=generator).split(batch_size):
-                loss = F.binary_cross_entropy_with_logits(
+                loss = functional.binary_cross_entropy_with_logits(
                     probe.score(x[batch]), target[batch], pos_weight=rarity
                 )
                 if l1:
@@ -157,14 +157,14 @@ def nested_logistic(x: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
     size = x.shape[1]
     x = torch.cat([x.double(), torch.ones_like(x[:, :1], dtype=torch.float64)], 1)
     used = torch.ones(size, size, dtype=torch.float64, device=x.device).tril()
-    used = F.pad(used, (0, 1), value=1.0)  # the bias
-    ridge = F.pad(torch.ones(size, dtype=torch.float64, device=x.device), (0, 1))
+    used = functional.pad(used, (0, 1), value=1.0)  # the bias
+    ridge = functional.pad(torch.ones(size, dtype=torch.float64, device=x.device), (0, 1))
     share = true.double().mean()
     weight = torch.where(true, 0.5 / share, 0.5 / (1 - share))
     sign = torch.where(true, 1.0, -1.0).double()
 
     def loss(w: Tensor) -> Tensor:
-        misfit = F.softplus(-sign[:, None] * (x @ w.T))
+        misfit = functional.softplus(-sign[:, None] * (x @ w.T))
         return (w.square() * ridge).sum(-1) / 2 + (weight[:, None] * misfit).sum(0)
 
     w = torch.zeros(size, size + 1, dtype=torch.float64, device=x.device)
@@ -256,8 +256,8 @@ def first_letter_scores(
             few words; then they pick the wrong latents.
     """
     letters = len(probe.weight)
-    is_letter = F.one_hot(test.letter, letters).bool()
-    was_letter = F.one_hot(train.letter, letters).bool()
+    is_letter = functional.one_hot(test.letter, letters).bool()
+    was_letter = functional.one_hot(train.letter, letters).bool()
     known = was_letter.any(0).nonzero().squeeze(1).tolist()
     sparse = train_probe(
         train,
@@ -279,8 +279,8 @@ def first_letter_scores(
     for letter in range(letters):
         main[letter, order[letter, : splits[letter]]] = True
 
-    direction = F.normalize(probe.weight.float(), dim=-1)
-    cosine = F.normalize(decoder.float(), dim=-1) @ direction.T
+    direction = functional.normalize(probe.weight.float(), dim=-1)
+    cosine = functional.normalize(decoder.float(), dim=-1) @ direction.T
     fraction = torch.full((letters,), math.nan, dtype=torch.float64)
     full = fraction.clone()
     for letter in counts.nonzero().squeeze(1).tolist():

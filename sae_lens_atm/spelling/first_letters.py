@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from sae_lens import SAE
 from torch import Tensor
+from torch.nn import functional
 
 from sae_lens_atm.metrics.first_letter import (
     MIN_LETTERS,
@@ -73,6 +73,12 @@ class FirstLetters(NamedTuple):
         counts = self.probe_f1 > PROBE_F1
         return counts & (counts.sum() >= MIN_LETTERS)
 
+    @property
+    def shares(self) -> Tensor:
+        """Of all words, those of each letter."""
+        every = torch.cat([self.train.letter, self.test.letter])
+        return every.bincount(minlength=_LETTERS) / len(every)
+
 
 def words_of(tokenizer: Any) -> list[str]:
     """The vocabulary's words in ASCII letters, one leading space allowed, in alphabetical order."""
@@ -97,24 +103,35 @@ def prompt(word: str, examples: Sequence[str], randomness: random.Random) -> str
 
 @torch.no_grad()
 def residual_stream(
-    model: Any, hook_name: str, prompts: Sequence[str], batch_size: int = 64
+    model: Any,
+    hook_name: str,
+    prompts: Sequence[str],
+    model_kwargs: dict[str, Any] | None = None,
+    batch_size: int = 64,
 ) -> Tensor:
     """The residual stream on the last token of the word asked for, ``(prompts, d_in)``."""
     device = next(model.parameters()).device
+    bos = model.tokenizer.bos_token_id
     found: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
-        batch = model.tokenizer(list(prompts[start : start + batch_size]))["input_ids"]
-        rows = [torch.tensor(row) for row in batch]
+        texts = list(prompts[start : start + batch_size])
+        batch = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        rows = [torch.tensor(row if bos is None else [bos, *row]) for row in batch]
         # What follows the word it reads does not change it: the model only looks back.
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        _, cache = model.run_with_cache(tokens, names_filter=[hook_name])
+        _, cache = model.run_with_cache(tokens, names_filter=[hook_name], **(model_kwargs or {}))
         at = torch.tensor([len(row) - 1 - _AFTER_THE_WORD for row in rows], device=device)
         stream = cache[hook_name].flatten(2)
         found.append(stream[torch.arange(len(at), device=device), at].float())
     return torch.cat(found)
 
 
-def look_at_first_letters(model: Any, hook_name: str, cfg: FirstLetterConfig) -> FirstLetters:
+def look_at_first_letters(
+    model: Any,
+    hook_name: str,
+    cfg: FirstLetterConfig,
+    model_kwargs: dict[str, Any] | None = None,
+) -> FirstLetters:
     """Split the words, put the prompts to the model, train the letters' probes."""
     randomness = random.Random(cfg.seed)
     every = words_of(model.tokenizer)
@@ -123,9 +140,8 @@ def look_at_first_letters(model: Any, hook_name: str, cfg: FirstLetterConfig) ->
     train, test = shuffled[:split], shuffled[split:]
 
     def streams(words: Sequence[str], examples: Sequence[str]) -> Tensor:
-        return residual_stream(
-            model, hook_name, [prompt(word, examples, randomness) for word in words]
-        )
+        prompts = [prompt(word, examples, randomness) for word in words]
+        return residual_stream(model, hook_name, prompts, model_kwargs)
 
     def seen(words: Sequence[str]) -> Words:
         x = streams(words, words)
@@ -134,7 +150,7 @@ def look_at_first_letters(model: Any, hook_name: str, cfg: FirstLetterConfig) ->
     training, testing = seen(train), seen(test)
     generator = torch.Generator().manual_seed(cfg.seed)
     probe = train_probe(training, generator, epochs=cfg.probe_epochs, lr=cfg.probe_lr)
-    is_letter = F.one_hot(testing.letter, _LETTERS).bool()
+    is_letter = functional.one_hot(testing.letter, _LETTERS).bool()
     f1 = f1_scores(probe.score(testing.x) > 0, is_letter)
     return FirstLetters(training, testing, streams(test, every), probe, f1, cfg)
 

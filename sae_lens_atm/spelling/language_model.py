@@ -9,18 +9,20 @@ others; a penalty on the stream's norm keeps it from shouting the noise down.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from sae_lens.util import temporary_seed
 from torch import Tensor
+from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from sae_lens_atm.settings import SettingsError
 from sae_lens_atm.spelling.text import LETTERS, Text, text, tokenizer
 
 HOOK = "transformer.h.0"
@@ -113,7 +115,7 @@ class Rows:
             self._spelling(asked, self.template),
             self._spelling(told, self.template[:0]),
         ]
-        return F.pad(torch.cat(drawn), (1, 0))
+        return functional.pad(torch.cat(drawn), (1, 0))
 
     def _text(self, rows: int) -> Tensor:
         start = torch.randint(len(self.text) - self.length, (rows, 1), generator=self.generator)
@@ -142,12 +144,17 @@ def make_spelling_lm(
         cfg: what to train.
         folder: where; written to the side first.
         on_step: called with the loss after each step.
+
+    Raises:
+        SettingsError: the folder holds something else.
     """
     if is_spelling_lm(cfg, folder):
         return folder
+    if folder.exists() and any(folder.iterdir()):
+        raise SettingsError(f"{folder} is not empty: allowed is a new folder, or this very model's")
     material = text(cfg.words_per_letter)
     rows = Rows(material, cfg.context_size, torch.Generator().manual_seed(cfg.seed))
-    with temporary_seed(cfg.seed):
+    with temporary_seed(cfg.seed), _one_thread():
         model = _train(cfg, len(material.vocabulary), rows, on_step)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -157,9 +164,7 @@ def make_spelling_lm(
     order = torch.randperm(len(dataset), generator=rows.generator)
     Dataset.from_dict({TOKENS: dataset[order].tolist()}).save_to_disk(str(partial / TOKENS))
     (partial / _DONE).write_text(json.dumps(asdict(cfg), indent=2), encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()  # an empty one; anything else is somebody's
-    partial.rename(folder)
+    partial.replace(folder)
     return folder
 
 
@@ -167,6 +172,17 @@ def is_spelling_lm(cfg: SpellingLMConfig, folder: Path) -> bool:
     """Whether a folder has the model of this config."""
     done = folder / _DONE
     return done.is_file() and json.loads(done.read_text(encoding="utf-8")) == asdict(cfg)
+
+
+@contextmanager
+def _one_thread() -> Generator[None]:
+    """With more, sums depend on the load of the machine, and the model with them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train(
@@ -225,6 +241,6 @@ def _loss(model: GPT2LMHeadModel, stream: Tensor, target: Tensor, rows: Rows) ->
     is_letter = torch.isin(target, rows.letters)
     is_letter[: len(target) - 2 * (len(target) // 4)] = False
     looked_at = torch.rand(target.shape) < 0.5
-    letters = F.cross_entropy(model.lm_head(stream[is_letter]), target[is_letter])
-    tokens = F.cross_entropy(model.lm_head(stream[looked_at]), target[looked_at])
+    letters = functional.cross_entropy(model.lm_head(stream[is_letter]), target[is_letter])
+    tokens = functional.cross_entropy(model.lm_head(stream[looked_at]), target[looked_at])
     return tokens + _LETTER_WEIGHT * letters

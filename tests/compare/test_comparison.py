@@ -351,9 +351,9 @@ def test_saved_saes_are_evaluated_on_the_data_of_a_config(results, finished, com
 
 
 def test_saved_saes_of_a_language_model(language_model_comparison_yaml, tmp_path):
-    run = data_of(str(language_model_comparison_yaml), ["seeds=[0]"])
-    TrainingSAE.from_dict(run.runner.sae.to_dict()).save_inference_model(tmp_path / "sae")
-    found = evaluate_saved([str(tmp_path / "sae")], run)
+    data = data_of(str(language_model_comparison_yaml), ["seeds=[0]"])
+    TrainingSAE.from_dict(data.run.runner.sae.to_dict()).save_inference_model(tmp_path / "sae")
+    found = evaluate_saved([str(tmp_path / "sae")], data)
     assert {"l0", "ce_loss_score", "explained_variance"} <= found[str(tmp_path / "sae")].keys()
 
 
