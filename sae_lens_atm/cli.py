@@ -17,7 +17,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 from rich.table import Table
+from sae_lens.load_model import load_model
 
 from sae_lens_atm import saebench
 from sae_lens_atm.checkpoints import CheckpointError
@@ -40,8 +43,23 @@ from sae_lens_atm.hub import prepare
 from sae_lens_atm.hub import push as push_to_hub
 from sae_lens_atm.hub_errors import HubError
 from sae_lens_atm.inspection import describe, load_sae
+from sae_lens_atm.metrics.first_letter import PROBE_F1
 from sae_lens_atm.progress import Progress, RunsProgress, figures_table
-from sae_lens_atm.settings import LanguageModelRun, SettingsError, load_run, shipped_config
+from sae_lens_atm.settings import (
+    LanguageModelRun,
+    SettingsError,
+    apply_overrides,
+    load_run,
+    parse_fields,
+    shipped_config,
+)
+from sae_lens_atm.spelling.first_letters import SMALL_MODEL, look_at_first_letters
+from sae_lens_atm.spelling.language_model import (
+    HOOK,
+    TOKENS,
+    SpellingLMConfig,
+    make_spelling_lm,
+)
 from sae_lens_atm.train import Result, plan, train
 from sae_lens_atm.watch import Interrupted, NonFiniteBatchError
 
@@ -95,6 +113,33 @@ def train_command(
         with Progress(console, run.runner.total_training_steps) as progress:
             result = train(run, resume, progress.on_step)
         _print_result(result, isinstance(run, LanguageModelRun))
+
+
+@app.command("make-lm")
+def make_lm(
+    folder: Annotated[Path, typer.Argument(help="Where to; a new folder.")],
+    seed: Annotated[int, typer.Option(help="Another seed, another model.")] = 0,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="FIELD=VALUE of SpellingLMConfig; repeatable.")
+    ] = None,
+) -> None:
+    """Train a small language model that knows how words begin, to train SAEs on."""
+    with _clear_errors():
+        values = apply_overrides({"seed": seed}, overrides or [])
+        cfg = parse_fields(SpellingLMConfig, values, "")
+        columns = (TextColumn("training"), BarColumn(), TimeRemainingColumn())
+        with RichProgress(*columns, console=console) as bar:
+            task = bar.add_task("training", total=cfg.steps)
+            make_spelling_lm(cfg, folder, lambda _loss: bar.advance(task))
+        silence_saelens()
+        model = load_model("AutoModelForCausalLM", str(folder), "cpu", hook_names=[HOOK])
+        f1 = look_at_first_letters(model, HOOK, SMALL_MODEL).probe_f1
+        console.print(
+            f"saved {folder}: hook {HOOK}, d_in {cfg.d_model}, tokens in {folder / TOKENS}\n"
+            f"letter probes on held-out words: mean F1 {f1.mean():.3f}, {(f1 > PROBE_F1).sum()} of "
+            f"26 above {PROBE_F1}",
+            highlight=False,
+        )
 
 
 @app.command("compare")

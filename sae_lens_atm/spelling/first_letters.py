@@ -24,6 +24,7 @@ from sae_lens_atm.metrics.first_letter import (
     first_letter_scores,
     train_probe,
 )
+from sae_lens_atm.settings import SettingsError
 
 TEMPLATE = " has the first letter:"
 _AFTER_THE_WORD = 5  # tokens of the template
@@ -53,6 +54,10 @@ class FirstLetterConfig:
         for name in ("probe_epochs", "probe_lr", "sparse_batch_size"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: allowed is more than 0")
+
+
+SMALL_MODEL = FirstLetterConfig(probe_epochs=100, probe_lr=5e-2, sparse_batch_size=128)
+"""For a model of few words and dimensions."""
 
 
 class FirstLetters(NamedTuple):
@@ -132,12 +137,21 @@ def look_at_first_letters(
     cfg: FirstLetterConfig,
     model_kwargs: dict[str, Any] | None = None,
 ) -> FirstLetters:
-    """Split the words, put the prompts to the model, train the letters' probes."""
+    """Split the words, put the prompts to the model, train the letters' probes.
+
+    Raises:
+        SettingsError: the vocabulary has too few words.
+    """
     randomness = random.Random(cfg.seed)
     every = words_of(model.tokenizer)
     shuffled = randomness.sample(every, len(every))
     split = int(_TRAIN_SHARE * len(every))
     train, test = shuffled[:split], shuffled[split:]
+    if len(test) <= _EXAMPLES:
+        raise SettingsError(
+            f"first_letters: the vocabulary has {len(every)} words in ASCII letters, "
+            f"too few for prompts with {_EXAMPLES} examples"
+        )
 
     def streams(words: Sequence[str], examples: Sequence[str]) -> Tensor:
         prompts = [prompt(word, examples, randomness) for word in words]

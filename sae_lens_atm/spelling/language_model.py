@@ -99,7 +99,7 @@ class Rows:
         index = {token: i for i, token in enumerate(text.vocabulary)}
         self.text, self.length, self.generator = text.tokens, context_size - 1, generator
         self.words = torch.tensor([index[word] for word in text.words])
-        first = [word[0] for word in text.words]
+        first = [word[0].upper() for word in text.words]
         # Every letter as often as any other: else those of few words are hardly learned.
         self.weights = 1 / torch.tensor([first.count(letter) for letter in first])
         self.answers = torch.tensor([index[word[0].upper()] for word in text.words])

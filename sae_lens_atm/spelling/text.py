@@ -27,7 +27,7 @@ class Text(NamedTuple):
 
     vocabulary: list[str]
     words: list[str]
-    """Those of the vocabulary that are ordinary words, of two letters or more."""
+    """Those of the vocabulary that are letters alone; a single one is a word too."""
     tokens: Tensor
     """The whole text, one token after the other."""
 
@@ -62,10 +62,11 @@ def text(words_per_letter: int) -> Text:
     chosen = sorted(word for words in of_letter.values() for word in words[:words_per_letter])
     others = sorted(t for t in count if not (t.isalpha() and len(t) > 1) and count[t] >= _OFTEN)
     vocabulary = [*SPECIAL, *others, *chosen, *LETTERS]
+    single = [token for token in others if token.isalpha() and token.isascii()]
     index = {token: i for i, token in enumerate(vocabulary)}
     unknown = index[UNKNOWN]
     tokens = torch.tensor([index.get(token, unknown) for row in rows for token in row])
-    return Text(vocabulary, chosen, tokens)
+    return Text(vocabulary, [*single, *chosen, *LETTERS], tokens)
 
 
 def tokenizer(vocabulary: list[str], name: str) -> PreTrainedTokenizerFast:

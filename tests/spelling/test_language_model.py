@@ -9,34 +9,22 @@ from sae_lens_atm.spelling import language_model
 from sae_lens_atm.spelling.language_model import (
     TOKENS,
     Rows,
-    SpellingLMConfig,
     is_spelling_lm,
     make_spelling_lm,
 )
-from sae_lens_atm.spelling.text import Text
-
-
-def tiny(**fields):
-    small = {"layers": 1, "d_model": 8, "heads": 2, "context_size": 24, "steps": 3, "batch_size": 4}
-    return SpellingLMConfig(**{**small, "dataset_rows": 6, **fields})
+from tests.spelling.lm import few_rows, few_words, tiny
 
 
 @pytest.fixture(autouse=True)
-def few_words(monkeypatch):
-    words = ["ant", "bee", "cat", "cow"]
-    template = ["\n", "has", "the", "first", "letter", ":"]
-    vocabulary = ["<bos>", "<eos>", "<pad>", "<unk>", *template, *words, *map(chr, range(65, 91))]
-    tokens = torch.arange(4, 14).repeat(20)
-    monkeypatch.setattr(language_model, "text", lambda _: Text(vocabulary, words, tokens))
-    return vocabulary
+def text_of_few_words(monkeypatch):
+    monkeypatch.setattr(language_model, "text", few_rows)
 
 
-def test_rows_are_text_questions_and_answers(few_words):
-    material = language_model.text(1)
-    rows = Rows(material, 24, torch.Generator().manual_seed(0)).draw(8)
+def test_rows_are_text_questions_and_answers():
+    rows = Rows(few_rows(), 24, torch.Generator().manual_seed(0)).draw(8)
     assert rows.shape == (8, 24)
     assert (rows[:, 0] == 0).all()
-    words = [[few_words[i] for i in row] for row in rows[:, 1:].tolist()]
+    words = [[few_words()[i] for i in row] for row in rows[:, 1:].tolist()]
     assert all((b - a) % 10 == 1 for row in rows[:4, 1:].tolist() for a, b in pairwise(row))
     for row in words[4:6]:
         assert row[0] == "\n"
@@ -47,8 +35,9 @@ def test_rows_are_text_questions_and_answers(few_words):
 
 
 def test_letters_are_asked_for_equally_often():
-    rows = Rows(language_model.text(1), 24, torch.Generator().manual_seed(0)).draw(4000)
-    letters = rows[1000:, 1:].flatten().bincount(minlength=40)[14:17].float()
+    rows = Rows(few_rows(), 24, torch.Generator().manual_seed(0)).draw(4000)
+    first = few_words().index("A")
+    letters = rows[2000:, 1:].flatten().bincount()[first : first + 4].float()
     assert (letters / letters.mean() - 1).abs().max() < 0.05
 
 
