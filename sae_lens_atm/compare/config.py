@@ -318,6 +318,11 @@ def _on_model(shared: dict[str, Any], lm: SpellingLMConfig | None) -> dict[str, 
     twice = [key for key in model if shared.get(key, model[key]) != model[key]]
     if twice:
         raise SettingsError(f"{twice[0]}: spelling_lm says that already")
+    sae: Any = shared.get("sae") or {}
+    if isinstance(sae, dict) and cast(Any, sae).get("d_in", lm.d_model) != lm.d_model:
+        raise SettingsError(
+            f"sae.d_in is {sae['d_in']}: allowed is {lm.d_model}, the model's width"
+        )
     return {"hook_name": HOOK, **shared, **model}
 
 

@@ -23,13 +23,13 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_lens_atm.settings import SettingsError
-from sae_lens_atm.spelling.text import LETTERS, Text, text, tokenizer
+from sae_lens_atm.spelling.text import QUESTION, Text, text, tokenizer
 
 HOOK = "transformer.h.0"
 """Where the SAEs look: the residual stream after the first of its layers."""
 TOKENS = "tokens"
 _DONE = "spelling-lm.json"
-_TEMPLATE = ("has", "the", "first", "letter", ":")
+_DECAY = 1.0  # strong: what initialisation left in a word's embedding hides its letter
 _LETTER_WEIGHT = 100.0  # of the first letters' loss, which noise alone keeps above 0
 
 
@@ -63,7 +63,7 @@ class SpellingLMConfig:
     batch_size: int = 32
     lr: float = 4e-3
     noise: float = 1.0
-    norm_penalty: float = 0.1
+    norm_penalty: float = 0.3
     dataset_rows: int = 8192
 
     def __post_init__(self) -> None:
@@ -103,25 +103,27 @@ class Rows:
         # Every letter as often as any other: else those of few words are hardly learned.
         self.weights = 1 / torch.tensor([first.count(letter) for letter in first])
         self.answers = torch.tensor([index[word[0].upper()] for word in text.words])
-        self.template = torch.tensor([index[token] for token in _TEMPLATE])
+        self.template = torch.tensor([index[token] for token in QUESTION])
         self.newline = torch.tensor([index["\n"]])
-        self.letters = torch.tensor([index[letter] for letter in LETTERS])
 
-    def draw(self, rows: int) -> Tensor:
-        """Each begins with <bos>, which is token 0; text first, then spelling."""
+    def draw(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Rows, and where in them first letters are given. Each begins with <bos>, token 0; text
+        comes first, then spelling."""
         asked, told = rows // 4, rows // 4
+        text = self._text(rows - asked - told)
         drawn = [
-            self._text(rows - asked - told),
+            (text, torch.zeros_like(text, dtype=torch.bool)),
             self._spelling(asked, self.template),
             self._spelling(told, self.template[:0]),
         ]
-        return functional.pad(torch.cat(drawn), (1, 0))
+        tokens, is_answer = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        return functional.pad(tokens, (1, 0)), functional.pad(is_answer, (1, 0))
 
     def _text(self, rows: int) -> Tensor:
         start = torch.randint(len(self.text) - self.length, (rows, 1), generator=self.generator)
         return self.text[start + torch.arange(self.length)]
 
-    def _spelling(self, rows: int, between: Tensor) -> Tensor:
+    def _spelling(self, rows: int, between: Tensor) -> tuple[Tensor, Tensor]:
         shape = (rows, -(-self.length // (len(between) + 3)))
         drawn = self.weights.multinomial(shape[0] * shape[1], True, generator=self.generator)
         word = drawn.view(shape)
@@ -131,7 +133,10 @@ class Rows:
             between.expand(*shape, -1),
             self.answers[word][..., None],
         ]
-        return torch.cat(parts, -1).flatten(1)[:, : self.length]
+        tokens = torch.cat(parts, -1)
+        is_answer = torch.zeros_like(tokens, dtype=torch.bool)
+        is_answer[..., -1] = True
+        return tokens.flatten(1)[:, : self.length], is_answer.flatten(1)[:, : self.length]
 
 
 def make_spelling_lm(
@@ -160,7 +165,7 @@ def make_spelling_lm(
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     tokenizer(material.vocabulary, str(folder)).save_pretrained(partial)
-    dataset = rows.draw(cfg.dataset_rows)
+    dataset, _ = rows.draw(cfg.dataset_rows)
     order = torch.randperm(len(dataset), generator=rows.generator)
     Dataset.from_dict({TOKENS: dataset[order].tolist()}).save_to_disk(str(partial / TOKENS))
     (partial / _DONE).write_text(json.dumps(asdict(cfg), indent=2), encoding="utf-8")
@@ -215,13 +220,16 @@ def _train(
         return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
     hooks = [block.register_forward_hook(disturb) for block in model.transformer.h]
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), cfg.lr, betas=(0.9, 0.98), weight_decay=_DECAY
+    )
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, cfg.steps, pct_start=0.1)
     model.train()
     for _ in range(cfg.steps):
-        batch = rows.draw(cfg.batch_size)
+        batch, is_answer = rows.draw(cfg.batch_size)
         stream = model.transformer(batch[:, :-1]).last_hidden_state
-        loss = _loss(model, stream, batch[:, 1:], rows) + cfg.norm_penalty * sum(squares)
+        loss = _loss(model, stream, batch[:, 1:], is_answer[:, 1:])
+        loss = loss + cfg.norm_penalty * sum(squares)
         squares.clear()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -235,12 +243,10 @@ def _train(
     return model.eval()
 
 
-def _loss(model: GPT2LMHeadModel, stream: Tensor, target: Tensor, rows: Rows) -> Tensor:
+def _loss(model: GPT2LMHeadModel, stream: Tensor, target: Tensor, is_answer: Tensor) -> Tensor:
     """Cross-entropy of the letters asked for, and of a half of the tokens: the words of a spelling
     row are anyone's guess, and the logits of a token cost more than all else."""
-    is_letter = torch.isin(target, rows.letters)
-    is_letter[: len(target) - 2 * (len(target) // 4)] = False
     looked_at = torch.rand(target.shape) < 0.5
-    letters = functional.cross_entropy(model.lm_head(stream[is_letter]), target[is_letter])
+    letters = functional.cross_entropy(model.lm_head(stream[is_answer]), target[is_answer])
     tokens = functional.cross_entropy(model.lm_head(stream[looked_at]), target[looked_at])
     return tokens + _LETTER_WEIGHT * letters

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 BOS, EOS, PAD, UNKNOWN = SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
+QUESTION = ("has", "the", "first", "letter", ":")
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 """As answers; all text is in lower case."""
 _TOKEN = r"[A-Za-z]+|<[a-z]+>|\n|[^\sA-Za-z]"
@@ -59,8 +60,10 @@ def text(words_per_letter: int) -> Text:
     for token in by_frequency:
         if token.isalpha() and len(token) > 1:
             of_letter[token[0].upper()].append(token)
-    chosen = sorted(word for words in of_letter.values() for word in words[:words_per_letter])
-    others = sorted(t for t in count if not (t.isalpha() and len(t) > 1) and count[t] >= _OFTEN)
+    chosen = {word for words in of_letter.values() for word in words[:words_per_letter]}
+    chosen = sorted(chosen.union(QUESTION[:-1]))
+    frequent = {t for t in count if not (t.isalpha() and len(t) > 1) and count[t] >= _OFTEN}
+    others = sorted(frequent.union(QUESTION[-1], "\n"))
     vocabulary = [*SPECIAL, *others, *chosen, *LETTERS]
     single = [token for token in others if token.isalpha() and token.isascii()]
     index = {token: i for i, token in enumerate(vocabulary)}

@@ -21,7 +21,7 @@ def text_of_few_words(monkeypatch):
 
 
 def test_rows_are_text_questions_and_answers():
-    rows = Rows(few_rows(), 24, torch.Generator().manual_seed(0)).draw(8)
+    rows = Rows(few_rows(), 24, torch.Generator().manual_seed(0)).draw(8)[0]
     assert rows.shape == (8, 24)
     assert (rows[:, 0] == 0).all()
     words = [[few_words()[i] for i in row] for row in rows[:, 1:].tolist()]
@@ -34,8 +34,16 @@ def test_rows_are_text_questions_and_answers():
         assert all(row[i + 2] == row[i + 1][0].upper() for i in range(0, 21, 3))
 
 
+def test_answers_are_where_they_are_said_to_be():
+    rows, is_answer = Rows(few_rows(), 24, torch.Generator().manual_seed(0)).draw(8)
+    assert not is_answer[:4].any()
+    assert is_answer[4:6].nonzero()[:, 1].tolist() == [8, 16] * 2
+    assert is_answer[6:].nonzero()[:, 1].tolist() == [3, 6, 9, 12, 15, 18, 21] * 2
+    assert (rows[is_answer] >= few_words().index("A")).all()
+
+
 def test_letters_are_asked_for_equally_often():
-    rows = Rows(few_rows(), 24, torch.Generator().manual_seed(0)).draw(4000)
+    rows = Rows(few_rows(), 24, torch.Generator().manual_seed(0)).draw(4000)[0]
     first = few_words().index("A")
     letters = rows[2000:, 1:].flatten().bincount()[first : first + 4].float()
     assert (letters / letters.mean() - 1).abs().max() < 0.05

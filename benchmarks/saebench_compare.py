@@ -1,0 +1,114 @@
+"""Our absorption of a SAE beside SAEBench's own, word by word and letter by letter.
+
+    PYTHONPATH=sae_lens_atm/saebench python benchmarks/saebench_compare.py \\
+        MODEL_FOLDER SAE_FOLDER words.json probe.safetensors found.json
+
+`found.json` is what `saebench_agreement.py`, run in SAEBench's environment, wrote for the same
+four. It holds SAEBench's prompts, so both look at the same activations. Compared are the calculator
+(given SAEBench's main latents), and all of it (with main latents of our own finding, whose L1 probe
+starts elsewhere).
+"""
+
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from inside.models import load_model
+from sae_lens import SAE
+from safetensors.torch import load_file
+
+from sae_lens_atm.metrics.first_letter import (
+    PROBE_F1,
+    Probe,
+    Words,
+    absorbed,
+    f1_scores,
+    first_letter_scores,
+)
+from sae_lens_atm.spelling.first_letters import letter_of, residual_stream
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def main(model_folder, sae_folder, words_file, probe_file, found_file):
+    found = json.loads(Path(found_file).read_text(encoding="utf-8"))
+    given = json.loads(Path(words_file).read_text(encoding="utf-8"))
+    model = load_model(model_folder, "cpu", torch.float32)
+    sae = SAE.load_from_disk(sae_folder)
+    sae.fold_W_dec_norm()
+    tensors = load_file(probe_file)
+    probe = Probe(tensors["weight"], tensors["bias"])
+    hook = f"blocks.{sae.cfg.metadata.hook_name.split('.')[1]}.hook_resid_post"
+
+    def words(half):
+        prompts = [found["prompts"][half][word] for word in given[half]]
+        letters = torch.tensor([letter_of(word) for word in given[half]])
+        return Words(residual_stream(model, hook, prompts), letters)
+
+    train, test = words("train"), words("test")
+    by_word = {row["word"]: row for row in found["words"]}
+    # SAEBench draws new prompts for the words that it looks for absorption in.
+    prompts = [
+        by_word[word]["prompt"] if word in by_word else found["prompts"]["test"][word]
+        for word in given["test"]
+    ]
+    asked = residual_stream(model, hook, prompts)
+    with torch.no_grad():
+        acts = sae.encode(asked)
+        cosine = torch.nn.functional.normalize(sae.W_dec, dim=-1) @ (
+            torch.nn.functional.normalize(probe.weight, dim=-1).T
+        )
+    differing = 0
+    for i, word in enumerate(given["test"]):
+        if word not in by_word:
+            continue
+        row, c = by_word[word], int(test.letter[i])
+        main_latents = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+        main_latents[found["letters"][LETTERS[c]]["split_latents"]] = True
+        direction = torch.nn.functional.normalize(probe.weight[c], dim=0)
+        fraction, full = absorbed(
+            acts[i : i + 1], asked[i : i + 1] @ direction, cosine[:, c], main_latents
+        )
+        same = abs(fraction.item() - row["absorption_fraction"]) < 1e-4
+        differing += not same or bool(full) != row["absorption_full"]
+    print(f"calculator: {len(by_word)} words, {differing} differing")
+
+    yes = probe.score(test.x) > 0
+    f1 = f1_scores(yes, torch.nn.functional.one_hot(test.letter, 26).bool())
+    with torch.no_grad():
+        scores = first_letter_scores(
+            train._replace(x=sae.encode(train.x)),
+            test._replace(x=sae.encode(test.x)),
+            yes.gather(1, test.letter[:, None]).squeeze(1),
+            acts,
+            asked,
+            sae.W_dec,
+            probe,
+            f1 > PROBE_F1,
+            torch.Generator().manual_seed(0),
+            batch_size=128,
+        )
+    theirs = [row for row in found["letters"].values() if row["f1_probe"] > PROBE_F1]
+    same = sum(
+        scores.main_latents[i].nonzero().squeeze(1).tolist()
+        == sorted(found["letters"][letter]["split_latents"])
+        for i, letter in enumerate(LETTERS)
+        if letter in found["letters"]
+    )
+    print(f"main latents: the same for {same} of {len(found['letters'])} letters")
+    k1 = fmean(row["f1_by_k"][0] for row in theirs)
+    splits = fmean(len(row["split_latents"]) for row in theirs)
+    print(f"{'':22}{'SAEBench':>10}{'ours':>10}")
+    for name, their, our in (
+        ("absorption, fraction", found["mean"]["absorption_fraction"], scores.fraction),
+        ("absorption, full", found["mean"]["absorption_full"], scores.full),
+        ("best latent, F1", k1, scores.k1_f1),
+        ("main latents", splits, scores.splits),
+    ):
+        print(f"{name:22}{their:10.4f}{our:10.4f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
