@@ -15,7 +15,7 @@ from tests.helpers import make_sae, train
 
 cli = CliRunner()
 SHIPPED = sorted(p.stem for p in shipped_config("demo").parent.glob("*.yaml"))
-COMPARISONS = ("demo", "compare-sister-a", "compare-sister-b")
+COMPARISONS = ("demo", "compare-sister-a", "compare-sister-b", "compare-spelling-lm")
 ON_GPU = ("compare-gemma-2-2b-l12-16k",)
 
 
@@ -230,3 +230,29 @@ def test_module_and_console_command_are_the_same():
         [sys.executable, "-m", "sae_lens_atm", "--help"], capture_output=True, text=True, check=True
     )
     assert "inspect" in result.stdout
+
+
+def test_make_lm_makes_a_model_and_says_what_it_knows(tmp_path):
+    small = {"words_per_letter": 6, "layers": 2, "d_model": 8, "heads": 2, "steps": 3}
+    settings = [part for name, value in small.items() for part in ("--set", f"{name}={value}")]
+    result = run("make-lm", "lm", "--seed", "3", *settings, "--set", "dataset_rows=16")
+    assert result.exit_code == 0, result.output
+    assert "hook transformer.h.0, d_in 8" in result.output
+    assert "letter probes on held-out words: mean F1 0." in result.output
+    assert json.loads((tmp_path / "lm/spelling-lm.json").read_text())["seed"] == 3
+    again = run("make-lm", "lm", "--seed", "4", *settings)
+    assert again.exit_code == 2
+    assert "lm is not empty: allowed is a new folder" in again.output
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    {
+        "stepz=3": "stepz: unknown key, did you mean 'steps'?",
+        "steps=0": "steps is 0: allowed is 1 or more",
+    }.items(),
+)
+def test_make_lm_refuses_mistakes(override, message):
+    result = run("make-lm", "lm", "--set", override)
+    assert result.exit_code == 2
+    assert message in result.output
