@@ -1,12 +1,16 @@
 """Our absorption of a SAE beside SAEBench's own, word by word and letter by letter.
 
-    PYTHONPATH=sae_lens_atm/saebench python benchmarks/saebench_compare.py \\
+    export PYTHONPATH=sae_lens_atm/saebench
+    python benchmarks/saebench_compare.py MODEL_FOLDER SAE_FOLDER words.json probe.safetensors
+    ENVIRONMENT/bin/python benchmarks/saebench_agreement.py \\
+        MODEL_FOLDER SAE_FOLDER words.json probe.safetensors found.json
+    python benchmarks/saebench_compare.py \\
         MODEL_FOLDER SAE_FOLDER words.json probe.safetensors found.json
 
-`found.json` is what `saebench_agreement.py`, run in SAEBench's environment, wrote for the same
-four. It holds SAEBench's prompts, so both look at the same activations. Compared are the calculator
-(given SAEBench's main latents), and all of it (with main latents of our own finding, whose L1 probe
-starts elsewhere).
+The first draws words and trains probes, for both. The second, in SAEBench's environment, writes
+what SAEBench finds, with the prompts that it drew, so that the third looks at the same activations.
+Compared are the calculator (given SAEBench's main latents), and all of it (with main latents of our
+own finding, whose L1 probe starts elsewhere).
 """
 
 import json
@@ -15,9 +19,9 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from inside.models import load_model
+from inside.models import hooked_name, load_model
 from sae_lens import SAE
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sae_lens_atm.metrics.first_letter import (
     PROBE_F1,
@@ -27,12 +31,30 @@ from sae_lens_atm.metrics.first_letter import (
     f1_scores,
     first_letter_scores,
 )
-from sae_lens_atm.spelling.first_letters import letter_of, residual_stream
+from sae_lens_atm.spelling.first_letters import (
+    SMALL_MODEL,
+    letter_of,
+    look_at_first_letters,
+    residual_stream,
+)
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def main(model_folder, sae_folder, words_file, probe_file, found_file):
+def give(model_folder, words_file, probe_file, hook):
+    """Write the words and the probes that both are to use."""
+    model = load_model(model_folder, "cpu", torch.float32)
+    letters = look_at_first_letters(model, hook, SMALL_MODEL)
+    words = {"train": letters.words[0], "test": letters.words[1]}
+    Path(words_file).write_text(json.dumps(words), encoding="utf-8")
+    save_file({"weight": letters.probe.weight, "bias": letters.probe.bias}, probe_file)
+
+
+def main(model_folder, sae_folder, words_file, probe_file, found_file=None):
+    hook = hooked_name(SAE.load_from_disk(sae_folder).cfg.metadata.hook_name)
+    if found_file is None:
+        give(model_folder, words_file, probe_file, hook)
+        return
     found = json.loads(Path(found_file).read_text(encoding="utf-8"))
     given = json.loads(Path(words_file).read_text(encoding="utf-8"))
     model = load_model(model_folder, "cpu", torch.float32)
@@ -40,7 +62,6 @@ def main(model_folder, sae_folder, words_file, probe_file, found_file):
     sae.fold_W_dec_norm()
     tensors = load_file(probe_file)
     probe = Probe(tensors["weight"], tensors["bias"])
-    hook = f"blocks.{sae.cfg.metadata.hook_name.split('.')[1]}.hook_resid_post"
 
     def words(half):
         prompts = [found["prompts"][half][word] for word in given[half]]

@@ -17,6 +17,8 @@ _SHOWN = {
     "f1": "F1",
     "absorption_full": "abs. full",
     "absorption_fraction": "abs. frac.",
+    "probe_f1": "probe F1",
+    "k1_f1": "k1 F1",
     "ce_loss_score": "CE rec.",
     "kl_div_score": "KL rec.",
     "dead_latents": "dead",
@@ -32,8 +34,7 @@ def row_tables(results: Results) -> Iterator[Table]:
     for l0 in dict.fromkeys(row.l0_target for row in results.rows):
         rows = [row for row in results.rows if row.l0_target == l0]
         names = [name for name in _SHOWN if any(name in row.figures for row in rows)]
-        seeds = max(len(row.seeds) for row in rows)
-        table = Table(title=f"{results.name}, L0 {l0:g}{_over(seeds)}")
+        table = Table(title=f"{results.name}, L0 {l0:g}{_over(rows)}")
         longest = max(len(row.entry + signs(row)) for row in rows)
         table.add_column("", no_wrap=True, min_width=longest)
         for name in names:
@@ -48,8 +49,11 @@ def row_tables(results: Results) -> Iterator[Table]:
         yield table
 
 
-def _over(seeds: int) -> str:
-    return f": mean ± sd over {seeds} seeds" if seeds > 1 else ", one seed"
+def _over(rows: list[Row]) -> str:
+    most = max((row.seeds for row in rows), key=len)
+    if len(most) > len(set(most)):
+        return f": mean ± sd over {len(most)} runs, {len(set(most))} seeds on each language model"
+    return f": mean ± sd over {len(most)} seeds" if len(most) > 1 else ", one seed"
 
 
 _IN_MARKDOWN = (
@@ -62,6 +66,11 @@ _IN_MARKDOWN = (
     "absorption_full_learned",
     "parents_learned",
     "children_learned",
+    "probe_f1",
+    "k1_f1",
+    "sparse_probing_1",
+    "sparse_probing_2",
+    "sparse_probing_5",
     "ce_loss_score",
     "kl_div_score",
     "dead_latents",
@@ -75,6 +84,8 @@ def markdown(results: Results) -> str:
     for l0 in dict.fromkeys(row.l0_target for row in results.rows):
         rows = [row for row in results.rows if row.l0_target == l0]
         names = [name for name in _IN_MARKDOWN if any(name in row.figures for row in rows)]
+        if "k1_f1" in names:
+            names.insert(names.index("parents_learned"), "absorption_fraction_learned")
         heads = [figure(name).label + ARROWS[figure(name).better] for name in names]
         best = {name: best_rows(results, name) for name in names}
         lines = ["| " + " | ".join([f"L0 {l0:g}", *heads]) + " |"]

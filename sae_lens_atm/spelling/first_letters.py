@@ -70,6 +70,8 @@ class FirstLetters(NamedTuple):
     probe: Probe
     probe_f1: Tensor
     """On the test words, ``(26,)``."""
+    words: tuple[list[str], list[str]]
+    """Those to train on, and those to test on."""
     cfg: FirstLetterConfig
 
     @property
@@ -166,7 +168,8 @@ def look_at_first_letters(
     probe = train_probe(training, generator, epochs=cfg.probe_epochs, lr=cfg.probe_lr)
     is_letter = functional.one_hot(testing.letter, _LETTERS).bool()
     f1 = f1_scores(probe.score(testing.x) > 0, is_letter)
-    return FirstLetters(training, testing, streams(test, every), probe, f1, cfg)
+    asked = streams(test, every)
+    return FirstLetters(training, testing, asked, probe, f1, (train, test), cfg)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from sae_lens_atm.compare import compare, load_comparison, planned_jobs
 from sae_lens_atm.compare.results import Entry, Run
 from sae_lens_atm.compare.saved import data_of, evaluate_saved
 from sae_lens_atm.compare.summary import make_rows, make_tests
+from sae_lens_atm.compare.tables import markdown, row_tables
 from sae_lens_atm.settings import SettingsError
 
 
@@ -138,3 +139,18 @@ def test_mistakes_are_one_line(yaml, override, message):
 def test_first_letters_need_a_language_model(comparison_yaml):
     with pytest.raises(SettingsError, match="first_letters: only with runner: language_model"):
         load_comparison(comparison_yaml, ["first_letters={}"])
+
+
+def test_tables_show_what_absorption_hangs_on(results):
+    (table,) = row_tables(results)
+    assert "4 runs, 2 seeds on each language model" in str(table.title)
+    heads = [str(column.header) for column in table.columns]
+    assert {"abs. frac. ↓", "probe F1", "k1 F1 ↑", "CE rec. ↑"} <= set(heads)
+    head = markdown(results).splitlines()[0]
+    for label in (
+        "letter probes, F1",
+        "best latent, F1",
+        "sparse probing, k 5",
+        "fraction, learned",
+    ):
+        assert label in head
