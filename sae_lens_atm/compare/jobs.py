@@ -1,6 +1,7 @@
 """Many runs in processes of their own: one that crashes takes no other with it, and the memory of
 each can be told."""
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
+import sae_lens
 import torch
 from sae_lens import SAETrainer
 from sae_lens.synthetic import feature_dictionary
@@ -137,6 +139,7 @@ def silence_saelens() -> None:
     for module in (sae_trainer, multi_sae_trainer, feature_dictionary):
         setattr(module, "tqdm", _no_bar)  # noqa: B010
     warnings.filterwarnings("ignore", module=r"sae_lens\.")
+    sae_lens.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*decoder_init_norm must be set.*")
 
 
