@@ -77,8 +77,13 @@ if not console.is_terminal and "COLUMNS" not in os.environ:
 
 def main() -> None:
     """The console command."""
+    warnings.formatwarning = _one_line_warning
     load_plugins()
     app()
+
+
+def _one_line_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"warning: {message}\n"
 
 
 def load_plugins() -> None:
@@ -102,6 +107,9 @@ def train_command(
     dry_run: Annotated[
         bool, typer.Option(help="Check everything, print the plan and what it needs, stop.")
     ] = False,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Checkpoints to keep, the newest; else all.")
+    ] = None,
 ) -> None:
     """Train the SAE of a run file."""
     with _clear_errors():
@@ -111,7 +119,7 @@ def train_command(
             return
         silence_saelens()
         with Progress(console, run.runner.total_training_steps) as progress:
-            result = train(run, resume, progress.on_step)
+            result = train(run, resume, progress.on_step, keep=keep)
         _print_result(result, isinstance(run, LanguageModelRun))
 
 
@@ -359,4 +367,9 @@ def _print_result(result: Result, language_model: bool) -> None:
     title = "on the language model" if language_model else "on fresh synthetic samples"
     if result.figures:
         console.print(figures_table(f"The saved SAE {title}", {"value": result.figures}))
+    if result.skipped_batches:
+        console.print(
+            f"skipped {result.skipped_batches} batches with NaN, Inf or enormous values",
+            highlight=False,
+        )
     console.print(f"saved {result.output_path} in {result.seconds:.0f} s")

@@ -87,6 +87,14 @@ def combine_signals(
     return torch.stack([w * s for w, s in parts]).sum(0)
 
 
+def effective_latents(importance: Tensor) -> Tensor:
+    """``(sum_i I_i)^2 / sum_i I_i^2``: how many latents share the importance; 1 where one has it
+    all, ``d_sae`` where all have the same or none has any."""
+    largest = importance.max()
+    share = torch.where(largest > 0, importance / largest, 1.0)
+    return share.sum().square() / share.square().sum()
+
+
 class ExactBuffers(nn.Module):
     """A module whose buffers in ``exact_buffers`` keep their dtype when the module is cast.
 

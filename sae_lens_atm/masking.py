@@ -37,11 +37,13 @@ def importance_threshold(importance: Tensor, c: float | Tensor) -> Tensor:
 def mask_probability(importance: Tensor, threshold: Tensor, r: float) -> Tensor:
     """The paper's ``p_i = 1 - exp(-r (theta - Importance_i) / theta)`` below ``theta``, else 0.
 
-    Importances are not negative, so nothing lies below a ``theta <= 0`` and nothing is masked.
+    Importances are not negative, so nothing lies below a ``theta <= 0`` and nothing is masked. With
+    a large ``c`` every latent lies below; the most important (all that are equal to it) is never
+    masked.
     """
-    positive = threshold > 0
-    gap = (threshold - importance).clamp(min=0) / torch.where(positive, threshold, 1.0)
-    return torch.where(positive, -torch.expm1(-r * gap), 0.0)
+    maskable = (threshold > 0) & (importance < importance.max())
+    gap = (threshold - importance).clamp(min=0) / torch.where(threshold > 0, threshold, 1.0)
+    return torch.where(maskable, -torch.expm1(-r * gap), 0.0)
 
 
 def ramp(step: Tensor, start: int, length: int) -> Tensor:

@@ -23,6 +23,7 @@ from sae_lens_atm.importance import (
     ExactBuffers,
     ImportanceTracker,
     combine_signals,
+    effective_latents,
 )
 from sae_lens_atm.masking import (
     Mask,
@@ -412,6 +413,7 @@ def _mask_metrics(mask: Mask, dead: Tensor | None) -> dict[str, Any]:
     return {
         "importance_threshold": mask.threshold,
         "importance_mean": importance.mean,
+        "importance_effective_latents": partial(effective_latents, importance),
         **quantiles,
         "mask_c": mask.c,
         "mask_probability": mask.probability.mean,

@@ -4,6 +4,7 @@ A run file says which SAELens runner it is for and then holds that runner's own 
 
     runner: synthetic            # or language_model
     seed: 0
+    max_bad_batches: 10          # in a row, at which a run stops; fewer are skipped
     hierarchy_model: {...}       # synthetic only, or synthetic_model, as in SAELens
     sae: {architecture: atm, ...}
     ...                          # the fields of SyntheticSAERunnerConfig or
@@ -46,6 +47,7 @@ _POSITIVE = (
     "feature_sampling_window",
     "dead_feature_window",
     "n_batches_for_norm_estimate",
+    "max_bad_batches",
     "lr",
 )
 
@@ -61,6 +63,8 @@ class SyntheticRun:
     runner: SyntheticSAERunnerConfig[Any]
     hierarchy: HierarchyModelConfig | None
     seed: int
+    max_bad_batches: int = 10
+    """Batches with NaN, Inf or enormous values are skipped, but so many in a row stop the run."""
 
 
 @dataclass
@@ -69,6 +73,7 @@ class LanguageModelRun:
 
     runner: LanguageModelSAERunnerConfig[Any]
     seed: int
+    max_bad_batches: int = 10
 
 
 Run = SyntheticRun | LanguageModelRun
@@ -145,6 +150,8 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     schema = _schemas()[runner]
     values = _validate(schema, {k: v for k, v in content.items() if k not in ("runner", "sae")})
     seed = values.pop("seed", 0)
+    _check_common(values)
+    max_bad_batches = values.pop("max_bad_batches", 10)
     # Nothing here needs an account: wandb is on when a run file says so.
     logging: dict[str, Any] = {"log_to_wandb": False, **values.pop("logger", {})}
     logger = LoggingConfig(**logging)
@@ -154,7 +161,6 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
             f"output_path is {output!r}: allowed is a folder, where the run is kept"
         )
     output = values["output_path"] = str(Path(output).expanduser())
-    _check_common(values)
     checkpoints = values.pop("checkpoint_path", None) or f"{output}/checkpoints"
     if runner == "language_model":
         values.setdefault("verbose", False)
@@ -170,7 +176,7 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
         )
         cfg.checkpoint_path = checkpoints
         _lay_out_schedule(cfg, content)
-        return LanguageModelRun(cfg, seed)
+        return LanguageModelRun(cfg, seed, max_bad_batches)
 
     hierarchy_values = values.pop("hierarchy_model", None)
     model_values = values.pop("synthetic_model", None)
@@ -200,7 +206,7 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
         **values,
     )
     _lay_out_schedule(cfg, content)
-    return SyntheticRun(cfg, hierarchy, seed)
+    return SyntheticRun(cfg, hierarchy, seed, max_bad_batches)
 
 
 def _lay_out_schedule(cfg: Any, content: dict[str, Any]) -> None:
@@ -259,7 +265,7 @@ def _schemas() -> dict[str, type[BaseModel]]:
             LanguageModelSAERunnerConfig,
             # `--resume` and the training of one SAE from a run file make these moot.
             without={"sae", "logger", "resume_from_checkpoint", "hook_eval"},
-            extra={"logger": (logger, {}), "seed": (int, 0)},
+            extra={"logger": (logger, {}), "seed": (int, 0), "max_bad_batches": (int, 10)},
         ),
         "synthetic": _schema(
             SyntheticSAERunnerConfig,
@@ -267,6 +273,7 @@ def _schemas() -> dict[str, type[BaseModel]]:
             extra={
                 "logger": (logger, {}),
                 "seed": (int, 0),
+                "max_bad_batches": (int, 10),
                 "hierarchy_model": (_schema(HierarchyModelConfig) | None, None),
                 "synthetic_model": (_schema(SyntheticModelConfig) | str | None, None),
             },

@@ -39,6 +39,7 @@ from sae_lens_atm.dry_run import look_up
 from sae_lens_atm.evaluation import evaluate, to_json
 from sae_lens_atm.language_models import check_hook, saved_dataset
 from sae_lens_atm.settings import LanguageModelRun, Run, SettingsError, SyntheticRun
+from sae_lens_atm.stream import ActivationStream
 from sae_lens_atm.synthetic import build_hierarchy_model
 from sae_lens_atm.watch import OnStep, StopFlag, Watch
 
@@ -52,6 +53,8 @@ class Result:
     seconds: float
     figures: dict[str, float] = field(default_factory=dict[str, float])
     """What the final evaluation found."""
+    skipped_batches: int = 0
+    """How many batches were skipped for their NaN, Inf or enormous values."""
 
 
 def train(
@@ -59,6 +62,7 @@ def train(
     resume: str | Path | None = None,
     on_step: OnStep | None = None,
     stop: StopFlag | None = None,
+    keep: int | None = None,
 ) -> Result:
     """Train a run to its end and save the SAE in its `output_path`.
 
@@ -67,11 +71,12 @@ def train(
         resume: a checkpoint to go on from, or the folder of a run (then its newest one).
         on_step: called after each training step.
         stop: asks for a stop from outside; signals set it too.
+        keep: how many checkpoints to keep, the newest; all if None.
 
     Raises:
         Interrupted: a signal or `stop` asked for it; a checkpoint is there.
         SettingsError, CheckpointError: something does not fit, before any training.
-        NonFiniteBatchError: after a checkpoint of the last good step.
+        NonFiniteBatchError: too many bad batches in a row; the last good step is saved.
     """
     plan(run, resume)
     check_devices(run)
@@ -81,7 +86,7 @@ def train(
     stop = stop or StopFlag()
     start = time.perf_counter()
     torch.manual_seed(run.seed)
-    watch = Watch(on_step, stop, checkpoint)
+    watch = Watch(on_step, stop, checkpoint, run.max_bad_batches, keep)
     prepare = _prepare_synthetic if isinstance(run, SyntheticRun) else _prepare_language_model
     job = prepare(cast(Any, run), watch)
     with stop.on_signals():  # until the result is saved, too
@@ -94,7 +99,7 @@ def train(
     except Exception as error:  # whatever it is, hours of training must not end in it
         reason = f"{type(error).__name__}: {error}"
         warnings.warn(f"the SAE is saved, but evaluating it failed ({reason})", stacklevel=2)
-    return Result(sae, output, time.perf_counter() - start, figures)
+    return Result(sae, output, time.perf_counter() - start, figures, watch.skipped_batches)
 
 
 class _Job(NamedTuple):
@@ -296,10 +301,18 @@ class WatchedRunner(LanguageModelSAETrainingRunner):
     """SAELens' language-model runner, stopping between steps and with a checkpoint."""
 
     watch: Watch
+    stream: ActivationStream
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
         return self.watch.fit(trainer)
+
+    @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        super().save_checkpoint(checkpoint_path)
+        guard = self.watch.guard
+        if checkpoint_path is not None and guard is not None and guard.batch is not None:
+            self.stream.save(checkpoint_path, guard.batch)
 
     @override
     def save_final_sae(
@@ -323,12 +336,13 @@ def _prepare_language_model(run: LanguageModelRun, watch: Watch) -> _Job:
             f"cannot load model_name {cfg.model_name!r} with dataset_path {cfg.dataset_path!r}: "
             f"{type(error).__name__}: {reason}"
         ) from error
-    runner.watch = watch
+    runner.watch, watch.owns_random_state = watch, False
+    runner.stream = ActivationStream(runner.activations_store, int(cfg.prefetch_llm_batches))
     check_hook(runner.cfg, runner.model)
     if watch.checkpoint is not None:
         # SAELens does so while prefetching has begun: two threads would draw on the data at once.
         with reading(watch.checkpoint):
-            runner.activations_store.load_from_checkpoint(watch.checkpoint)
+            runner.stream.load(watch.checkpoint)
 
     def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
         evaluator: LLMSaeEvaluator[Any] = runner.evaluator

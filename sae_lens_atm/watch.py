@@ -6,9 +6,10 @@ training step, and `maybe_reset_sparsity`, which `fit` calls between two steps.
 
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,7 +18,10 @@ from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
-from sae_lens_atm.checkpoints import load_random_state, save_atomically
+from sae_lens_atm.checkpoints import load_random_state, save_atomically, skipped_batches
+from sae_lens_atm.guard import Guard, NonFiniteBatchError
+from sae_lens_atm.importance import effective_latents
+from sae_lens_atm.sae import ATMTrainingSAE
 
 OnStep = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
 
@@ -32,14 +36,12 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-class NonFiniteBatchError(RuntimeError):
-    """A batch held NaN or Inf values; it reached neither weights nor importance."""
-
-
 class _StopRequested(Exception):
     pass
 
 
+_LOOK_EVERY = 1000  # steps between two looks at the importance: each waits for the device
+_COLLAPSED = 2.0  # effective latents below which importance has collapsed
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -77,34 +79,49 @@ class StopFlag:
 
 @dataclass
 class Watch:
-    """Watches one run of a trainer, from a checkpoint if one is given."""
+    """Watches one run of a trainer, from a checkpoint if one is given.
+
+    Args:
+        max_bad_batches: bad batches in a row at which the run stops; fewer are skipped.
+        keep: how many checkpoints to keep, all if None.
+        owns_random_state: whether random numbers go on as in the checkpoint from the beginning;
+            else the data see to that.
+    """
 
     on_step: OnStep | None
     stop: StopFlag
     checkpoint: Path | None
+    max_bad_batches: int = 10
+    keep: int | None = None
+    owns_random_state: bool = True
+    guard: Guard | None = field(default=None, init=False)
+
+    @property
+    def skipped_batches(self) -> int:
+        return 0 if self.guard is None else self.guard.skipped
 
     def fit(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
-        save_atomically(trainer)
+        save_atomically(trainer, self.keep, lambda: {"skipped_batches": self.skipped_batches})
+        guard = self.guard = Guard(trainer, self.max_bad_batches)
         if self.checkpoint is not None:
+            guard.skipped = skipped_batches(self.checkpoint)
             self._finish_resuming(trainer, self.checkpoint)
-        self._attach(trainer)
+        self._attach(trainer, guard)
         try:
-            return trainer.fit()
+            with guard.watching():
+                return trainer.fit()
         except _StopRequested:
             number = self.stop.signal_number or signal.SIGINT
             raise Interrupted(self._save(trainer), number) from None
         except NonFiniteBatchError as error:
-            raise NonFiniteBatchError(f"{error}; saved {self._save(trainer)}") from None
+            saved = self._save(trainer)
+            raise NonFiniteBatchError(f"{error}; saved {saved}" if saved else str(error)) from None
 
-    def _attach(self, trainer: SAETrainer[Any, Any]) -> None:
+    def _attach(self, trainer: SAETrainer[Any, Any], guard: Guard) -> None:
         step, between_steps = trainer.step, trainer.maybe_reset_sparsity
 
-        def checked_step(batch: Tensor) -> TrainStepOutput:
-            if not batch.isfinite().all():
-                raise NonFiniteBatchError(
-                    f"the batch of step {trainer.n_training_steps} holds NaN or Inf values"
-                )
-            output = step(batch)
+        def guarded_step(batch: Tensor) -> TrainStepOutput:
+            output = guard.step(step, batch)
             if self.on_step is not None:
                 self.on_step(trainer, output)
             return output
@@ -112,21 +129,38 @@ class Watch:
         def maybe_stop() -> dict[str, Any]:
             if self.stop.signal_number is not None:
                 raise _StopRequested
+            if trainer.n_training_steps % _LOOK_EVERY == 0:
+                warn_of_collapse(trainer)
             return between_steps()
 
-        trainer.step = checked_step  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.step = guarded_step  # pyright: ignore[reportAttributeAccessIssue]
         trainer.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _save(self, trainer: SAETrainer[Any, Any]) -> Path:
+    def _save(self, trainer: SAETrainer[Any, Any]) -> Path | None:
+        if self.guard is None or self.guard.batch is None:
+            return self.checkpoint  # nothing was trained since
         self.stop.saving = True
         trainer.save_checkpoint(str(trainer.n_training_samples))
         return Path(trainer.cfg.checkpoint_path or "") / str(trainer.n_training_samples)
 
-    @staticmethod
-    def _finish_resuming(trainer: SAETrainer[Any, Any], checkpoint: Path) -> None:
+    def _finish_resuming(self, trainer: SAETrainer[Any, Any], checkpoint: Path) -> None:
         """Restore what SAELens' trainer leaves out."""
         samples = trainer.n_training_samples
         # A periodic checkpoint is written before its step is counted.
         trainer.n_training_steps = samples // trainer.cfg.train_batch_size_samples
         trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= samples]
-        load_random_state(checkpoint)
+        if self.owns_random_state:
+            load_random_state(checkpoint)
+
+
+def warn_of_collapse(trainer: SAETrainer[Any, Any]) -> None:
+    """Say so where hardly more than one latent matters."""
+    sae = trainer.sae
+    if isinstance(sae, ATMTrainingSAE) and trainer.n_training_steps > 0:
+        effective = float(effective_latents(sae.importance))
+        if effective < _COLLAPSED < sae.cfg.d_sae:
+            warnings.warn(
+                f"importance has collapsed: at step {trainer.n_training_steps} it is that of "
+                f"{effective:.2f} latents of {sae.cfg.d_sae}",
+                stacklevel=2,
+            )

@@ -15,7 +15,13 @@ from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from sae_lens_atm.checkpoints import CheckpointError, newest_checkpoint, reading
+from sae_lens_atm.checkpoints import (
+    CheckpointError,
+    check_pickles,
+    newest_checkpoint,
+    reading,
+    skipped_batches,
+)
 from sae_lens_atm.compare.config import Planned, at
 from sae_lens_atm.compare.data import Pool, batch_seed
 from sae_lens_atm.compare.history import (
@@ -108,6 +114,8 @@ def _fit(
     checkpoint = _newest(home / "checkpoints")
     done = 0 if checkpoint is None else int(checkpoint.name) // cfg.batch_size
     trainer_cfg = cfg.to_sae_trainer_config()
+    if checkpoint is not None:
+        done += skipped_batches(checkpoint)
     if checkpoint is not None and sae.cfg.normalize_activations in _ESTIMATED:
         done += trainer_cfg.n_batches_for_norm_estimate  # those that the estimate took
     pool = pool_of(planned, folder)
@@ -127,6 +135,7 @@ def _fit(
     history = History(trainer, points, probe, controller)
     if checkpoint is not None:
         with reading(checkpoint):
+            check_pickles(checkpoint)
             trainer.load_trainer_state(checkpoint)
             sae.load_weights_from_checkpoint(checkpoint)
             history.load(checkpoint / HISTORY)
