@@ -17,7 +17,7 @@ import sae_lens
 import torch
 from sae_lens import SAETrainer
 from sae_lens.synthetic import feature_dictionary
-from sae_lens.training import multi_sae_trainer, sae_trainer
+from sae_lens.training import activation_scaler, multi_sae_trainer, sae_trainer
 from tqdm.auto import tqdm
 
 from sae_lens_atm.watch import Interrupted, StopFlag
@@ -136,7 +136,7 @@ def _no_bar(*args: Any, **kwargs: Any) -> Any:
 
 def silence_saelens() -> None:
     """No bars and warnings of SAELens' in between: many processes write to one terminal."""
-    for module in (sae_trainer, multi_sae_trainer, feature_dictionary):
+    for module in (sae_trainer, multi_sae_trainer, activation_scaler, feature_dictionary):
         setattr(module, "tqdm", _no_bar)  # noqa: B010
     warnings.filterwarnings("ignore", module=r"sae_lens\.")
     sae_lens.logger.setLevel(logging.ERROR)

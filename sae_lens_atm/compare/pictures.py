@@ -35,24 +35,21 @@ def draw_pictures(results: Results, folder: Path) -> list[Path]:
     return drawn
 
 
-def _pyplot() -> Any:
-    import matplotlib as mpl
+def _figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A picture, and its axes in lines and columns. Not pyplot's, whose backend, in a notebook say,
+    is the caller's."""
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
+    picture = Figure(figsize=size, layout="constrained")
+    return picture, picture.subplots(lines, columns, squeeze=False)
 
 
 def _draw_pareto(results: Results, path: Path) -> Path:
-    plt = _pyplot()
     present = {name for row in results.rows for name in row.figures}
     names = [name for name in PARETO if name in present]
     columns = 2
     lines = -(-len(names) // columns)
-    picture, grid = plt.subplots(
-        lines, columns, figsize=(11, 4.2 * lines), layout="constrained", squeeze=False
-    )
+    picture, grid = _figure(lines, columns, (11, 4.2 * lines))
     styles = entry_styles(results.entries)
     for axes, name in zip(grid.flat, names, strict=False):
         for entry in results.entries:
@@ -67,7 +64,6 @@ def _draw_pareto(results: Results, path: Path) -> Path:
     handles, labels = grid.flat[0].get_legend_handles_labels()
     picture.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
     picture.savefig(path, dpi=120)
-    plt.close(picture)
     return path
 
 
@@ -107,9 +103,8 @@ def _draw_entry(axes: Any, rows: Sequence[Row], name: str, style: Style) -> None
 
 
 def _draw_dynamics(results: Results, path: Path) -> Path:
-    plt = _pyplot()
     run, importance = importance_runs(results)[0]
-    picture, (left, right) = plt.subplots(1, 2, figsize=(12, 4.4), layout="constrained")
+    picture, ((left, right),) = _figure(1, 2, (12, 4.4))
     _draw_importance(left, importance)
     styles = entry_styles(results.entries)
     beside = [r for r in results.runs if (r.seed, r.l0_target) == (run.seed, run.l0_target)]
@@ -132,7 +127,6 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=130)
-    plt.close(picture)
     return path
 
 
