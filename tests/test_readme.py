@@ -131,7 +131,12 @@ def test_train_command_lines_run(language_model_yaml):
 
 def test_compare_command_lines_run(comparison_yaml, tmp_path):
     """On the small comparison, in the folders of the real one."""
-    commands = [words for words in command_lines() if words[0] not in ("train", "inspect", "push")]
+    others = ("train", "inspect", "push", "make-lm")
+    commands = [
+        words
+        for words in command_lines()
+        if words[0] not in others and "compare-spelling-lm" not in words
+    ]
     assert [words[0] for words in commands] == ["compare", "compare", "report", "evaluate"]
     text = comparison_yaml.read_text().replace("output_path: out\n", "")
     (tmp_path / "compare-sister-a.yaml").write_text(text)
@@ -140,6 +145,20 @@ def test_compare_command_lines_run(comparison_yaml, tmp_path):
         arguments = [f"{w}.yaml" if w == "compare-sister-a" else w for w in command]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
+
+
+def test_language_model_command_lines_run(tmp_path):
+    """The comparison is planned, the model a small one."""
+    lines = command_lines()
+    (compared,) = [words for words in lines if "compare-spelling-lm" in words]
+    result = CliRunner().invoke(app, [*compared, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    (made,) = [words for words in lines if words[0] == "make-lm"]
+    small = ["steps=2", "d_model=8", "heads=2", "words_per_letter=6", "dataset_rows=8"]
+    settings = [part for setting in small for part in ("--set", setting)]
+    result = CliRunner().invoke(app, [*made, *settings])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "my-lm" / "model.safetensors").exists()
 
 
 def test_push_command_line_runs(tmp_path):

@@ -110,6 +110,7 @@ def threads_each(at_once: int) -> int:
 def _child(job: Job, connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
     silence_saelens()
+    sae_lens.logger.setLevel(logging.ERROR)  # the process is ours alone
     stop = StopFlag()
 
     def report(steps: int) -> None:
@@ -139,7 +140,6 @@ def silence_saelens() -> None:
     for module in (sae_trainer, multi_sae_trainer, activation_scaler, feature_dictionary):
         setattr(module, "tqdm", _no_bar)  # noqa: B010
     warnings.filterwarnings("ignore", module=r"sae_lens\.")
-    sae_lens.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*decoder_init_norm must be set.*")
 
 
