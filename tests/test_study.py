@@ -147,3 +147,12 @@ def test_the_picture_is_drawn_from_the_committed_results(tmp_path):
     assert (tmp_path / "study.png").stat().st_size > 20_000
     paths = {f"benchmarks/study/results/{p.name}" for p in STUDY.glob("results/held-out-*.json")}
     assert paths <= set(picture.PANELS.values())
+
+
+def test_committed_results_do_not_tell_where_they_were_made():
+    root = Path(__file__).parent.parent
+    files = [*root.glob("docs/*/results.json"), *root.glob("benchmarks/study/results/*.json")]
+    kept = [json.loads(file.read_text(encoding="utf-8")).get("config", {}) for file in files]
+    folders = [config["output_path"] for config in kept if "output_path" in config]
+    assert len(folders) > 10
+    assert not [folder for folder in folders if Path(folder).is_absolute()]
