@@ -12,6 +12,7 @@ from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
 from sae_lens.constants import DTYPE_MAP
 
 from sae_lens_atm.config import ATMTrainingSAEConfig
+from sae_lens_atm.stream import MOST_BYTES
 
 GIB = 2**30
 # Operations a second of an A100 with 80 GiB, in dense products.
@@ -148,11 +149,22 @@ def seconds(run: LanguageModelSAERunnerConfig[Any], model: LanguageModel) -> dic
     }
 
 
+def stream_bytes(run: LanguageModelSAERunnerConfig[Any]) -> int:
+    """What a checkpoint holds of the activations that wait, at most: the buffer and what was made
+    ahead, in half the space if the model is in bfloat16."""
+    rows = run.n_batches_in_buffer + run.store_batch_size_prompts
+    tokens = rows * run.context_size + int(run.prefetch_llm_batches) * run.train_batch_size_tokens
+    dtype = (run.model_from_pretrained_kwargs or {}).get("dtype")
+    needed = (2 if dtype == "bfloat16" else 4) * run.sae.d_in * tokens
+    return needed if needed <= MOST_BYTES else 0
+
+
 def disk(run: LanguageModelSAERunnerConfig[Any]) -> int:
     """Bytes of all checkpoints, one of an interruption among them, and of the finished SAE."""
     size = sae_size(run.sae)
     checkpoints = run.n_checkpoints + run.save_final_checkpoint + 1
-    return checkpoints * size.checkpoint + size.parameters + 4 * size.d_sae
+    each = size.checkpoint + stream_bytes(run)
+    return checkpoints * each + size.parameters + 4 * size.d_sae
 
 
 def describe(parts: Mapping[str, float], unit: float, name: str) -> str:

@@ -5,6 +5,7 @@ numbers and a manifest beside them.
 """
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -224,7 +225,9 @@ def check_resumable(folder: Path, cfg: TrainingSAEConfig) -> None:
             shape = tuple(tensors.get_slice("W_dec").get_shape())
             broken = [n for n in tensors.keys() if is_broken(n, tensors.get_tensor(n))]  # noqa: SIM118
         check_pickles(folder)
-        json.loads((folder / ACTIVATION_SCALER_CFG_FILENAME).read_text(encoding="utf-8"))
+        scaler = json.loads((folder / ACTIVATION_SCALER_CFG_FILENAME).read_text(encoding="utf-8"))
+        if not math.isfinite(scaler["scaling_factor"] or 1.0):
+            raise ValueError(f"scaling_factor is {scaler['scaling_factor']}")
     if shape != (cfg.d_sae, cfg.d_in):
         raise CheckpointError(
             f"cannot resume: W_dec in {folder} has shape {shape}, not {(cfg.d_sae, cfg.d_in)}"

@@ -10,6 +10,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from torch import Tensor
 
+from sae_lens_atm.checkpoints import is_broken
 from sae_lens_atm.hub_errors import explained
 from sae_lens_atm.inference import ATMSAE
 from sae_lens_atm.sae import IMPORTANCE_QUANTILES
@@ -27,7 +28,11 @@ def load_sae(reference: str) -> SAE[Any]:
         HubError: it cannot be fetched.
     """
     try:
-        return _load_sae(reference)
+        sae = _load_sae(reference)
+        for name, tensor in sae.state_dict().items():
+            if is_broken(name, tensor):
+                raise SettingsError(f"cannot load {reference}: {name} holds NaN or Inf values")
+        return sae
     except SettingsError:
         raise
     except Exception as error:  # whatever it is that a file of other people's holds

@@ -14,6 +14,7 @@ The schemas are made from SAELens' dataclasses, so a field that SAELens gains is
 """
 
 import difflib
+import reprlib
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -50,6 +51,12 @@ _POSITIVE = (
     "max_bad_batches",
     "lr",
 )
+
+
+_MOST_SHOWN = 300
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxlist, _repr.maxdict, _repr.maxtuple = 4, 8, 8, 8
+_repr.maxstring = _repr.maxother = _repr.maxlong = _MOST_SHOWN
 
 
 class SettingsError(ValueError):
@@ -112,8 +119,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not YAML: {_one_line(error)}") from error
+    except Exception as error:  # PyYAML lets through what its constructors stumble on
+        reason = _one_line(error) or type(error).__name__
+        raise SettingsError(f"{path} is not YAML: {reason}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path} holds {type(content).__name__}: allowed is a mapping of keys")
     return cast(dict[str, Any], content)
@@ -145,7 +153,7 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
         raise SettingsError("architectures: this is a comparison, for `sae-lens-atm compare`")
     runner = content.get("runner")
     if runner not in RUNNERS:
-        raise SettingsError(f"runner is {runner!r}: allowed is one of {', '.join(RUNNERS)}")
+        raise SettingsError(f"runner is {shown(runner)}: allowed is one of {', '.join(RUNNERS)}")
     sae = _parse_sae(content.get("sae"))
     schema = _schemas()[runner]
     values = _validate(schema, {k: v for k, v in content.items() if k not in ("runner", "sae")})
@@ -237,14 +245,14 @@ def _check_common(values: dict[str, Any]) -> None:
 
 def _parse_sae(content: Any) -> Any:
     if not isinstance(content, dict):
-        raise SettingsError(f"sae is {content!r}: allowed is a mapping with an architecture")
+        raise SettingsError(f"sae is {shown(content)}: allowed is a mapping with an architecture")
     values = cast(dict[str, Any], content)
     architecture = values.get("architecture")
     if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
         raise SettingsError(
-            f"sae.architecture is {architecture!r}: allowed is one of "
+            f"sae.architecture is {shown(architecture)}: allowed is one of "
             f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}"
-            + _did_you_mean(str(architecture), SAE_TRAINING_CLASS_REGISTRY)
+            + _did_you_mean(shown(architecture), SAE_TRAINING_CLASS_REGISTRY)
         )
     config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     checked = _validate(
@@ -349,7 +357,7 @@ def _describe(
     if error["type"] == "missing":
         return f"{key}: missing, and has no default"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key} is {error['input']!r}: {message}"
+    return f"{key} is {shown(error['input'])}: {message}"
 
 
 def _names_at(schema: type[BaseModel], path: tuple[str, ...]) -> list[str]:
@@ -379,5 +387,14 @@ def _build(cls: Any, where: str = "", **values: Any) -> Any:
         raise SettingsError(f"{where}{joint}{message}" if where else message) from error
 
 
+def shown(value: object) -> str:
+    """A value as it is written in a message, which a file must not make endless."""
+    try:
+        text = _repr.repr(value)
+    except ValueError as error:  # of a number of thousands of digits
+        text = str(error)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return " ".join(str(error).split())[: 10 * _MOST_SHOWN]

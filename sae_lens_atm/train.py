@@ -38,7 +38,7 @@ from sae_lens_atm.checkpoints import (
 from sae_lens_atm.dry_run import look_up
 from sae_lens_atm.evaluation import evaluate, to_json
 from sae_lens_atm.language_models import check_hook, saved_dataset
-from sae_lens_atm.settings import LanguageModelRun, Run, SettingsError, SyntheticRun
+from sae_lens_atm.settings import LanguageModelRun, Run, SettingsError, SyntheticRun, shown
 from sae_lens_atm.stream import ActivationStream
 from sae_lens_atm.synthetic import build_hierarchy_model
 from sae_lens_atm.watch import OnStep, StopFlag, Watch
@@ -186,7 +186,10 @@ def check_output(run: Run, resume: str | Path | None = None) -> Path:
     output = Path(run.runner.output_path or "")
     checkpoints = Path(run.runner.checkpoint_path or "")
     for folder in (output, checkpoints):
-        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        try:
+            existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        except (OSError, ValueError) as error:  # no path at all: too long, or with a 0 in it
+            raise SettingsError(f"output_path {shown(str(folder))}: {error.args[-1]}") from error
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise SettingsError(f"output_path {folder} is not writable: see {existing}")
     if (output / SAE_CFG_FILENAME).exists():

@@ -95,6 +95,7 @@ class Watch:
     keep: int | None = None
     owns_random_state: bool = True
     guard: Guard | None = field(default=None, init=False)
+    collapsed: bool = field(default=False, init=False)
 
     @property
     def skipped_batches(self) -> int:
@@ -129,8 +130,8 @@ class Watch:
         def maybe_stop() -> dict[str, Any]:
             if self.stop.signal_number is not None:
                 raise _StopRequested
-            if trainer.n_training_steps % _LOOK_EVERY == 0:
-                warn_of_collapse(trainer)
+            if trainer.n_training_steps % _LOOK_EVERY == 0 and not self.collapsed:
+                self.collapsed = warn_of_collapse(trainer)
             return between_steps()
 
         trainer.step = guarded_step  # pyright: ignore[reportAttributeAccessIssue]
@@ -153,14 +154,17 @@ class Watch:
             load_random_state(checkpoint)
 
 
-def warn_of_collapse(trainer: SAETrainer[Any, Any]) -> None:
-    """Say so where hardly more than one latent matters."""
+def warn_of_collapse(trainer: SAETrainer[Any, Any]) -> bool:
+    """Say so where hardly more than one latent matters; whether it was said."""
     sae = trainer.sae
-    if isinstance(sae, ATMTrainingSAE) and trainer.n_training_steps > 0:
-        effective = float(effective_latents(sae.importance))
-        if effective < _COLLAPSED < sae.cfg.d_sae:
-            warnings.warn(
-                f"importance has collapsed: at step {trainer.n_training_steps} it is that of "
-                f"{effective:.2f} latents of {sae.cfg.d_sae}",
-                stacklevel=2,
-            )
+    if not isinstance(sae, ATMTrainingSAE) or trainer.n_training_steps == 0:
+        return False
+    effective = float(effective_latents(sae.importance))
+    if not effective < _COLLAPSED < sae.cfg.d_sae:
+        return False
+    warnings.warn(
+        f"importance has collapsed: at step {trainer.n_training_steps} it is that of "
+        f"{effective:.2f} latents of {sae.cfg.d_sae}",
+        stacklevel=2,
+    )
+    return True

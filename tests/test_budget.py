@@ -1,5 +1,6 @@
 import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,8 +135,21 @@ def test_disk_is_what_a_run_leaves(language_model_yaml, tmp_path):
     train(run)
     files = [f.stat().st_size for f in (tmp_path / "out").rglob("*") if f.is_file()]
     # one checkpoint more is allowed for, for an interruption
-    said = budget.disk(run.runner) - budget.sae_size(run.runner.sae).checkpoint
+    more = budget.sae_size(run.runner.sae).checkpoint + budget.stream_bytes(run.runner)
+    said = budget.disk(run.runner) - more
     assert sum(files) == pytest.approx(said, rel=0.03)
+
+
+def test_a_checkpoint_holds_no_more_of_the_stream_than_is_said(language_model_yaml):
+    for dtype, prefetch in (("float32", 0), ("bfloat16", 4)):
+        own = f"model_from_pretrained_kwargs={{dtype: {dtype}}}"
+        more = ["n_batches_in_buffer=64", "activations_mixing_fraction=0.5", "n_checkpoints=6"]
+        more += [own, f"prefetch_llm_batches={prefetch}", f"output_path={dtype}"]
+        run = load_run(language_model_yaml, more)
+        train(run)
+        files = Path(f"{dtype}/checkpoints").glob("*/activation_stream.safetensors")
+        largest = max(file.stat().st_size for file in files)
+        assert 0.5 < largest / budget.stream_bytes(run.runner) < 1.05
 
 
 @pytest.mark.parametrize("prefetch", [0, 5])

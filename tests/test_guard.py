@@ -1,15 +1,20 @@
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from sae_lens import SAETrainer
+from sae_lens.config import SAETrainerConfig
 from sae_lens.synthetic.training import SyntheticActivationIterator
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae_lens_atm.checkpoints import newest_checkpoint
+from sae_lens_atm.guard import Guard
 from sae_lens_atm.settings import load_run
 from sae_lens_atm.train import train
 from sae_lens_atm.watch import Interrupted, NonFiniteBatchError, StopFlag
-from tests.helpers import ACTIVATIONS, SCHEDULES
+from tests.helpers import ACTIVATIONS, SCHEDULES, make_sae
 
 SETTINGS = ["run_final_eval=false"]
 BAD = {
@@ -163,6 +168,32 @@ def test_strange_but_finite_activations_are_trained_on(
     assert result.skipped_batches == 0
     assert all(t.isfinite().all() for t in result.sae.state_dict().values())
     assert math.isfinite(result.sae.importance.sum())
+
+
+class HostReads(TorchDispatchMode):
+    """Counts values that the host reads, for each of which it would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_guarded_step_reads_one_value_more(activation):
+    reads = {}
+    for guarded in (False, True):
+        sae = make_sae(activation=activation, kernels="dense")
+        cfg = SAETrainerConfig(10_000, 64, lr=1e-3, lr_end=1e-4)
+        trainer = SAETrainer(cfg, sae, iter(()))
+        guard = Guard(trainer, 10)
+        with guard.watching() if guarded else nullcontext(), HostReads() as mode:
+            for _ in range(5):
+                x = torch.ones(64, 8)
+                guard.step(trainer.step, x) if guarded else trainer.step(x)
+        reads[guarded] = mode.count
+    assert reads[True] == reads[False] + 5
 
 
 def test_the_sae_is_left_as_saelens_made_it(synthetic_yaml):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_lens_atm import ImportanceTracker, Signals, batch_signals, combine_signals
-from sae_lens_atm.importance import normalize
+from sae_lens_atm.importance import effective_latents, normalize
 from tests.helpers import ACTIVATIONS, make_sae, step_input, train
 
 
@@ -203,3 +203,18 @@ def test_the_clock_is_read_again_after_whatever_sets_it():
     tracker.update(ones, torch.ones(2))
     reads.append(tracker.clock())
     assert reads == [1, 2, 3, 40, 70, 80, 80, 81]
+
+
+@pytest.mark.parametrize(
+    ("importance", "expected"),
+    [
+        ([2.0, 2.0, 2.0, 2.0], 4),
+        ([0.0, 5.0, 0.0], 1),
+        ([0.0, 0.0], 2),
+        ([3.0, 1.0], 16 / 10),
+        ([1e30, 1e30], 2),
+        ([7.0], 1),
+    ],
+)
+def test_effective_latents_by_hand(importance, expected):
+    assert effective_latents(torch.tensor(importance)).item() == pytest.approx(expected)

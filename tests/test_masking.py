@@ -61,6 +61,30 @@ def test_equal_importances_and_a_single_latent_are_not_masked(importance, c):
     assert p.tolist() == [0] * len(importance)
 
 
+@given(
+    st.one_of(
+        importances,
+        st.builds(torch.full, st.tuples(st.integers(1, 20)), sizes),
+        st.integers(1, 20).map(lambda n: torch.eye(n)[0]),
+        st.integers(1, 20).map(torch.zeros),
+    ),
+    st.floats(-100, 1e6),
+    st.floats(0, 1e6),
+    st.integers(0, 2**31),
+)
+def test_the_most_important_latent_is_never_masked(importance, c, r, step):
+    p = mask_probability(importance, importance_threshold(importance, c), r)
+    assert (p[importance == importance.max()] == 0).all()
+    for uniform in (uniform_at(torch.tensor(step), 0, 0, importance.shape), torch.zeros(len(p))):
+        assert sample_mask(p, uniform)[importance.argmax()]
+
+
+def test_far_above_all_others_are_masked_with_the_papers_probability():
+    importance = torch.tensor([1.0, 2.0, 3.0])
+    p = mask_probability(importance, importance_threshold(importance, 1e6), 1.0)
+    assert p.tolist() == pytest.approx([1 - math.exp(-1), 1 - math.exp(-1), 0], abs=1e-5)
+
+
 def test_sampling_keeps_with_one_minus_p():
     p = torch.tensor([0.0, 0.3, 1.0])
     uniform = torch.tensor([0.0, 0.29, 0.999])
