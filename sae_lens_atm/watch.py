@@ -7,7 +7,7 @@ training step, and `maybe_reset_sparsity`, which `fit` calls between two steps.
 import signal
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -17,7 +17,9 @@ from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
-from sae_lens_atm.checkpoints import load_random_state, save_atomically
+from sae_lens_atm.checkpoints import load_random_state, save_atomically, save_nothing
+from sae_lens_atm.parallel import together
+from sae_lens_atm.ranks import RankLostError, Ranks
 
 OnStep = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
 
@@ -82,25 +84,37 @@ class Watch:
     on_step: OnStep | None
     stop: StopFlag
     checkpoint: Path | None
+    ranks: Ranks | None = None
+    """The processes of this training, if it has several."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes checkpoints and results."""
+        return self.ranks is None or self.ranks.rank == 0
 
     def fit(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
         save_atomically(trainer)
+        if not self.writes:
+            save_nothing(trainer)
         if self.checkpoint is not None:
             self._finish_resuming(trainer, self.checkpoint)
-        self._attach(trainer)
         try:
-            return trainer.fit()
+            with nullcontext() if self.ranks is None else together(trainer, self.ranks):
+                self._attach(trainer)
+                return trainer.fit()
         except _StopRequested:
             number = self.stop.signal_number or signal.SIGINT
             raise Interrupted(self._save(trainer), number) from None
         except NonFiniteBatchError as error:
             raise NonFiniteBatchError(f"{error}; saved {self._save(trainer)}") from None
+        except RankLostError as error:
+            raise RankLostError(f"{error}; saved {self._save(trainer)}") from error
 
     def _attach(self, trainer: SAETrainer[Any, Any]) -> None:
         step, between_steps = trainer.step, trainer.maybe_reset_sparsity
 
         def checked_step(batch: Tensor) -> TrainStepOutput:
-            if not batch.isfinite().all():
+            if self._of_all(not batch.isfinite().all()):
                 raise NonFiniteBatchError(
                     f"the batch of step {trainer.n_training_steps} holds NaN or Inf values"
                 )
@@ -110,16 +124,24 @@ class Watch:
             return output
 
         def maybe_stop() -> dict[str, Any]:
-            if self.stop.signal_number is not None:
+            asked = self._of_all(self.stop.signal_number or 0)
+            if asked:
+                self.stop.request(asked)
                 raise _StopRequested
             return between_steps()
 
         trainer.step = checked_step  # pyright: ignore[reportAttributeAccessIssue]
         trainer.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
 
+    def _of_all(self, number: int) -> int:
+        """What any process asks for, so that all do the same in the same step."""
+        return number if self.ranks is None else self.ranks.highest(number)
+
     def _save(self, trainer: SAETrainer[Any, Any]) -> Path:
         self.stop.saving = True
         trainer.save_checkpoint(str(trainer.n_training_samples))
+        if self.ranks is not None:
+            self.ranks.wait()  # a process that ends early may end the others
         return Path(trainer.cfg.checkpoint_path or "") / str(trainer.n_training_samples)
 
     @staticmethod
