@@ -108,7 +108,9 @@ class Watch:
         except NonFiniteBatchError as error:
             raise NonFiniteBatchError(f"{error}; saved {self._save(trainer)}") from None
         except RankLostError as error:
-            raise RankLostError(f"{error}; saved {self._save(trainer)}") from error
+            saved = self._save(trainer)
+            told = f"saved {saved}" if self.writes else "the first process saves, if it is there"
+            raise RankLostError(f"{error}; {told}") from error
 
     def _attach(self, trainer: SAETrainer[Any, Any]) -> None:
         step, between_steps = trainer.step, trainer.maybe_reset_sparsity

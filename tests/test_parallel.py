@@ -1,3 +1,5 @@
+import importlib.util
+import json
 import multiprocessing
 import os
 import pickle
@@ -27,6 +29,7 @@ from sae_lens_atm.train import plan, train
 from sae_lens_atm.watch import Interrupted, NonFiniteBatchError
 from tests.conftest import CONTEXT
 
+ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.test_parallel"])
 STEPS, BATCH, D_IN, D_SAE = 10, 24, 8, 24
@@ -324,9 +327,9 @@ def stopping_rank_one():
 def test_a_lost_rank_a_signal_and_other_numbers_of_ranks_change_nothing(tmp_path):
     train(run_of(**RUN, output_path="straight"))
     messages = run_on(4, losing_rank_three, lost=[3])
-    for message in messages.values():
+    for rank, message in messages.items():
         assert "another process of this training is gone" in message
-        assert message.endswith("saved several/checkpoints/120")
+        assert message.endswith("saved several/checkpoints/120") == (rank == 0)
     assert [p.name for p in Path("several/checkpoints").iterdir()] == ["120"]
 
     assert run_on(2, stopping_rank_one) == {0: signal.SIGTERM, 1: signal.SIGTERM}
@@ -482,3 +485,31 @@ def test_a_process_without_a_gpu_says_so(synthetic_yaml, monkeypatch):
         joined(load_run(synthetic_yaml, ["device=cuda"])),
     ):
         pass
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks/scaling.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_figures(scaling):
+    page = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "docs/scale/scaling.json").read_text())
+    for name in ("table", "sharded", "carried"):
+        marked = f"<!-- {name}: docs/scale/scaling.json -->\n\n{getattr(scaling, name)(found)}\n\n"
+        assert marked + "<!-- end -->" in page
+
+
+def test_the_traffic_counted_is_that_of_the_formula(scaling):
+    found = json.loads((ROOT / "docs/scale/scaling.json").read_text())
+    for shape, (_, *sizes) in scaling.SHAPES.items():
+        for name, cfg in scaling.contenders(*sizes).items():
+            assert found[f"{shape}, {name}"]["bytes"] == scaling.traffic(cfg)
