@@ -94,6 +94,10 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
         pre = self._pre_activations(x, self.W_enc[:, kept], self.b_enc[kept], length[kept])
         return self._sparse_view(step_input, x, pre, length, kept)
 
+    def choose(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        """Which pre-activations of a batch are kept; see `parallel` for a batch in parts."""
+        return largest_positive(pre, int(self.k * len(pre)))
+
     @torch.no_grad()
     def _pre_activations(self, x: Tensor, encoder: Tensor, bias: Tensor, length: Tensor) -> Tensor:
         pre = torch.addmm(bias, x, encoder)
@@ -111,7 +115,7 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
         """The view of the largest of these pre-activations (or of those at given places), whose
         columns are those latents."""
         width = pre.shape[1]
-        places, chosen = inherited or largest_positive(pre, int(self.k * len(x)))
+        places, chosen = inherited or self.choose(pre)
         columns = places % width
         columns = columns if kept is None else kept[columns]
         pattern = Pattern(places // width, columns, (len(x), self.cfg.d_sae))

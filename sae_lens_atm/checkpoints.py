@@ -115,6 +115,15 @@ def _remove_older(newest: Path, keep: int) -> None:
         shutil.rmtree(removed, ignore_errors=True)
 
 
+def save_nothing(trainer: SAETrainer[Any, Any]) -> None:
+    """Leave checkpoints to another process."""
+
+    def save_checkpoint(*_: Any, **__: Any) -> None:
+        return
+
+    trainer.save_checkpoint = save_checkpoint
+
+
 def save_random_state(folder: Path) -> None:
     """Keep torch's global random state, from which synthetic data are drawn."""
     state: dict[str, Any] = {"cpu": torch.get_rng_state()}
@@ -131,7 +140,7 @@ def load_random_state(folder: Path) -> None:
     state = torch.load(path, weights_only=True)
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -45,6 +45,7 @@ from sae_lens_atm.hub_errors import HubError
 from sae_lens_atm.inspection import describe, load_sae
 from sae_lens_atm.metrics.first_letter import PROBE_F1
 from sae_lens_atm.progress import Progress, RunsProgress, figures_table
+from sae_lens_atm.ranks import RankLostError, rank, speaks
 from sae_lens_atm.settings import (
     LanguageModelRun,
     SettingsError,
@@ -112,6 +113,7 @@ def train_command(
     ] = None,
 ) -> None:
     """Train the SAE of a run file."""
+    console.quiet = rank() > 0
     with _clear_errors():
         run = load_run(_config_path(config), overrides or [])
         console.print(_facts_table(plan(run, resume, dry_run)))
@@ -316,7 +318,7 @@ def _clear_errors() -> Generator[None]:
         _exit("stopped", 130)
     except (SettingsError, CheckpointError) as error:
         _exit(str(error), BAD_INPUT)
-    except (NonFiniteBatchError, HubError, saebench.SAEBenchError) as error:
+    except (NonFiniteBatchError, RankLostError, HubError, saebench.SAEBenchError) as error:
         _exit(str(error), 1)
     except typer.Exit:
         raise
@@ -324,11 +326,12 @@ def _clear_errors() -> Generator[None]:
         if os.environ.get("SAE_LENS_ATM_DEBUG"):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        _exit(f"{reason} (SAE_LENS_ATM_DEBUG=1 shows where)", 1)
+        where = f"process {rank()}: " if rank() else ""
+        _exit(f"{where}{reason} (SAE_LENS_ATM_DEBUG=1 shows where)", 1, everywhere=True)
 
 
-def _exit(message: str, code: int) -> NoReturn:
-    for line in message.splitlines():
+def _exit(message: str, code: int, everywhere: bool = False) -> NoReturn:
+    for line in message.splitlines() if everywhere or speaks() else ():
         typer.echo(f"error: {line}", err=True)
     raise typer.Exit(code)
 

@@ -7,7 +7,7 @@ from the device but one flag a step.
 """
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from sae_lens.training.types import DataProvider
 from torch import Tensor
+
+from sae_lens_atm.replacing import replace
 
 
 class NonFiniteBatchError(RuntimeError):
@@ -32,6 +34,8 @@ class Guard:
 
     trainer: SAETrainer[Any, Any]
     most_in_a_row: int
+    of_all: Callable[[int], int] = int
+    """The largest of the numbers of all processes of a training, which is to skip alike."""
     skipped: int = 0
     batch: Tensor | None = None
     """The last batch that a step took, good or bad."""
@@ -44,29 +48,20 @@ class Guard:
     def watching(self) -> Generator[None]:
         trainer, sae = self.trainer, self.trainer.sae
         forward, scaler = sae.training_forward_pass, trainer.activation_scaler
-        was_own = "training_forward_pass" in vars(sae)  # a compiled one
-        estimates = (scaler.estimate_scaling_factor, scaler.estimate_whitening)
 
         def watched(step_input: TrainStepInput) -> TrainStepOutput:
             output = forward(step_input=step_input)
             self._loss = output.loss.detach()
             return output
 
-        sae.training_forward_pass = watched
-        for estimate in estimates:
-            setattr(scaler, estimate.__name__, self._of_good_batches(estimate))
-        hooks = [p.register_post_accumulate_grad_hook(self._note) for p in sae.parameters()]
-        hooks.append(trainer.optimizer.register_step_pre_hook(self._check))
-        try:
+        with ExitStack() as undo:
+            replace(sae, "training_forward_pass", watched, undo)
+            for name in ("estimate_scaling_factor", "estimate_whitening"):
+                replace(scaler, name, self._of_good_batches(getattr(scaler, name)), undo)
+            hooks = [p.register_post_accumulate_grad_hook(self._note) for p in sae.parameters()]
+            for hook in (*hooks, trainer.optimizer.register_step_pre_hook(self._check)):
+                undo.callback(hook.remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for estimate in estimates:
-                delattr(scaler, estimate.__name__)
-            del sae.training_forward_pass
-            if was_own:
-                sae.training_forward_pass = forward
 
     def step(self, step: Callable[[Tensor], TrainStepOutput], batch: Tensor) -> TrainStepOutput:
         """One step, on this batch or on the first good one after it.
@@ -121,14 +116,15 @@ class Guard:
     def _note(self, parameter: Tensor) -> None:
         """The norm of a gradient, before it is clipped: clipping makes 0 or NaN of infinity."""
         if parameter.grad is not None:
-            self._norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32))
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            self._norms.append(torch.linalg.vector_norm(parameter.grad, dtype=dtype))
 
     def _check(self, *_: object) -> None:
         total = torch.linalg.vector_norm(torch.stack(self._norms))
         finite = total.isfinite()
         if self._loss is not None:
             finite = finite & self._loss.isfinite()
-        if not finite:
+        if self.of_all(int(not finite)):
             raise _Spoiled
 
     def _of_good_batches(self, estimate: Callable[..., None]) -> Callable[..., None]:
@@ -140,8 +136,8 @@ class Guard:
     def _good(self, batches: DataProvider) -> Iterator[Tensor]:
         """Those whose norms are finite: what the scale of the activations is estimated from."""
         for batch in batches:
-            if batch.norm(dim=-1).isfinite().all():
+            if self.of_all(int(not batch.norm(dim=-1).isfinite().all())):
+                self._count()
+            else:
                 self._in_a_row = 0
                 yield batch
-            else:
-                self._count()

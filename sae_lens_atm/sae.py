@@ -149,7 +149,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         else:
             view = self._single_view(step_input, mask.keep)
             losses, loss = view.losses, cast(Tensor, sum(view.losses.values()))
-        seen = view.seen()
+        seen = self.seen_of(view)
         if self._in_force(cfg.parent_start_step) and self.parent_tracker is not None:
             losses["parent_loss"] = self.parent_loss(self.parent_tracker, seen)
             loss = loss + losses["parent_loss"]
@@ -168,6 +168,10 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
                 "l0_unmasked": partial(self._l0_unmasked, seen),
             },
         )
+
+    def seen_of(self, view: View) -> Seen:
+        """What the averages see of a view; see `parallel` for a batch in parts."""
+        return view.seen()
 
     def _in_force(self, start: int, end: float = math.inf) -> bool:
         """Whether something that is in force in these steps is so now, so as not to compute it

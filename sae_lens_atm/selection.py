@@ -17,9 +17,7 @@ def largest_positive(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         Their places in ``values.flatten()``, ascending, and their values.
     """
     flat = values.flatten()
-    above = (flat > _lower_bound(flat, count)).nonzero().squeeze(1)
-    if above.numel() < count:
-        above = (flat > 0).nonzero().squeeze(1)
+    above = candidates(flat, count)
     found = flat[above]
     if found.numel() <= count:
         return above, found
@@ -31,6 +29,12 @@ def largest_positive(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if surplus > 0:
         kept[(found == border).nonzero().squeeze(1)[-surplus:]] = False
     return above[kept], found[kept]
+
+
+def candidates(flat: Tensor, count: int) -> Tensor:
+    """Places, ascending, of values above 0 that the `count` largest of them are among."""
+    above = (flat > _lower_bound(flat, count)).nonzero().squeeze(1)
+    return above if above.numel() >= count else (flat > 0).nonzero().squeeze(1)
 
 
 def _lower_bound(flat: Tensor, count: int) -> Tensor:

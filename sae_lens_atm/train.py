@@ -38,6 +38,9 @@ from sae_lens_atm.checkpoints import (
 from sae_lens_atm.dry_run import look_up
 from sae_lens_atm.evaluation import evaluate, to_json
 from sae_lens_atm.language_models import check_hook, saved_dataset
+from sae_lens_atm.parallel import share_store
+from sae_lens_atm.ranks import Ranks, check_shares, joined
+from sae_lens_atm.ranks import size as number_of_processes
 from sae_lens_atm.settings import LanguageModelRun, Run, SettingsError, SyntheticRun, shown
 from sae_lens_atm.stream import ActivationStream
 from sae_lens_atm.synthetic import build_hierarchy_model
@@ -66,6 +69,9 @@ def train(
 ) -> Result:
     """Train a run to its end and save the SAE in its `output_path`.
 
+    Started by torchrun, in several processes, each has its share of the batches; the first saves
+    and evaluates.
+
     Args:
         run: what to train.
         resume: a checkpoint to go on from, or the folder of a run (then its newest one).
@@ -77,21 +83,35 @@ def train(
         Interrupted: a signal or `stop` asked for it; a checkpoint is there.
         SettingsError, CheckpointError: something does not fit, before any training.
         NonFiniteBatchError: too many bad batches in a row; the last good step is saved.
+        RankLostError: another process is gone; the first has saved the last whole step.
     """
     plan(run, resume)
     check_devices(run)
+    with joined(run) as ranks:
+        return _train(run, resume, on_step, stop or StopFlag(), keep, ranks)
+
+
+def _train(
+    run: Run,
+    resume: str | Path | None,
+    on_step: OnStep | None,
+    stop: StopFlag,
+    keep: int | None,
+    ranks: Ranks | None,
+) -> Result:
     output = Path(run.runner.output_path or "")
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = None if resume is None else newest_checkpoint(resume)
-    stop = stop or StopFlag()
     start = time.perf_counter()
     torch.manual_seed(run.seed)
-    watch = Watch(on_step, stop, checkpoint, run.max_bad_batches, keep)
+    watch = Watch(on_step, stop, checkpoint, run.max_bad_batches, keep, ranks)
     prepare = _prepare_synthetic if isinstance(run, SyntheticRun) else _prepare_language_model
     job = prepare(cast(Any, run), watch)
     with stop.on_signals():  # until the result is saved, too
         sae = job.fit().eval()
     figures: dict[str, float] = {}
+    if not watch.writes:
+        return Result(sae, output, time.perf_counter() - start, {}, watch.skipped_batches)
     try:
         figures = job.evaluate(sae)
         if figures:
@@ -129,6 +149,7 @@ def plan(run: Run, resume: str | Path | None = None, dry: bool = False) -> dict[
         batch = run.runner.train_batch_size_tokens
     else:
         batch = run.runner.batch_size
+    check_shares(run)
     parameters = cfg.sae.d_sae * (2 * cfg.sae.d_in + 1) + cfg.sae.d_in
     facts |= {
         "d_in, d_sae": f"{cfg.sae.d_in}, {cfg.sae.d_sae} ({parameters:,} parameters)",
@@ -137,6 +158,9 @@ def plan(run: Run, resume: str | Path | None = None, dry: bool = False) -> dict[
         "memory": f"{16 * parameters / 2**30:.2f} GiB for the SAE in float32, activations aside",
         "output": output,
     }
+    if number_of_processes() > 1:
+        share = batch // number_of_processes()
+        facts["processes"] = f"{number_of_processes()}, with {share:,} of each batch"
     if resume is not None:
         checkpoint = newest_checkpoint(resume)
         check_resumable(checkpoint, cfg.sae)
@@ -247,12 +271,15 @@ def _prepare_synthetic(run: SyntheticRun, watch: Watch) -> _Job:
         )
         return dict(result.to_log_dict(prefix="synthetic/"))
 
+    data: DataProvider = SyntheticActivationIterator(
+        model.feature_dict, model.activation_generator, cfg.batch_size, cfg.autocast_data
+    )
+    if watch.ranks is not None:  # all draw the same
+        data = map(watch.ranks.own_rows, data)
     trainer: SAETrainer[Any, Any] = SAETrainer(
         cfg=cfg.to_sae_trainer_config(),
         sae=sae,
-        data_provider=SyntheticActivationIterator(
-            model.feature_dict, model.activation_generator, cfg.batch_size, cfg.autocast_data
-        ),
+        data_provider=data,
         evaluator=evaluator if cfg.eval_frequency > 0 else None,
     )
     if watch.checkpoint is not None:
@@ -266,6 +293,8 @@ def _prepare_synthetic(run: SyntheticRun, watch: Watch) -> _Job:
     def fit() -> TrainingSAE[Any]:
         with _wandb_run(cfg.logger, config):
             watch.fit(trainer)
+        if not watch.writes:
+            return sae
         with saved_at_once(Path(cfg.output_path or "")) as folder:
             sae.save_inference_model(folder)
             save_file({"sparsity": trainer.log_feature_sparsity}, folder / SPARSITY_FILENAME)
@@ -304,7 +333,7 @@ class WatchedRunner(LanguageModelSAETrainingRunner):
     """SAELens' language-model runner, stopping between steps and with a checkpoint."""
 
     watch: Watch
-    stream: ActivationStream
+    stream: ActivationStream | None = None
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
@@ -313,9 +342,10 @@ class WatchedRunner(LanguageModelSAETrainingRunner):
     @override
     def save_checkpoint(self, checkpoint_path: Path | None) -> None:
         super().save_checkpoint(checkpoint_path)
-        guard = self.watch.guard
-        if checkpoint_path is not None and guard is not None and guard.batch is not None:
-            self.stream.save(checkpoint_path, guard.batch)
+        guard, stream = self.watch.guard, self.stream
+        if checkpoint_path is None or stream is None or guard is None or guard.batch is None:
+            return
+        stream.save(checkpoint_path, guard.batch)
 
     @override
     def save_final_sae(
@@ -324,6 +354,8 @@ class WatchedRunner(LanguageModelSAETrainingRunner):
         output_path: str,
         log_feature_sparsity: Tensor | None = None,
     ) -> None:
+        if not self.watch.writes:
+            return
         with saved_at_once(Path(output_path)) as folder:
             super().save_final_sae(sae, str(folder), log_feature_sparsity)
 
@@ -339,13 +371,19 @@ def _prepare_language_model(run: LanguageModelRun, watch: Watch) -> _Job:
             f"cannot load model_name {cfg.model_name!r} with dataset_path {cfg.dataset_path!r}: "
             f"{type(error).__name__}: {reason}"
         ) from error
-    runner.watch, watch.owns_random_state = watch, False
-    runner.stream = ActivationStream(runner.activations_store, int(cfg.prefetch_llm_batches))
+    runner.watch, store = watch, runner.activations_store
     check_hook(runner.cfg, runner.model)
+    if watch.ranks is None:
+        watch.owns_random_state = False
+        data = runner.stream = ActivationStream(store, int(cfg.prefetch_llm_batches))
+        go_on = data.load
+    else:  # what waits in the buffers is not saved, so that any number of processes can go on
+        share_store(store, watch.ranks)
+        go_on = store.load_from_checkpoint
     if watch.checkpoint is not None:
         # SAELens does so while prefetching has begun: two threads would draw on the data at once.
         with reading(watch.checkpoint):
-            runner.stream.load(watch.checkpoint)
+            go_on(watch.checkpoint)
 
     def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
         evaluator: LLMSaeEvaluator[Any] = runner.evaluator

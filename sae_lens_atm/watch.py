@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -18,9 +18,16 @@ from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 
-from sae_lens_atm.checkpoints import load_random_state, save_atomically, skipped_batches
+from sae_lens_atm.checkpoints import (
+    load_random_state,
+    save_atomically,
+    save_nothing,
+    skipped_batches,
+)
 from sae_lens_atm.guard import Guard, NonFiniteBatchError
 from sae_lens_atm.importance import effective_latents
+from sae_lens_atm.parallel import together
+from sae_lens_atm.ranks import RankLostError, Ranks
 from sae_lens_atm.sae import ATMTrainingSAE
 
 OnStep = Callable[[SAETrainer[Any, Any], TrainStepOutput], None]
@@ -84,6 +91,7 @@ class Watch:
     Args:
         max_bad_batches: bad batches in a row at which the run stops; fewer are skipped.
         keep: how many checkpoints to keep, all if None.
+        ranks: the processes of this training, if it has several.
         owns_random_state: whether random numbers go on as in the checkpoint from the beginning;
             else the data see to that.
     """
@@ -93,6 +101,7 @@ class Watch:
     checkpoint: Path | None
     max_bad_batches: int = 10
     keep: int | None = None
+    ranks: Ranks | None = None
     owns_random_state: bool = True
     guard: Guard | None = field(default=None, init=False)
     collapsed: bool = field(default=False, init=False)
@@ -101,15 +110,23 @@ class Watch:
     def skipped_batches(self) -> int:
         return 0 if self.guard is None else self.guard.skipped
 
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes checkpoints and results."""
+        return self.ranks is None or self.ranks.rank == 0
+
     def fit(self, trainer: SAETrainer[Any, Any]) -> TrainingSAE[Any]:
         save_atomically(trainer, self.keep, lambda: {"skipped_batches": self.skipped_batches})
-        guard = self.guard = Guard(trainer, self.max_bad_batches)
+        if not self.writes:
+            save_nothing(trainer)
+        guard = self.guard = Guard(trainer, self.max_bad_batches, self._of_all)
         if self.checkpoint is not None:
             guard.skipped = skipped_batches(self.checkpoint)
             self._finish_resuming(trainer, self.checkpoint)
-        self._attach(trainer, guard)
+        ranks = self.ranks
         try:
-            with guard.watching():
+            with nullcontext() if ranks is None else together(trainer, ranks), guard.watching():
+                self._attach(trainer, guard)
                 return trainer.fit()
         except _StopRequested:
             number = self.stop.signal_number or signal.SIGINT
@@ -117,6 +134,10 @@ class Watch:
         except NonFiniteBatchError as error:
             saved = self._save(trainer)
             raise NonFiniteBatchError(f"{error}; saved {saved}" if saved else str(error)) from None
+        except RankLostError as error:
+            saved = self._save(trainer)
+            told = f"saved {saved}" if self.writes else "the first process saves, if it is there"
+            raise RankLostError(f"{error}; {told}") from error
 
     def _attach(self, trainer: SAETrainer[Any, Any], guard: Guard) -> None:
         step, between_steps = trainer.step, trainer.maybe_reset_sparsity
@@ -128,20 +149,29 @@ class Watch:
             return output
 
         def maybe_stop() -> dict[str, Any]:
-            if self.stop.signal_number is not None:
+            asked = self._of_all(self.stop.signal_number or 0)
+            if asked:
+                self.stop.request(asked)
                 raise _StopRequested
-            if trainer.n_training_steps % _LOOK_EVERY == 0 and not self.collapsed:
+            look = self.writes and trainer.n_training_steps % _LOOK_EVERY == 0
+            if look and not self.collapsed:
                 self.collapsed = warn_of_collapse(trainer)
             return between_steps()
 
         trainer.step = guarded_step  # pyright: ignore[reportAttributeAccessIssue]
         trainer.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
 
+    def _of_all(self, number: int) -> int:
+        """What any process asks for, so that all do the same in the same step."""
+        return number if self.ranks is None else self.ranks.highest(number)
+
     def _save(self, trainer: SAETrainer[Any, Any]) -> Path | None:
         if self.guard is None or self.guard.batch is None:
             return self.checkpoint  # nothing was trained since
         self.stop.saving = True
         trainer.save_checkpoint(str(trainer.n_training_samples))
+        if self.ranks is not None:
+            self.ranks.wait()  # a process that ends early may end the others
         return Path(trainer.cfg.checkpoint_path or "") / str(trainer.n_training_samples)
 
     def _finish_resuming(self, trainer: SAETrainer[Any, Any], checkpoint: Path) -> None:

@@ -91,6 +91,15 @@ def test_the_same_of_every_activation_and_schedule(
     assert same(weights(tmp_path / "plain"), weights(tmp_path / "spoilt"))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_the_same_in_other_precisions(synthetic_yaml, tmp_path, spoil, dtype):
+    settings = [*SETTINGS, f"sae.dtype={dtype}"]
+    train(load_run(synthetic_yaml, [*settings, "output_path=plain"]))
+    spoil([9], BAD["one nan"])
+    assert train(load_run(synthetic_yaml, [*settings, "output_path=spoilt"])).skipped_batches == 1
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "spoilt"))
+
+
 @pytest.mark.parametrize("architecture", ["batchtopk", "topk", "jumprelu", "gated", "standard"])
 def test_the_same_of_saelens_architectures(synthetic_yaml, tmp_path, spoil, architecture):
     atm = ", k: 2, schedule_steps: 40, mask_warm_up_steps: 5"

@@ -1,0 +1,223 @@
+"""What two processes make of a training step, and what wider SAEs on more of them would cost.
+
+    python benchmarks/scaling.py                       # two processes, one CPU thread each
+    python benchmarks/scaling.py --json docs/scale/scaling.json
+
+In turns: a step of one process with the whole batch, one of one process with half of it, one of
+two with half each; medians of the time and of the CPU time of a process. What the two tell each
+other is counted. They wait for each other a dozen times a step: on a machine that has other work to
+do, that is what the time measures, and the CPU time is what a step takes.
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import torch.distributed as dist
+import typer
+from sae_lens import BatchTopKTrainingSAEConfig, SAETrainer, TrainingSAE
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from sae_lens_atm import ATMTrainingSAEConfig
+from sae_lens_atm.budget import PEAK, SHARE, products, sae_size
+from sae_lens_atm.parallel import together
+from sae_lens_atm.ranks import Ranks
+
+SHAPES = {"small": (256, 128, 1024, 16), "C": (1024, 512, 4096, 32)}  # batch, d_in, d_sae, k
+RANKS = 2
+GEMMA_27B = 4608  # d_in
+WIDTHS = (2**14, 2**16, 2**18, 2**20)
+LINKS = {"25 GB/s": 25e9, "300 GB/s": 300e9}  # a network card of 200 Gbit/s; NVLink of an A100
+
+
+def contenders(d_in: int, d_sae: int, k: int) -> dict[str, Any]:
+    atm: dict[str, Any] = {"d_in": d_in, "d_sae": d_sae, "k": k, "mask_warm_up_steps": 0}
+    atm |= {"mask_end": 1.0, "schedule_steps": 10**6, "c_start": 0.5}
+    return {
+        "batchtopk": BatchTopKTrainingSAEConfig(d_in=d_in, d_sae=d_sae, k=k),
+        "atm, masks": ATMTrainingSAEConfig(**atm, parent_weight=0.0),
+        "atm, masks and pressure": ATMTrainingSAEConfig(**atm, parent_start=0.0),
+    }
+
+
+def traffic(cfg: Any) -> int:
+    """Bytes that a rank of a step has summed up with the others'; float32, no ties in a choice."""
+    weights, d_in, d_sae = cfg.d_in * cfg.d_sae, cfg.d_in, cfg.d_sae
+    gradients = 2 * weights + d_in + d_sae
+    found = gradients + d_sae  # and which latents fired
+    choices = 1
+    threshold = 1
+    if isinstance(cfg, ATMTrainingSAEConfig):
+        found += 5 * d_sae + d_in  # signals, energy, exposure, mean input
+        found += weights if cfg.parent_weight > 0 else 0
+        choices += cfg.schedule == "dual"
+    digits = 3 * 2**11 * 8  # three histograms of whole numbers
+    return 4 * (found + threshold) + choices * digits
+
+
+# --- what is timed -------------------------------------------------------------------------------
+
+
+def trainer_of(cfg: Any, batch: int) -> SAETrainer[Any, Any]:
+    torch.manual_seed(0)
+    trainer_cfg = SAETrainerConfig(
+        n_checkpoints=0,
+        checkpoint_path=None,
+        save_final_checkpoint=False,
+        total_training_samples=10**9,
+        device="cpu",
+        autocast=False,
+        lr=3e-4,
+        lr_end=3e-4,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=0,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        lr_decay_steps=0,
+        n_restart_cycles=1,
+        train_batch_size_samples=batch,
+        dead_feature_window=10**6,
+        feature_sampling_window=10**6,
+        logger=LoggingConfig(log_to_wandb=False),
+        n_batches_for_norm_estimate=1,
+    )
+    sae = TrainingSAE[Any].from_dict(cfg.to_dict())
+    return SAETrainer(cfg=trainer_cfg, sae=sae, data_provider=iter(()))
+
+
+def seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """How long it took, and for how long the CPU was at it."""
+    start, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - start, time.process_time() - cpu
+
+
+def measured(cfg: Any, batch: int, ranks: Ranks, repeats: int) -> dict[str, float]:
+    """Seconds of the three kinds of step, and bytes that travelled."""
+    whole = torch.randn(4, batch, cfg.d_in, generator=torch.Generator().manual_seed(1))
+    share = [ranks.own_rows(x) for x in whole]
+    one, half, several = (trainer_of(cfg, batch) for _ in range(3))
+    counted: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counting(values: Tensor, *arguments: Any) -> None:
+        counted.append(values.nbytes)
+        all_reduce(values, *arguments)
+
+    names = ("whole", "share", "together")
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    with together(several, ranks):
+        for turn in range(repeats + 2):
+            batches = whole[turn % 4], share[turn % 4]
+            kinds: dict[str, Callable[[], object]] = {
+                "whole": lambda x=batches[0]: one.step(x) if ranks.rank == 0 else None,
+                "share": lambda x=batches[1]: half.step(x) if ranks.rank == 0 else None,
+                "together": lambda x=batches[1]: several.step(x),
+            }
+            for name, work in kinds.items():
+                dist.barrier()
+                counted.clear()
+                dist.all_reduce = counting if name == "together" else all_reduce
+                took = seconds(work)
+                dist.all_reduce = all_reduce
+                if turn >= 2:
+                    times[name].append(took)
+                if name == "together":
+                    told = sum(counted)
+    return {
+        **{name: median(took for took, _ in found) for name, found in times.items()},
+        **{f"{name}, CPU": median(cpu for _, cpu in found) for name, found in times.items()},
+        "bytes": told,
+    }
+
+
+def _process(rank: int, port: int, repeats: int, path: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    found: dict[str, Any] = {}
+    for shape, (batch, d_in, d_sae, k) in SHAPES.items():
+        for name, cfg in contenders(d_in, d_sae, k).items():
+            result = measured(cfg, batch, Ranks(rank, RANKS), repeats)
+            found[f"{shape}, {name}"] = {**result, "expected_bytes": traffic(cfg)}
+    if rank == 0:
+        Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    dist.destroy_process_group()
+
+
+# --- what is told --------------------------------------------------------------------------------
+
+
+def table(found: dict[str, Any]) -> str:
+    """Ratios to a step of one process with the whole batch."""
+    lines = [
+        "| | two, half each: time | CPU time of each | one, half: CPU time | MB told | formula |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, f in found.items():
+        ratio = f["together"] / f["whole"]
+        cpu = [f[f"{n}, CPU"] / f["whole, CPU"] for n in ("together", "share")]
+        told, formula = (f"{f[key] / 1e6:.2f}" for key in ("bytes", "expected_bytes"))
+        lines.append(f"| {name} | {ratio:.2f} | {cpu[0]:.2f} | {cpu[1]:.2f} | {told} | {formula} |")
+    return "\n".join(lines)
+
+
+def sharded(found: dict[str, Any]) -> str:
+    """What a step tells with all latents on each rank, and with a share of the latents on each."""
+    lines = ["| | MB told | two decoded batches, MB | ratio |", "|---|--:|--:|--:|"]
+    for shape, (batch, d_in, _, _) in SHAPES.items():
+        told = found[f"{shape}, atm, masks and pressure"]["bytes"] / 1e6
+        decoded = 2 * 4 * batch * d_in / 1e6
+        lines.append(f"| {shape} | {told:.2f} | {decoded:.2f} | {told / decoded:.1f} |")
+    return "\n".join(lines)
+
+
+def carried(_: Any = None, batch: int = 4096) -> str:
+    """The model at Gemma-2-27b's width: per rank, the work being that of the whole batch."""
+    gib = 2**30
+    lines = [
+        "| latents | state, GiB | gradients and inputs, GiB | PFLOP a step | s on one A100 | "
+        + "GB told a step | "
+        + " | ".join(f"s at {name}" for name in LINKS)
+        + " |",
+        "|--:|--:|--:|--:|--:|--:|" + "--:|" * len(LINKS),
+    ]
+    for d_sae in WIDTHS:
+        cfg = ATMTrainingSAEConfig(d_in=GEMMA_27B, d_sae=d_sae, k=64)
+        size = sae_size(cfg)
+        passing = size.parameters + 4 * cfg.d_in * d_sae
+        work = products(cfg, batch) * 2 * batch * cfg.d_in * d_sae
+        told = traffic(cfg)
+        links = " | ".join(f"{2 * told / rate:.2f}" for rate in LINKS.values())
+        lines.append(
+            f"| {d_sae:,} | {size.resident / gib:.1f} | {passing / gib:.1f} | {work / 1e15:.2f} | "
+            f"{work / SHARE / PEAK[torch.bfloat16]:.2f} | {told / 1e9:.1f} | {links} |"
+        )
+    return "\n".join(lines)
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="Of each kind of step.")] = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Keep the figures.")] = None,
+) -> None:
+    """Time steps of one and of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = json_file or Path("scaling.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    spawn(_process, (port, repeats, str(path)), nprocs=RANKS)
+    found = json.loads(path.read_text(encoding="utf-8"))
+    print(table(found), sharded(found), carried(), sep="\n\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
