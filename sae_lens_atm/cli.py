@@ -1,59 +1,29 @@
-"""The command line: a thin shell over the package.
+"""The command line: a thin shell over the package. How commands end: see `terminal`."""
 
-Exit codes: 0 done, 1 failed while running, 2 bad input (one line on stderr for each thing that is
-wrong), 130 and 143 stopped by SIGINT or SIGTERM, with a checkpoint.
-"""
-
-import os
 import runpy
 import sys
 import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from huggingface_hub.utils import logging as hub_logging
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 from sae_lens.load_model import load_model
 
 from sae_lens_atm import saebench
-from sae_lens_atm.checkpoints import CheckpointError
-from sae_lens_atm.compare import (
-    Results,
-    compare,
-    draw_all,
-    dry_run,
-    load_comparison,
-    planned_jobs,
-    read_results,
-    summarise,
-    write_all,
-)
+from sae_lens_atm.compare.commands import compare_command, evaluate, report
 from sae_lens_atm.compare.jobs import silence_saelens
-from sae_lens_atm.compare.saved import data_of, evaluate_saved
-from sae_lens_atm.compare.tables import MARKS, row_tables, test_table
 from sae_lens_atm.evaluation import to_json
 from sae_lens_atm.hub import prepare
 from sae_lens_atm.hub import push as push_to_hub
-from sae_lens_atm.hub_errors import HubError
 from sae_lens_atm.inspection import describe, load_sae
 from sae_lens_atm.metrics.first_letter import PROBE_F1
-from sae_lens_atm.progress import Progress, RunsProgress, figures_table
-from sae_lens_atm.ranks import RankLostError, rank, speaks
-from sae_lens_atm.settings import (
-    LanguageModelRun,
-    SettingsError,
-    apply_overrides,
-    load_run,
-    parse_fields,
-    shipped_config,
-)
+from sae_lens_atm.progress import Progress, figures_table
+from sae_lens_atm.ranks import rank
+from sae_lens_atm.settings import LanguageModelRun, apply_overrides, load_run, parse_fields
 from sae_lens_atm.spelling.first_letters import SMALL_MODEL, look_at_first_letters
 from sae_lens_atm.spelling.language_model import (
     HOOK,
@@ -61,19 +31,15 @@ from sae_lens_atm.spelling.language_model import (
     SpellingLMConfig,
     make_spelling_lm,
 )
+from sae_lens_atm.terminal import clear_errors, config_path, console, exit_with, facts_table
 from sae_lens_atm.train import Result, plan, train
-from sae_lens_atm.watch import Interrupted, NonFiniteBatchError
 
-BAD_INPUT = 2
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Train SAELens SAEs with Adaptive Temporal Masking, and look at them.",
 )
-console = Console()
-if not console.is_terminal and "COLUMNS" not in os.environ:
-    console = Console(width=160)  # a log has no width of its own
 
 
 def main() -> None:
@@ -114,9 +80,9 @@ def train_command(
 ) -> None:
     """Train the SAE of a run file."""
     console.quiet = rank() > 0
-    with _clear_errors():
-        run = load_run(_config_path(config), overrides or [])
-        console.print(_facts_table(plan(run, resume, dry_run)))
+    with clear_errors():
+        run = load_run(config_path(config), overrides or [])
+        console.print(facts_table(plan(run, resume, dry_run)))
         if dry_run:
             return
         silence_saelens()
@@ -134,7 +100,7 @@ def make_lm(
     ] = None,
 ) -> None:
     """Train a small language model that knows how words begin, to train SAEs on."""
-    with _clear_errors():
+    with clear_errors():
         values = apply_overrides({"seed": seed}, overrides or [])
         cfg = parse_fields(SpellingLMConfig, values, "")
         columns = (TextColumn("training"), BarColumn(), TimeRemainingColumn())
@@ -152,76 +118,9 @@ def make_lm(
         )
 
 
-@app.command("compare")
-def compare_command(
-    config: Annotated[str, typer.Argument(help="A comparison file, or the name of a shipped one.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
-    quick: Annotated[bool, typer.Option(help="What `quick` in the file makes of it.")] = False,
-    only_plan: Annotated[
-        bool, typer.Option("--dry-run", help="Check, print the plan and the time it takes, stop.")
-    ] = False,
-) -> None:
-    """Train several architectures at the same L0, and tell which is better at what.
-
-    What is finished is kept: the same command goes on after an interruption, and after a change of
-    the file trains only what it changes.
-    """
-    with _clear_errors():
-        comparison = load_comparison(_config_path(config), overrides or [], quick)
-        if only_plan:
-            silence_saelens()
-            console.print(_facts_table(dry_run(comparison, jobs)))
-            return
-        to_do = planned_jobs(comparison)
-        try:
-            with RunsProgress(console, len(to_do), sum(job.steps for job in to_do)) as progress:
-                results = compare(comparison, jobs, progress)
-        except Interrupted:
-            _show_and_keep(summarise(comparison, {}), comparison.output)
-            raise
-        _show_and_keep(results, comparison.output)
-        if results.failed:
-            lines = (f"{label}: {error}" for label, error in results.failed.items())
-            _exit("\n".join(lines), 1)
-
-
-@app.command()
-def report(
-    results: Annotated[Path, typer.Argument(help="The results.json of a comparison.")],
-    output: Annotated[Path | None, typer.Option(help="Where to draw; else beside it.")] = None,
-) -> None:
-    """Draw the report of a comparison again."""
-    with _clear_errors():
-        found = read_results(results)
-        folder = output or results.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        _print_results(found, draw_all(found, folder))
-
-
-@app.command()
-def evaluate(
-    saes: Annotated[list[str], typer.Argument(help="Folders, or Hub ids: REPO:SAE_ID.")],
-    on: Annotated[
-        str, typer.Option(help="A run or comparison file (or the name of a shipped one).")
-    ],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
-    ] = None,
-) -> None:
-    """Evaluate saved SAEs, whoever trained them, on the data of a config."""
-    with _clear_errors():
-        silence_saelens()
-        hub_logging.set_verbosity_error()  # of its tries the last one is told, by us
-        figures = evaluate_saved(saes, data_of(str(_config_path(on)), overrides or []))
-        console.print(figures_table(f"On the data of {on}", figures))
-        if json_file is not None:
-            json_file.write_text(to_json(figures), encoding="utf-8")
+app.command("compare")(compare_command)
+app.command()(report)
+app.command()(evaluate)
 
 
 @app.command("saebench")
@@ -241,7 +140,7 @@ def saebench_command(
     ] = None,
 ) -> None:
     """Run SAEBench's evals of a saved SAE, in an environment of its own (made at the first use)."""
-    with _clear_errors():
+    with clear_errors():
         planned = saebench.plan_evals(sae, evals, model, dataset, quick)
         environment = env or saebench.default_folder()
         if not saebench.is_whole(environment):
@@ -255,7 +154,7 @@ def saebench_command(
             json_file.write_text(to_json(everything), encoding="utf-8")
         failed = saebench.failures(found["evals"])
         if failed:
-            _exit("\n".join(failed), 1)
+            exit_with("\n".join(failed), 1)
 
 
 @app.command()
@@ -263,7 +162,7 @@ def inspect(
     sae: Annotated[str, typer.Argument(help="A folder, or a Hub id: REPO:SAE_ID.")],
 ) -> None:
     """Show what a SAE is, where it comes from, and how important its latents are."""
-    with _clear_errors():
+    with clear_errors():
         hub_logging.set_verbosity_error()
         for table in describe(load_sae(sae)):
             console.print(table)
@@ -281,10 +180,10 @@ def push(
     dry_run: Annotated[bool, typer.Option(help="Check, print what would be sent, stop.")] = False,
 ) -> None:
     """Upload a SAE to the Hugging Face Hub, with a model card."""
-    with _clear_errors():
+    with clear_errors():
         hub_logging.set_verbosity_error()
         upload = prepare(path, repo_id, sae_id, revision)
-        console.print(_facts_table({name: f"{n:,} B" for name, n in upload.sizes.items()}))
+        console.print(facts_table({name: f"{n:,} B" for name, n in upload.sizes.items()}))
         if dry_run:
             console.print(upload.write_card(None), markup=False, highlight=False, soft_wrap=True)
             return
@@ -304,66 +203,6 @@ def saelens(context: typer.Context) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*found in sys.modules.*")
         runpy.run_module(module, run_name="__main__")
-
-
-@contextmanager
-def _clear_errors() -> Generator[None]:
-    """Turn what a user can mend into one line on stderr and an exit code."""
-    try:
-        yield
-    except Interrupted as stop:
-        again = "the same command" if stop.checkpoint is None else f"--resume {stop.checkpoint}"
-        _exit(f"{stop}; go on with {again}", 128 + stop.signal_number)
-    except KeyboardInterrupt:
-        _exit("stopped", 130)
-    except (SettingsError, CheckpointError) as error:
-        _exit(str(error), BAD_INPUT)
-    except (NonFiniteBatchError, RankLostError, HubError, saebench.SAEBenchError) as error:
-        _exit(str(error), 1)
-    except typer.Exit:
-        raise
-    except Exception as error:
-        if os.environ.get("SAE_LENS_ATM_DEBUG"):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        where = f"process {rank()}: " if rank() else ""
-        _exit(f"{where}{reason} (SAE_LENS_ATM_DEBUG=1 shows where)", 1, everywhere=True)
-
-
-def _exit(message: str, code: int, everywhere: bool = False) -> NoReturn:
-    for line in message.splitlines() if everywhere or speaks() else ():
-        typer.echo(f"error: {line}", err=True)
-    raise typer.Exit(code)
-
-
-def _config_path(config: str) -> Path:
-    path = Path(config)
-    if path.is_file() or path.suffix in (".yaml", ".yml"):
-        return path
-    return shipped_config(path.name)
-
-
-def _show_and_keep(results: Results, folder: Path) -> None:
-    if results.runs:  # else there may be results of an earlier call, worth more than none
-        _print_results(results, write_all(results, folder))
-
-
-def _print_results(results: Results, files: list[Path]) -> None:
-    for table in row_tables(results):
-        console.print(table)
-    console.print(MARKS, style="dim", highlight=False)
-    tests = test_table(results)
-    if tests is not None:
-        console.print(tests)
-    for path in files:
-        console.print(f"wrote {path}", highlight=False)
-
-
-def _facts_table(facts: dict[str, Any]) -> Table:
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        table.add_row(f"[dim]{name}", str(value))
-    return table
 
 
 def _print_result(result: Result, language_model: bool) -> None:
