@@ -14,7 +14,7 @@ from rich.progress import Progress as RichProgress
 from sae_lens.load_model import load_model
 
 from sae_lens_atm import saebench
-from sae_lens_atm.compare.commands import compare_command, evaluate, report
+from sae_lens_atm.compare.commands import compare_command, evaluate, report, sweep
 from sae_lens_atm.compare.jobs import silence_saelens
 from sae_lens_atm.evaluation import to_json
 from sae_lens_atm.hub import prepare
@@ -65,6 +65,9 @@ def load_plugins() -> None:
 @app.command("train")
 def train_command(
     config: Annotated[str, typer.Argument(help="A run file, or the name of a shipped one.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="As with --set.", metavar="[KEY=VALUE]...")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
     ] = None,
@@ -81,7 +84,7 @@ def train_command(
     """Train the SAE of a run file."""
     console.quiet = rank() > 0
     with clear_errors():
-        run = load_run(config_path(config), overrides or [])
+        run = load_run(config_path(config), [*(settings or []), *(overrides or [])])
         console.print(facts_table(plan(run, resume, dry_run)))
         if dry_run:
             return
@@ -119,6 +122,7 @@ def make_lm(
 
 
 app.command("compare")(compare_command)
+app.command()(sweep)
 app.command()(report)
 app.command()(evaluate)
 

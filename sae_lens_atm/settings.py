@@ -151,6 +151,8 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     """Check the content of a run file and make the run."""
     if "architectures" in content:
         raise SettingsError("architectures: this is a comparison, for `sae-lens-atm compare`")
+    if "sweep" in content:
+        raise SettingsError("sweep: this is for `sae-lens-atm sweep`")
     runner = content.get("runner")
     if runner not in RUNNERS:
         raise SettingsError(f"runner is {shown(runner)}: allowed is one of {', '.join(RUNNERS)}")
@@ -233,7 +235,7 @@ def _check_common(values: dict[str, Any]) -> None:
     if scheduler not in _LR_SCHEDULERS:
         raise SettingsError(
             f"lr_scheduler_name is {scheduler!r}: allowed is one of {', '.join(_LR_SCHEDULERS)}"
-            + _did_you_mean(scheduler, _LR_SCHEDULERS)
+            + did_you_mean(scheduler, _LR_SCHEDULERS)
         )
     for name in ("device", "llm_device", "act_store_device"):
         value = values.get(name)
@@ -252,7 +254,7 @@ def _parse_sae(content: Any) -> Any:
         raise SettingsError(
             f"sae.architecture is {shown(architecture)}: allowed is one of "
             f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}"
-            + _did_you_mean(shown(architecture), SAE_TRAINING_CLASS_REGISTRY)
+            + did_you_mean(shown(architecture), SAE_TRAINING_CLASS_REGISTRY)
         )
     config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     checked = _validate(
@@ -353,7 +355,7 @@ def _describe(
     key = ".".join([where, *location] if where else location)
     if error["type"] == "extra_forbidden":
         names = _names_at(schema, location[:-1])
-        return f"{key}: unknown key{_did_you_mean(location[-1], names)}"
+        return f"{key}: unknown key{did_you_mean(location[-1], names)}"
     if error["type"] == "missing":
         return f"{key}: missing, and has no default"
     message = error["msg"][0].lower() + error["msg"][1:]
@@ -371,7 +373,7 @@ def _names_at(schema: type[BaseModel], path: tuple[str, ...]) -> list[str]:
     return list(schema.model_fields)
 
 
-def _did_you_mean(name: str, names: Iterable[str]) -> str:
+def did_you_mean(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
 

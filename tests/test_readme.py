@@ -131,7 +131,7 @@ def test_train_command_lines_run(language_model_yaml):
 
 def test_compare_command_lines_run(comparison_yaml, tmp_path):
     """On the small comparison, in the folders of the real one."""
-    others = ("train", "inspect", "push", "make-lm")
+    others = ("train", "inspect", "push", "make-lm", "sweep")
     commands = [
         words
         for words in command_lines()
@@ -159,6 +159,15 @@ def test_language_model_command_lines_run(tmp_path):
     result = CliRunner().invoke(app, [*made, *settings])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "my-lm" / "model.safetensors").exists()
+
+
+def test_sweep_command_lines_are_planned(tmp_path):
+    drawn, on_ray, as_wandbs = (words for words in command_lines() if words[0] == "sweep")
+    for command in (drawn, on_ray):
+        result = CliRunner().invoke(app, [*command, "--set", "training_samples=4096", "--dry-run"])
+        assert result.exit_code == 0, result.output
+    assert CliRunner().invoke(app, as_wandbs).exit_code == 0
+    assert {path.name for path in (tmp_path / "my-sweep").iterdir()} == {"run.yaml", "sweep.yaml"}
 
 
 def test_push_command_line_runs(tmp_path):

@@ -7,6 +7,7 @@ import typer
 from huggingface_hub.utils import logging as hub_logging
 
 from sae_lens_atm.compare import (
+    Comparison,
     Results,
     compare,
     draw_all,
@@ -19,7 +20,9 @@ from sae_lens_atm.compare import (
 )
 from sae_lens_atm.compare.jobs import silence_saelens
 from sae_lens_atm.compare.saved import data_of, evaluate_saved
-from sae_lens_atm.compare.tables import MARKS, row_tables, test_table
+from sae_lens_atm.compare.sweep import load_sweep
+from sae_lens_atm.compare.tables import MARKS, SWEEP_MARKS, row_tables, sweep_tables, test_table
+from sae_lens_atm.compare.wandb_sweep import write_wandb_sweep
 from sae_lens_atm.evaluation import to_json
 from sae_lens_atm.progress import RunsProgress, figures_table
 from sae_lens_atm.terminal import clear_errors, config_path, console, exit_with, facts_table
@@ -43,22 +46,62 @@ def compare_command(
     the file trains only what it changes.
     """
     with clear_errors():
-        comparison = load_comparison(config_path(config), overrides or [], quick)
-        if only_plan:
-            silence_saelens()
-            console.print(facts_table(dry_run(comparison, jobs)))
+        _carry_out(load_comparison(config_path(config), overrides or [], quick), jobs, only_plan)
+
+
+def sweep(
+    config: Annotated[str, typer.Argument(help="A sweep file, or the name of a shipped one.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
+    quick: Annotated[bool, typer.Option(help="What `quick` in the file makes of it.")] = False,
+    only_plan: Annotated[
+        bool, typer.Option("--dry-run", help="Check, print the plan and the time it takes, stop.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run on a Ray cluster: its address, `auto`, or `local` for one here."),
+    ] = None,
+    wandb: Annotated[
+        Path | None, typer.Option(help="Write it as a sweep of wandb's into this folder, and stop.")
+    ] = None,
+) -> None:
+    """Train at many settings, on a grid or drawn at random, and tell which are best.
+
+    A comparison whose entries are the points: kept, resumed and reported in the same way.
+    """
+    with clear_errors():
+        changes = overrides or []
+        if ray is not None:  # whose processes are in other folders
+            there = load_sweep(config_path(config), changes, quick).output.absolute()
+            changes = [*changes, f"output_path={there}"]
+        found = load_sweep(config_path(config), changes, quick)
+        if wandb is not None:
+            for path in write_wandb_sweep(found, wandb):
+                console.print(f"wrote {path}", highlight=False)
             return
-        to_do = planned_jobs(comparison)
-        try:
-            with RunsProgress(console, len(to_do), sum(job.steps for job in to_do)) as progress:
-                results = compare(comparison, jobs, progress)
-        except Interrupted:
-            _show_and_keep(summarise(comparison, {}), comparison.output)
-            raise
-        _show_and_keep(results, comparison.output)
-        if results.failed:
-            lines = (f"{label}: {error}" for label, error in results.failed.items())
-            exit_with("\n".join(lines), 1)
+        _carry_out(found, jobs, only_plan, ray)
+
+
+def _carry_out(
+    comparison: Comparison, jobs: int, only_plan: bool, cluster: str | None = None
+) -> None:
+    if only_plan:
+        silence_saelens()
+        console.print(facts_table(dry_run(comparison, jobs)))
+        return
+    to_do = planned_jobs(comparison)
+    try:
+        with RunsProgress(console, len(to_do), sum(job.steps for job in to_do)) as progress:
+            results = compare(comparison, jobs, progress, cluster=cluster)
+    except Interrupted:
+        _show_and_keep(summarise(comparison, {}), comparison.output)
+        raise
+    _show_and_keep(results, comparison.output)
+    if results.failed:
+        lines = (f"{label}: {error}" for label, error in results.failed.items())
+        exit_with("\n".join(lines), 1)
 
 
 def report(
@@ -101,10 +144,10 @@ def _show_and_keep(results: Results, folder: Path) -> None:
 
 
 def _print_results(results: Results, files: list[Path]) -> None:
-    for table in row_tables(results):
+    for table in row_tables(results) if results.sweep is None else sweep_tables(results):
         console.print(table)
-    console.print(MARKS, style="dim", highlight=False)
-    tests = test_table(results)
+    console.print(MARKS if results.sweep is None else SWEEP_MARKS, style="dim", highlight=False)
+    tests = test_table(results) if results.sweep is None else None
     if tests is not None:
         console.print(tests)
     for path in files:

@@ -16,12 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from sae_lens.synthetic import SyntheticModel
 
-from sae_lens_atm.compare.config import (
-    Comparison,
-    Planned,
-    settings_of,
-    spelling_lm_folder,
-)
+from sae_lens_atm.compare.config import Comparison
 from sae_lens_atm.compare.data import Pool, kept_model, synthetic_model
 from sae_lens_atm.compare.history import still_moving
 from sae_lens_atm.compare.jobs import Job, Listener, StepCounter, cpu_name, run_jobs
@@ -35,6 +30,8 @@ from sae_lens_atm.compare.kept import (
 )
 from sae_lens_atm.compare.language_model_runs import train_group
 from sae_lens_atm.compare.matching import is_matched
+from sae_lens_atm.compare.planned import Planned, settings_of, spelling_lm_folder
+from sae_lens_atm.compare.ray_jobs import run_jobs_on_ray
 from sae_lens_atm.compare.results import Curve, Entry, Importance, Parent, Results, Run, Spread
 from sae_lens_atm.compare.summary import make_rows, make_tests, spread
 from sae_lens_atm.compare.synthetic_runs import evaluate_one, pool_of, train_one
@@ -118,22 +115,36 @@ class _RunGroup:
 
 
 def compare(
-    comparison: Comparison, at_once: int, listener: Listener, stop: StopFlag | None = None
+    comparison: Comparison,
+    at_once: int,
+    listener: Listener,
+    stop: StopFlag | None = None,
+    cluster: str | None = None,
 ) -> Results:
     """Train and evaluate whatever is not kept yet, and sum up.
+
+    Args:
+        at_once: how many processes there may be.
+        cluster: the address of a Ray cluster, to run there instead, as much as it has room for at
+            once; its machines see the same folder under the same name.
 
     Raises:
         Interrupted: by a signal or `stop`; the same call goes on from there.
         SettingsError: something does not fit, before any training.
     """
     check(comparison)
-    for planned in comparison.planned:
-        check_devices(planned.run)
+    if cluster is None:
+        for planned in comparison.planned:
+            check_devices(planned.run)
     stop = stop or StopFlag()
     failed: dict[str, str] = {}
+    gpus = int(comparison.planned[0].run.runner.device.startswith("cuda"))
     with stop.on_signals(), _alone_in(comparison.output):
         for jobs in make_jobs(comparison):
-            failed |= run_jobs(jobs, at_once, listener, stop)
+            if cluster is None:
+                failed |= run_jobs(jobs, at_once, listener, stop)
+            elif jobs:
+                failed |= run_jobs_on_ray(jobs, cluster, gpus, listener, stop)
         shutil.rmtree(comparison.output / "pools", ignore_errors=True)
         return summarise(comparison, failed)
 
@@ -268,6 +279,7 @@ def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
         tests=make_tests(runs, rows, entries, comparison.not_ranked),
         parents=_parents(comparison, done),
         failed=failed,
+        sweep=comparison.sweep,
     )
 
 

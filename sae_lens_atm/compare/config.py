@@ -20,12 +20,9 @@ has one value:
     quick: {seeds: [0], training_samples: 204_800}   # what --quick changes
 """
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from copy import copy
-from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,10 +31,9 @@ from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
 from sae_lens_atm.compare.figures import FIGURES
 from sae_lens_atm.compare.matching import Knob, direct_knob, find_knob
-from sae_lens_atm.compare.results import Role
+from sae_lens_atm.compare.planned import EntrySettings, Planned, spelling_lm_folder
+from sae_lens_atm.compare.results import Sweep
 from sae_lens_atm.settings import (
-    LanguageModelRun,
-    Run,
     SettingsError,
     SyntheticRun,
     apply_overrides,
@@ -49,7 +45,7 @@ from sae_lens_atm.settings import (
 from sae_lens_atm.spelling.first_letters import FirstLetterConfig
 from sae_lens_atm.spelling.language_model import HOOK, TOKENS, SpellingLMConfig
 
-_OWN_KEYS = (
+OWN_KEYS = (
     "name",
     "seeds",
     "l0",
@@ -61,35 +57,20 @@ _OWN_KEYS = (
     "spelling_lm",
     "first_letters",
 )
-TRAINER_FIELDS = (
-    "lr",
-    "lr_scheduler_name",
-    "lr_warm_up_steps",
-    "lr_decay_steps",
-    "lr_end",
-    "adam_beta1",
-    "adam_beta2",
-    "dead_feature_window",
+SAME_FOR_ALL = (
+    "runner",
+    "sae",
+    "seed",
+    "output_path",
+    "checkpoint_path",
+    "logger",
+    "hierarchy_model",
+    "synthetic_model",
+    "model_name",
+    "model_class_name",
+    "dataset_path",
 )
-# What a run is filed under, or reports, without changing what is trained.
-_FILING = ("output_path", "checkpoint_path", "logger", "n_checkpoints", "eval_frequency")
-_EVALUATION = ("eval_samples", "n_eval_batches", "eval_batch_size_prompts", "run_final_eval")
-
-
-class EntrySettings(BaseModel):
-    """One of `architectures`."""
-
-    model_config = ConfigDict(extra="forbid")
-    architecture: str = ""
-    """A name in SAELens' registry; the entry's own name if left out."""
-    role: Role = "baseline"
-    l0_knob: str | None = None
-    """What sets the L0, where that is not clear."""
-    trained: bool = True
-    sae: dict[str, Any] = Field(default_factory=dict)
-    """Fields of its training config beside those that all share."""
-    run: dict[str, Any] = Field(default_factory=dict)
-    """Fields of the trainer that differ from what all share: learning rate, betas, dead window."""
+"""In which the runs of a comparison cannot differ."""
 
 
 class _OwnSettings(BaseModel):
@@ -114,74 +95,6 @@ class _OwnSettings(BaseModel):
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One SAE to train and evaluate."""
-
-    entry: str
-    settings: EntrySettings
-    l0: float
-    seed: int
-    knob: Knob
-    run: Run
-    pool_batches: int | None = None
-    lm: SpellingLMConfig | None = None
-    """The language model that it is trained on, where that is made here."""
-    first_letters: FirstLetterConfig | None = None
-
-    @property
-    def model_seed(self) -> int | None:
-        return None if self.lm is None else self.lm.seed
-
-    @property
-    def group(self) -> str:
-        """The same for SAEs that are trained on the same activations."""
-        return f"seed {self.seed}" if self.lm is None else f"model {self.lm.seed}, seed {self.seed}"
-
-    @property
-    def label(self) -> str:
-        return f"{self.entry}, L0 {self.l0:g}, {self.group}"
-
-    @property
-    def training_key(self) -> str:
-        """Changes with whatever would change the trained SAE."""
-        config = _config_of(self.run)
-        if self.lm is not None:  # not where it is kept
-            config |= {"model_name": asdict(self.lm), "dataset_path": TOKENS}
-        # A language model's SAEs train on what follows the tokens that are held out for evaluation.
-        moot = _EVALUATION if isinstance(self.run, SyntheticRun) else ("run_final_eval",)
-        for name in (*_FILING, *moot):
-            config.pop(name, None)
-        versions = [version(name) for name in ("sae-lens", "sae-lens-atm")]
-        trained = [self.settings.trained, str(self.knob), self.l0, self.pool_batches]
-        return _hash([config, versions, trained])
-
-    @property
-    def evaluation_key(self) -> str:
-        """Changes with whatever would change its figures."""
-        config = _config_of(self.run)
-        facts = [self.training_key, {name: config.get(name) for name in _EVALUATION}]
-        return _hash(facts + ([asdict(self.first_letters)] if self.first_letters else []))
-
-    @property
-    def data_key(self) -> str:
-        """The same for runs that are trained on the same batches."""
-        config = _config_of(self.run)
-        names = ("hierarchy_model", "synthetic_model", "training_samples", "batch_size", "seed")
-        return _hash([{name: config.get(name) for name in names}, self.pool_batches])
-
-    @property
-    def name(self) -> str:
-        """A name for files, no other run's."""
-        plain = "".join(c if c.isalnum() else "-" for c in self.entry)
-        return f"{plain}-l0-{self.l0:g}-seed-{self.seed}-{self.training_key}"
-
-    @property
-    def folder(self) -> str:
-        """Where it is kept, under the comparison's folder."""
-        return f"runs/{self.name}"
-
-
-@dataclass(frozen=True)
 class Comparison:
     """A comparison, checked to the last key."""
 
@@ -193,6 +106,7 @@ class Comparison:
     curve_points: int
     not_ranked: list[str]
     planned: list[Planned]
+    sweep: Sweep | None = None
 
     @property
     def is_synthetic(self) -> bool:
@@ -207,6 +121,14 @@ def load_comparison(
     Raises:
         SettingsError: with one line for each thing that is wrong.
     """
+    content = read_comparison(path, overrides, quick)
+    return parse_comparison(content, Path(path).stem, quick)
+
+
+def read_comparison(
+    path: str | Path, overrides: Iterable[str] = (), quick: bool = False
+) -> dict[str, Any]:
+    """The content of a comparison file, shortened and changed."""
     content = read_yaml(path)
     if quick:
         shorter = content.get("quick")
@@ -216,8 +138,7 @@ def load_comparison(
         content = apply_overrides(content, [f"{k}={json.dumps(v)}" for k, v in changes])
         if "output_path" in content:
             content["output_path"] = f"{content['output_path']}-quick"
-    content = apply_overrides(content, overrides)
-    return parse_comparison(content, Path(path).stem, quick)
+    return apply_overrides(content, overrides)
 
 
 def is_comparison(content: dict[str, Any]) -> bool:
@@ -227,11 +148,13 @@ def is_comparison(content: dict[str, Any]) -> bool:
 
 def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) -> Comparison:
     """Check the content of a comparison file."""
+    if "sweep" in content:
+        raise SettingsError("sweep: this is for `sae-lens-atm sweep`")
     if not is_comparison(content):
         raise SettingsError(
             "architectures: missing, this is a single run, for `sae-lens-atm train`"
         )
-    own = {key: content[key] for key in _OWN_KEYS if key in content}
+    own = {key: content[key] for key in OWN_KEYS if key in content}
     try:
         settings = _OwnSettings.model_validate({"name": name, **own})
     except ValidationError as error:
@@ -244,7 +167,7 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
             raise SettingsError(
                 f"not_ranked has {figure!r}: allowed are figures, {', '.join(FIGURES)}"
             )
-    shared = {key: value for key, value in content.items() if key not in _OWN_KEYS}
+    shared = {key: value for key, value in content.items() if key not in OWN_KEYS}
     if "seed" in shared:
         raise SettingsError("seed: a comparison has seeds, a list")
     if not isinstance(shared.get("sae") or {}, dict):
@@ -296,11 +219,6 @@ def _spelling_lms(own: _OwnSettings) -> list[SpellingLMConfig | None]:
     ]
 
 
-def spelling_lm_folder(output: Path, lm: SpellingLMConfig) -> Path:
-    """Where a comparison keeps a language model that it makes."""
-    return output / "models" / f"spelling-lm-{lm.seed}-{_hash(asdict(lm))}"
-
-
 def _on_model(shared: dict[str, Any], lm: SpellingLMConfig | None) -> dict[str, Any]:
     """What all SAEs on a language model share, that model among it."""
     if lm is None:
@@ -330,12 +248,9 @@ def _plan_entry(
     name: str, entry: EntrySettings, shared: dict[str, Any], own: _OwnSettings
 ) -> Iterator[Planned]:
     architecture = entry.architecture or name
-    unknown = [key for key in entry.run if key not in TRAINER_FIELDS]
-    if unknown:
-        raise SettingsError(
-            f"architectures.{name}.run.{unknown[0]}: unknown key, allowed is one of "
-            f"{', '.join(TRAINER_FIELDS)}; all else is shared"
-        )
+    same = [key for key in entry.run if key in SAME_FOR_ALL]
+    if same:
+        raise SettingsError(f"architectures.{name}.run.{same[0]}: the same for all in a comparison")
     registered = SAE_TRAINING_CLASS_REGISTRY.get(architecture)
     direct = direct_knob(registered[1], entry.l0_knob) if registered else None
     sae: dict[str, Any] = {**(shared.get("sae") or {}), **entry.sae, "architecture": architecture}
@@ -373,39 +288,3 @@ def _seeds_of(config_class: type, given: dict[str, Any], seed: int) -> dict[str,
     """Whatever else an architecture draws by a seed of its own differs from seed to seed too."""
     names = (f.name for f in fields(config_class) if f.name.endswith("_seed"))
     return {name: seed for name in names if name not in given}
-
-
-def _config_of(run: Run) -> dict[str, Any]:
-    """All that a run is made from, as plain values."""
-    config: dict[str, Any] = dict(run.runner.to_dict())
-    config["seed"] = run.seed
-    if isinstance(run, SyntheticRun) and run.hierarchy is not None:
-        config["hierarchy_model"] = asdict(run.hierarchy)
-    return config
-
-
-def settings_of(planned: Planned) -> dict[str, Any]:
-    """What an entry is trained with, but for what differs from run to run (L0, seeds)."""
-    config = _config_of(planned.run)
-    trainer = {name: config[name] for name in TRAINER_FIELDS if name in config}
-    differs = ("metadata", None if planned.knob.steered else planned.knob.name)
-    sae: dict[str, Any] = {
-        name: value
-        for name, value in config["sae"].items()
-        if name not in differs and not name.endswith("_seed")
-    }
-    return {"sae": sae, "trainer": trainer, "trained": planned.settings.trained}
-
-
-def _hash(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def at(planned: Planned, folder: Path) -> Planned:
-    """The same, its run kept in a folder."""
-    runner: Any = copy(planned.run.runner)  # `replace` would run SAELens' checks on its own results
-    runner.output_path, runner.checkpoint_path = str(folder / "sae"), str(folder / "checkpoints")
-    if isinstance(planned.run, LanguageModelRun):
-        return replace(planned, run=LanguageModelRun(runner, planned.seed))
-    return replace(planned, run=replace(planned.run, runner=runner))

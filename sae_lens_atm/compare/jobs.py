@@ -109,8 +109,7 @@ def threads_each(at_once: int) -> int:
 
 def _child(job: Job, connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
-    silence_saelens()
-    sae_lens.logger.setLevel(logging.ERROR)  # the process is ours alone
+    prepare_process()
     stop = StopFlag()
 
     def report(steps: int) -> None:
@@ -129,6 +128,12 @@ def _child(job: Job, connection: Connection, threads: int) -> None:
             raise
         connection.send(" ".join(f"{type(error).__name__}: {error}".split()))
         sys.exit(1)
+
+
+def prepare_process() -> None:
+    """Silence SAELens, in a process of a job's own."""
+    silence_saelens()
+    sae_lens.logger.setLevel(logging.ERROR)
 
 
 def _no_bar(*args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from sae_lens import SAE
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sae_lens_atm.compare.config import Planned
+from sae_lens_atm.compare.planned import Planned
 from sae_lens_atm.compare.results import write_text
 from sae_lens_atm.evaluation import to_json
 

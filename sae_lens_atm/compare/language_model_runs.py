@@ -25,7 +25,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_atm.checkpoints import load_random_state, save_random_state
-from sae_lens_atm.compare.config import TRAINER_FIELDS, Planned
 from sae_lens_atm.compare.history import HISTORY, History, curve_points
 from sae_lens_atm.compare.kept import (
     FIGURES,
@@ -36,6 +35,7 @@ from sae_lens_atm.compare.kept import (
     write_json,
 )
 from sae_lens_atm.compare.matching import L0Controller
+from sae_lens_atm.compare.planned import TRAINER_FIELDS, Planned
 from sae_lens_atm.evaluation import is_signed
 from sae_lens_atm.language_models import check_hook, saved_dataset
 from sae_lens_atm.settings import LanguageModelRun, SettingsError

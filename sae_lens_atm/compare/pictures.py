@@ -1,11 +1,13 @@
 """Still pictures of a comparison, for documents; the report has them to touch."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from sae_lens_atm.compare.charts import (
     GROUP_COLOURS,
+    PALETTE,
     PARETO,
     Style,
     entry_styles,
@@ -13,7 +15,7 @@ from sae_lens_atm.compare.charts import (
     view,
 )
 from sae_lens_atm.compare.figures import figure
-from sae_lens_atm.compare.results import Importance, Results, Row
+from sae_lens_atm.compare.results import Importance, Results, Row, Sweep
 
 _DASHES = {
     "solid": "-",
@@ -32,6 +34,8 @@ def draw_pictures(results: Results, folder: Path) -> list[Path]:
         drawn.append(_draw_pareto(results, folder / "pareto.png"))
     if any(run.importance is not None for run in results.runs):
         drawn.append(_draw_dynamics(results, folder / "importance.png"))
+    if results.sweep is not None and results.rows:
+        drawn.append(_draw_sweep(results, results.sweep, folder / "sweep.png"))
     return drawn
 
 
@@ -143,3 +147,50 @@ def _draw_importance(axes: Any, importance: Importance) -> None:
     axes.set_ylim(0.01, max(top, 10) * 6)  # room for the legend
     axes.set_title("Latents below the threshold are masked now and then")
     axes.legend(frameon=False, loc="upper center", ncols=2, fontsize="small")
+
+
+def _draw_sweep(results: Results, sweep: Sweep, path: Path) -> Path:
+    """The objective against each swept field, whatever the others are."""
+    keys = list(dict.fromkeys(key for point in sweep.points.values() for key in point.values))
+    levels = list(dict.fromkeys(row.l0_target for row in results.rows))
+    kinds = list(dict.fromkeys(point.entry for point in sweep.points.values()))
+    picture, grid = _figure(len(levels), len(keys), (4.2 * len(keys), 3.6 * len(levels)))
+    for line, l0 in zip(grid, levels, strict=True):
+        for axes, key in zip(line, keys, strict=True):
+            for kind, colour in zip(kinds, cycle(PALETTE)):
+                _draw_points(axes, results, sweep, (l0, key, kind), colour)
+            axes.set(xlabel=key, title=f"L0 {l0:g}")
+            axes.spines[["top", "right"]].set_visible(False)
+        shown = figure(sweep.objective)
+        arrow = {1: "higher is better", -1: "lower is better"}[shown.better]
+        line[0].set_ylabel(f"{shown.label} ({arrow})")
+    if len(kinds) > 1:
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        picture.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
+    picture.savefig(path, dpi=120)
+    return path
+
+
+def _draw_points(
+    axes: Any, results: Results, sweep: Sweep, of: tuple[float, str, str], colour: str
+) -> None:
+    l0, key, kind = of
+    rows = [
+        row
+        for row in results.rows
+        if row.l0_target == l0 and sweep.points[row.entry].entry == kind
+        if key in sweep.points[row.entry].values and sweep.objective in row.figures
+        if row.figures[sweep.objective].mean is not None
+    ]
+    values = [sweep.points[row.entry].values[key] for row in rows]
+    numbers = [float(v) for v in values if type(v) in (int, float)]
+    if len(numbers) < len(values):
+        values = [str(value) for value in values]
+    elif numbers and 0 < 20 * min(numbers) <= max(numbers):
+        axes.set_xscale("log")
+    for row, x in zip(rows, values, strict=True):
+        found = row.figures[sweep.objective]
+        filled = colour if row.matched else "white"
+        axes.errorbar(x, found.mean, found.sd or 0.0, color=colour, capsize=2, fmt="none")
+        axes.plot(x, found.mean, "o", color=colour, markerfacecolor=filled, markersize=5)
+    axes.plot([], [], "o", color=colour, label=kind)

@@ -11,10 +11,11 @@ from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.util import temporary_seed
 
 from sae_lens_atm.compare.comparison import check, make_jobs, steps_of
-from sae_lens_atm.compare.config import Comparison, Planned
+from sae_lens_atm.compare.config import Comparison
 from sae_lens_atm.compare.data import kept_model, synthetic_model
 from sae_lens_atm.compare.jobs import threads_each
 from sae_lens_atm.compare.kept import is_trained
+from sae_lens_atm.compare.planned import Planned
 from sae_lens_atm.compare.synthetic_runs import pool_of
 from sae_lens_atm.settings import SettingsError, SyntheticRun
 from sae_lens_atm.train import check_devices

@@ -130,6 +130,24 @@ class Parent(_Schema):
     """How often it was active in the samples of the evaluation."""
 
 
+class Point(_Schema):
+    """Where an entry of a sweep lies."""
+
+    entry: str
+    """What was swept."""
+    values: dict[str, Any]
+    """Of the swept fields, such as `lr` and `sae.mask_rate`."""
+
+
+class Sweep(_Schema):
+    """A comparison whose entries are points of a sweep."""
+
+    objective: str
+    """The figure that the best points are told by."""
+    points: dict[str, Point]
+    """By entry."""
+
+
 class Results(_Schema):
     """A whole comparison."""
 
@@ -150,6 +168,7 @@ class Results(_Schema):
     parents: list[Parent] = Field(default_factory=list)
     failed: dict[str, str] = Field(default_factory=dict)
     """Runs that ended in an error, and which."""
+    sweep: Sweep | None = None
 
 
 def write_results(results: Results, folder: Path) -> list[Path]:

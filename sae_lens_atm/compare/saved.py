@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from sae_lens import SAE
 
-from sae_lens_atm.compare.config import is_comparison, parse_comparison, spelling_lm_folder
+from sae_lens_atm.compare.config import is_comparison, parse_comparison
 from sae_lens_atm.compare.data import batch_seed
 from sae_lens_atm.compare.language_model_runs import (
     hold_out,
@@ -15,6 +15,7 @@ from sae_lens_atm.compare.language_model_runs import (
     load_language_model,
     make_store,
 )
+from sae_lens_atm.compare.planned import spelling_lm_folder
 from sae_lens_atm.evaluation import evaluate
 from sae_lens_atm.inspection import load_sae
 from sae_lens_atm.settings import (
@@ -43,9 +44,10 @@ class Data(NamedTuple):
 
 
 def data_of(path: str, overrides: Sequence[str] = ()) -> Data:
-    """The data that a config describes; of a comparison, those of its first run. A language model
-    that the comparison makes is made, if it is not there."""
+    """The data that a config describes; of a comparison or a sweep, those of its first run. A
+    language model that the comparison makes is made, if it is not there."""
     content = apply_overrides(read_yaml(path), overrides)
+    content.pop("sweep", None)
     if not is_comparison(content):
         return Data(parse_run(content))
     comparison = parse_comparison(content, Path(path).stem)

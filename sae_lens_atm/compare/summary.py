@@ -91,6 +91,19 @@ def best_rows(results: Results, name: str) -> set[tuple[str, float]]:
     }
 
 
+def ranked(results: Results, l0: float) -> list[Row]:
+    """The points of a sweep at an L0, best first; those that missed it, or have no value, last."""
+    assert results.sweep is not None
+    name = results.sweep.objective
+    rows = [row for row in results.rows if row.l0_target == l0]
+
+    def place(row: Row) -> tuple[bool, bool, float]:
+        value = _mean(row, name)
+        return value is None, not row.matched, -figure(name).better * (value or 0.0)
+
+    return sorted(rows, key=place)
+
+
 def _mean(row: Row, name: str) -> float | None:
     return row.figures[name].mean if name in row.figures else None
 

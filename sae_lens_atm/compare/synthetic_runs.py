@@ -22,7 +22,6 @@ from sae_lens_atm.checkpoints import (
     reading,
     skipped_batches,
 )
-from sae_lens_atm.compare.config import Planned, at
 from sae_lens_atm.compare.data import Pool, batch_seed
 from sae_lens_atm.compare.history import (
     HISTORY,
@@ -40,6 +39,7 @@ from sae_lens_atm.compare.kept import (
     write_json,
 )
 from sae_lens_atm.compare.matching import L0Controller
+from sae_lens_atm.compare.planned import Planned, at
 from sae_lens_atm.evaluation import evaluate_closely
 from sae_lens_atm.settings import SyntheticRun
 from sae_lens_atm.train import saved_at_once

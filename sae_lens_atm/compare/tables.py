@@ -1,13 +1,14 @@
 """The tables of a comparison in a terminal."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
 from sae_lens_atm.compare.figures import ARROWS, figure
 from sae_lens_atm.compare.results import Results, Row, Test
-from sae_lens_atm.compare.summary import best_rows
+from sae_lens_atm.compare.summary import best_rows, ranked
 from sae_lens_atm.compare.wording import P_BOUND, show_p, show_spread
 
 _SHOWN = {
@@ -109,11 +110,11 @@ def signs(row: Row) -> str:
     return (" *" if not row.matched else "") + (" ~" if row.moving else "")
 
 
-MARKS = (
+SWEEP_MARKS = (
     "* L0 more than 5% off the target: not ranked.  "
     "~ explained variance or dead latents still moved at the end.  "
-    "Green: best of those ranked, controls aside."
 )
+MARKS = SWEEP_MARKS + "Green: best of those ranked, controls aside."
 
 
 def _cell(row: Row, name: str, best: Mapping[str, set[tuple[str, float]]]) -> Text:
@@ -153,3 +154,34 @@ def _test_cells(test: Test) -> tuple[str | Text, ...]:
         verdict[test.better],
         "-" if test.p is None else f"{show_p(test.p)} (n={test.n})",
     )
+
+
+def sweep_tables(results: Results, most: int = 10) -> Iterator[Table]:
+    """The best points of a sweep, one table for each L0; those that missed it come last."""
+    sweep = results.sweep
+    assert sweep is not None
+    shown = figure(sweep.objective)
+    keys = dict.fromkeys(key for point in sweep.points.values() for key in point.values)
+    several = len({point.entry for point in sweep.points.values()}) > 1
+    for l0 in dict.fromkeys(row.l0_target for row in results.rows):
+        rows = ranked(results, l0)
+        best = f", best {most} of {len(rows)}" if len(rows) > most else ""
+        table = Table(title=f"{results.name}, L0 {l0:g}{_over(rows)}{best}")
+        if several:
+            table.add_column("", no_wrap=True)
+        for key in keys:
+            table.add_column(key.removeprefix("sae."), justify="right", no_wrap=True)
+        heads = {"l0": _SHOWN["l0"], sweep.objective: shown.label + ARROWS[shown.better]}
+        for head in heads.values():
+            table.add_column(head, justify="right", no_wrap=True)
+        for row in rows[:most]:
+            point = sweep.points[row.entry]
+            values = [_swept(point.values.get(key, "")) for key in keys]
+            cells = [_cell(row, name, {name: set() for name in heads}) for name in heads]
+            cells[0].append(signs(row))
+            table.add_row(*([point.entry] if several else []), *values, *cells)
+        yield table
+
+
+def _swept(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

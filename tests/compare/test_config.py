@@ -3,8 +3,8 @@ import re
 import pytest
 
 from sae_lens_atm.compare import load_comparison
-from sae_lens_atm.compare.config import at
 from sae_lens_atm.compare.matching import Knob
+from sae_lens_atm.compare.planned import at
 from sae_lens_atm.settings import SettingsError, shipped_config
 
 COMPARISONS = ("demo", "compare-sister-a", "compare-sister-b", "compare-gemma-2-2b-l12-16k")
@@ -146,7 +146,11 @@ def test_a_run_is_placed_without_touching_the_plan(comparison_yaml, tmp_path):
         ("seed=3", "seed: a comparison has seeds, a list"),
         ("architectures.atm.rolle=candidate", "architectures.atm.rolle: unknown key, did you mean"),
         ("architectures.atm.role=winner", "architectures.atm.role is 'winner'"),
-        ("architectures.atm.run.batch_size=3", "architectures.atm.run.batch_size: unknown key"),
+        ("architectures.atm.run.seed=3", "architectures.atm.run.seed: the same for all"),
+        (
+            "architectures.atm.run.batch_siz=3",
+            "architectures.atm: batch_siz: unknown key, did you mean",
+        ),
         ("architectures.atm.architecture=amt", "architectures.atm: sae.architecture is 'amt'"),
         ("architectures.atm.sae.c_rampsteps=1", "architectures.atm: sae.c_rampsteps: unknown key"),
         ("architectures.topk.l0_knob=nope", "architectures.topk: l0_knob is 'nope'"),

@@ -1,0 +1,27 @@
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_soak():
+    spec = importlib.util.spec_from_file_location("soak", ROOT / "benchmarks/soak.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_the_counts():
+    found = json.loads((ROOT / "docs/reliability/soak.json").read_text())
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    assert f"<!-- counts -->\n{load_soak().report(found)}<!-- end -->" in page
+
+
+def test_a_short_soak(tmp_path):
+    load_soak().main(runs=1, damages=4, json_path=tmp_path / "soak.json", report_path=None)
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert (found["runs"], found["identical"], found["states_lost"]) == (1, 1, 0)
+    assert sum(found["damages"]["tried"].values()) == found["damages"]["noticed"] == 4
