@@ -25,6 +25,7 @@ from sae_lens.synthetic import SyntheticModel, eval_sae_on_synthetic_data
 from sae_lens.synthetic.training import SyntheticActivationIterator
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.types import DataProvider
+from sae_lens.util import temporary_seed
 from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
@@ -87,7 +88,7 @@ def train(
     """
     plan(run, resume)
     check_devices(run)
-    with joined(run) as ranks:
+    with joined(run) as ranks, temporary_seed(run.seed):
         return _train(run, resume, on_step, stop or StopFlag(), keep, ranks)
 
 
@@ -103,7 +104,6 @@ def _train(
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = None if resume is None else newest_checkpoint(resume)
     start = time.perf_counter()
-    torch.manual_seed(run.seed)
     watch = Watch(on_step, stop, checkpoint, run.max_bad_batches, keep, ranks)
     prepare = _prepare_synthetic if isinstance(run, SyntheticRun) else _prepare_language_model
     job = prepare(cast(Any, run), watch)
