@@ -2,7 +2,7 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -96,9 +96,11 @@ class _GroupRunner(MultiSAETrainingRunner):
     """Steps after which the state of the group is kept on the way."""
     on_step: OnStep
     stop: StopFlag
+    max_bad_batches: int
 
     @override
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> Any:
+        trainer.data_provider = self._good(trainer.data_provider)
         self.histories = {}
         for name, planned in self.planned.items():
             inner = _with_own_settings(trainer.trainers[name], planned)
@@ -122,6 +124,18 @@ class _GroupRunner(MultiSAETrainingRunner):
 
         first.maybe_reset_sparsity = maybe_stop  # pyright: ignore[reportAttributeAccessIssue]
         return trainer.fit()
+
+    def _good(self, batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Those without NaN and Inf: as the SAEs share them, all of them skip the same."""
+        in_a_row = 0
+        for batch in batches:
+            if all(bool(activations.isfinite().all()) for activations in batch.values()):
+                in_a_row = 0
+                yield batch
+                continue
+            in_a_row += 1
+            if in_a_row >= self.max_bad_batches:
+                raise NonFiniteBatchError(f"{in_a_row} batches in a row hold NaN or Inf values")
 
     def _keep(self, trainer: MultiSAETrainer) -> None:
         """Keep the state of the whole group, or nothing of it."""
@@ -150,10 +164,6 @@ class _GroupRunner(MultiSAETrainingRunner):
         step = trainer.step
 
         def watched(batch: Tensor) -> Any:
-            if not batch.isfinite().all():
-                raise NonFiniteBatchError(
-                    f"the batch of step {trainer.n_training_steps} holds NaN or Inf values"
-                )
             output = step(batch)
             history.after_step(output)
             self.on_step(trainer, output)
@@ -201,6 +211,7 @@ def train_group(
             )
             held_out = hold_out(runner.activations_store, cfg)
             runner.planned, runner.on_step, runner.stop = to_train, on_step, stop
+            runner.max_bad_batches = group[0].run.max_bad_batches
             runner.points = curve_points(cfg.total_training_steps, points)
             runner.keep_at = set(curve_points(cfg.total_training_steps, cfg.n_checkpoints + 1)[:-1])
             runner.stopped = stopped
