@@ -57,3 +57,16 @@ assert torch.equal(before[0], after[0])
 assert before[1:] == after[1:]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_number_of_threads_changes_rounding_only(run_file):
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            result = train(load_run(run_file, [f"output_path=threads-{threads}"]))
+            found.append(result.sae.state_dict())
+    finally:
+        torch.set_num_threads(before)
+    for name, tensor in found[0].items():
+        torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-5)
