@@ -31,8 +31,9 @@ from safetensors.torch import load_file
 
 from sae_lens_atm.checkpoints import CheckpointError, newest_checkpoint, samples_of
 from sae_lens_atm.compare.jobs import silence_saelens
+from sae_lens_atm.plan import plan
 from sae_lens_atm.settings import parse_run
-from sae_lens_atm.train import plan, train
+from sae_lens_atm.train import train
 from sae_lens_atm.watch import Interrupted
 
 RUN = {

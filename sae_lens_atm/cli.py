@@ -21,6 +21,7 @@ from sae_lens_atm.hub import prepare
 from sae_lens_atm.hub import push as push_to_hub
 from sae_lens_atm.inspection import describe, load_sae
 from sae_lens_atm.metrics.first_letter import PROBE_F1
+from sae_lens_atm.plan import plan
 from sae_lens_atm.progress import Progress, figures_table
 from sae_lens_atm.ranks import rank
 from sae_lens_atm.settings import LanguageModelRun, apply_overrides, load_run, parse_fields
@@ -32,7 +33,7 @@ from sae_lens_atm.spelling.language_model import (
     make_spelling_lm,
 )
 from sae_lens_atm.terminal import clear_errors, config_path, console, exit_with, facts_table
-from sae_lens_atm.train import Result, plan, train
+from sae_lens_atm.train import Result, train
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -50,12 +50,15 @@ def check_shares(run: Run) -> None:
         raise SettingsError(
             f"{name} is {batch}: allowed is a multiple of {size()}, the number of processes"
         )
-    for where, device in _devices(run).items():
+    if size() > 1 and getattr(cfg, "use_cached_activations", False):
+        # SAELens keeps the row that was reached in one process only.
+        raise SettingsError("use_cached_activations is True: allowed is False in several processes")
+    for where, device in gpu_settings(run).items():
         if size() > 1 and ":" in device:
             raise SettingsError(f"{where} is {device!r}: allowed is 'cuda', one for each process")
 
 
-def _devices(run: Run) -> dict[str, str]:
+def gpu_settings(run: Run) -> dict[str, str]:
     """The settings that name a GPU."""
     found = {"sae.device": run.runner.sae.device}
     for name in ("device", "llm_device", "act_store_device"):
@@ -132,7 +135,7 @@ def joined(run: Run) -> Generator[Ranks | None]:
     if size() == 1:
         yield None
         return
-    devices, local = _devices(run), int(os.environ.get("LOCAL_RANK", rank()))
+    devices, local = gpu_settings(run), int(os.environ.get("LOCAL_RANK", rank()))
     if devices and local >= torch.cuda.device_count():
         raise SettingsError(
             f"process {local} of this machine finds no GPU: there are {torch.cuda.device_count()}"

@@ -142,8 +142,8 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
             target = target[parent]
         try:
             target[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise SettingsError(f"--set {override!r}: the value is not YAML") from error
+        except Exception as error:  # see `read_yaml`
+            raise SettingsError(f"--set {shown(override)}: the value is not YAML") from error
     return result
 
 

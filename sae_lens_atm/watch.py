@@ -136,7 +136,9 @@ class Watch:
             raise NonFiniteBatchError(f"{error}; saved {saved}" if saved else str(error)) from None
         except RankLostError as error:
             saved = self._save(trainer)
-            told = f"saved {saved}" if self.writes else "the first process saves, if it is there"
+            told = f"saved {saved}" if saved else "nothing was trained yet"
+            if not self.writes:
+                told = "the first process saves, if it is there"
             raise RankLostError(f"{error}; {told}") from error
 
     def _attach(self, trainer: SAETrainer[Any, Any], guard: Guard) -> None:

@@ -13,8 +13,9 @@ from sae_lens_atm.checkpoints import CheckpointError, newest_checkpoint, save_at
 from sae_lens_atm.cli import app
 from sae_lens_atm.inspection import load_sae
 from sae_lens_atm.manifest import MANIFEST_FILENAME, what_is_wrong
+from sae_lens_atm.plan import plan
 from sae_lens_atm.settings import SettingsError, load_run
-from sae_lens_atm.train import plan, train
+from sae_lens_atm.train import train
 
 SETTINGS = ["run_final_eval=false", "n_checkpoints=4"]
 NAMES = ["1088", "1600", "2112", "576"]

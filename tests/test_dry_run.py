@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sae_lens_atm import language_models
 from sae_lens_atm.dry_run import look_up
 from sae_lens_atm.language_models import NotChecked, look_up_model, measure, within
+from sae_lens_atm.plan import plan
 from sae_lens_atm.settings import SettingsError, load_run, shipped_config
-from sae_lens_atm.train import plan
 
 
 def shipped(name, *overrides):
@@ -138,7 +138,7 @@ def test_text_that_is_compressed_as_the_pile(language_model_yaml, tmp_path):
 
 
 def test_an_ordinary_plan_looks_nothing_up(language_model_yaml, monkeypatch):
-    monkeypatch.setattr("sae_lens_atm.train.look_up", lambda _: pytest.fail("looked up"))
+    monkeypatch.setattr("sae_lens_atm.plan.look_up", lambda _: pytest.fail("looked up"))
     assert "checked" not in plan(load_run(language_model_yaml))
 
 

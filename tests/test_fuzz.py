@@ -15,8 +15,9 @@ from sae_lens_atm.checkpoints import CheckpointError, newest_checkpoint
 from sae_lens_atm.cli import app
 from sae_lens_atm.inspection import describe, load_sae
 from sae_lens_atm.manifest import MANIFEST_FILENAME
+from sae_lens_atm.plan import plan
 from sae_lens_atm.settings import SettingsError, load_run, parse_run
-from sae_lens_atm.train import plan, train
+from sae_lens_atm.train import train
 from sae_lens_atm.watch import Watch
 
 RUN = {

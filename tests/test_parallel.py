@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 
 from sae_lens_atm.checkpoints import newest_checkpoint
 from sae_lens_atm.parallel import _Together, together
+from sae_lens_atm.plan import plan
 from sae_lens_atm.ranks import RankLostError, joined, largest_of_all
 from sae_lens_atm.selection import largest_positive
 from sae_lens_atm.settings import SettingsError, load_run, parse_run
-from sae_lens_atm.train import plan, train
+from sae_lens_atm.train import train
 from sae_lens_atm.watch import Interrupted, NonFiniteBatchError
 from tests.conftest import CONTEXT
 

@@ -72,11 +72,8 @@ def sweep(
     A comparison whose entries are the points: kept, resumed and reported in the same way.
     """
     with clear_errors():
-        changes = overrides or []
-        if ray is not None:  # whose processes are in other folders
-            there = load_sweep(config_path(config), changes, quick).output.absolute()
-            changes = [*changes, f"output_path={there}"]
-        found = load_sweep(config_path(config), changes, quick)
+        elsewhere = ray is not None
+        found = load_sweep(config_path(config), overrides or [], quick, elsewhere)
         if wandb is not None:
             for path in write_wandb_sweep(found, wandb):
                 console.print(f"wrote {path}", highlight=False)

@@ -69,8 +69,28 @@ SAME_FOR_ALL = (
     "model_name",
     "model_class_name",
     "dataset_path",
+    "is_dataset_tokenized",
+    "streaming",
+    "hook_name",
+    "hook_head_index",
+    "context_size",
+    "seqpos_slice",
+    "prepend_bos",
+    "exclude_special_tokens",
+    "model_kwargs",
+    "model_from_pretrained_kwargs",
+    "store_batch_size_prompts",
+    "eval_batch_size_prompts",
+    "n_eval_batches",
+    "eval_samples",
+    "eval_frequency",
+    "n_checkpoints",
+    "max_bad_batches",
+    "device",
+    "llm_device",
+    "act_store_device",
 )
-"""In which the runs of a comparison cannot differ."""
+"""In which the runs of a comparison cannot differ: the data, how they are judged, and where."""
 
 
 class _OwnSettings(BaseModel):

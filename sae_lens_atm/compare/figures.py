@@ -49,6 +49,27 @@ FIGURES: dict[str, Figure] = {
     "peak_memory_mib": Figure("peak memory, MiB", 0, 0),
 }
 """In the order of the tables. Anything else that is measured follows after."""
+NEEDS = {
+    **dict.fromkeys(("mcc", "f1", "precision", "recall", "uniqueness"), "synthetic"),
+    **dict.fromkeys(("recall_gap", "children_learned"), "synthetic"),
+    **dict.fromkeys(("ce_loss_score", "kl_div_score"), "model"),
+    **dict.fromkeys(
+        ("k1_f1", "sparse_probing_1", "sparse_probing_2", "sparse_probing_5"), "letters"
+    ),
+    **dict.fromkeys(
+        (
+            "absorption_full",
+            "absorption_fraction",
+            "absorption_full_learned",
+            "absorption_fraction_learned",
+            "parents_learned",
+        ),
+        "parents",
+    ),
+    "stability": "seeds",
+}
+"""What some of them need: synthetic data, a language model, first letters, one of these that has
+parents and children, several seeds."""
 
 
 def figure(name: str) -> Figure:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -30,6 +31,9 @@ TRAINER_FIELDS = (
 # What a run is filed under, or reports, without changing what is trained.
 _FILING = ("output_path", "checkpoint_path", "logger", "n_checkpoints", "eval_frequency")
 _EVALUATION = ("eval_samples", "n_eval_batches", "eval_batch_size_prompts", "run_final_eval")
+
+
+_LONGEST_NAME = 100
 
 
 class EntrySettings(BaseModel):
@@ -106,13 +110,14 @@ class Planned:
     def data_key(self) -> str:
         """The same for runs that are trained on the same batches."""
         config = _config_of(self.run)
-        names = ("hierarchy_model", "synthetic_model", "training_samples", "batch_size", "seed")
-        return hash_of([{name: config.get(name) for name in names}, self.pool_batches])
+        names = ("hierarchy_model", "synthetic_model", "batch_size", "seed")
+        different = min(self.pool_batches or math.inf, self.run.runner.total_training_steps)
+        return hash_of([{name: config.get(name) for name in names}, different])
 
     @property
     def name(self) -> str:
         """A name for files, no other run's."""
-        plain = "".join(c if c.isalnum() else "-" for c in self.entry)
+        plain = "".join(c if c.isalnum() else "-" for c in self.entry)[:_LONGEST_NAME]
         return f"{plain}-l0-{self.l0:g}-seed-{self.seed}-{self.training_key}"
 
     @property
@@ -138,7 +143,8 @@ def _config_of(run: Run) -> dict[str, Any]:
 def settings_of(planned: Planned) -> dict[str, Any]:
     """What an entry is trained with, but for what differs from run to run (L0, seeds)."""
     config = _config_of(planned.run)
-    trainer = {name: config[name] for name in TRAINER_FIELDS if name in config}
+    names = (*TRAINER_FIELDS, *planned.settings.run)
+    trainer = {name: config[name] for name in names if name in config}
     differs = ("metadata", None if planned.knob.steered else planned.knob.name)
     sae: dict[str, Any] = {
         name: value

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,15 +11,16 @@ import torch
 from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.util import temporary_seed
 
-from sae_lens_atm.compare.comparison import check, make_jobs, steps_of
+from sae_lens_atm.compare.comparison import check
 from sae_lens_atm.compare.config import Comparison
 from sae_lens_atm.compare.data import kept_model, synthetic_model
 from sae_lens_atm.compare.jobs import threads_each
 from sae_lens_atm.compare.kept import is_trained
 from sae_lens_atm.compare.planned import Planned
 from sae_lens_atm.compare.synthetic_runs import pool_of
+from sae_lens_atm.compare.work import make_jobs, steps_of
+from sae_lens_atm.plan import check_devices
 from sae_lens_atm.settings import SettingsError, SyntheticRun
-from sae_lens_atm.train import check_devices
 
 _TIMED_STEPS = 5  # of each entry
 
@@ -32,13 +34,18 @@ def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
     facts = {
         "runs": f"{len(planned)}, of which {len(planned) - len(left)} need no training (any more)",
         "jobs": f"{len(jobs)}, {at_once} at once",
+        "SAEs in a job": ""
+        if comparison.is_synthetic
+        else f"up to {max(Counter(p.group for p in planned).values())}, trained side by side",
         "entries": ", ".join(dict.fromkeys(p.entry for p in planned)),
         "L0": ", ".join(f"{l0:g}" for l0 in dict.fromkeys(p.l0 for p in planned)),
         "seeds": ", ".join(str(seed) for seed in dict.fromkeys(p.seed for p in planned)),
         "language models": ", ".join(
             str(seed) for seed in dict.fromkeys(p.model_seed for p in planned) if seed is not None
         ),
-        "steps of a run": f"{planned[0].run.runner.total_training_steps:,}",
+        "steps of a run": ", ".join(
+            f"{n:,}" for n in sorted({p.run.runner.total_training_steps for p in planned})
+        ),
         "output": folder,
     }
     facts = {name: fact for name, fact in facts.items() if fact != ""}
@@ -78,11 +85,13 @@ def _seconds_of_data(comparison: Comparison, left: Sequence[Planned]) -> float:
         model = synthetic_model(run, comparison.output if there else Path(elsewhere))
     start = time.perf_counter()
     model.sample(run.runner.batch_size)
-    seconds = time.perf_counter() - start
+    seconds_a_sample = (time.perf_counter() - start) / run.runner.batch_size
     pools = {pool.path: pool for pool in (pool_of(p, comparison.output) for p in left)}
     if all(pool.is_worth_keeping for pool in pools.values()):
-        return seconds * sum(pool.shape[0] for pool in pools.values() if not pool.path.exists())
-    return seconds * sum(steps_of(p) for p in left)
+        shapes = [pool.shape[:2] for pool in pools.values() if not pool.path.exists()]
+    else:
+        shapes = [(steps_of(p), cast(SyntheticRun, p.run).runner.batch_size) for p in left]
+    return seconds_a_sample * sum(steps * size for steps, size in shapes)
 
 
 def _seconds_a_step(planned: Planned) -> float:

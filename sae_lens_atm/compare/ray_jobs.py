@@ -79,7 +79,7 @@ def _connect(ray: Any, address: str) -> None:
         if colon:  # Ray tries for ten minutes
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(**own, log_to_driver=False, include_dashboard=False, configure_logging=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray's are of many kinds, some bare
         reason = " ".join(str(error).split())
         raise SettingsError(f"--ray {address}: no cluster there ({reason})") from error
 

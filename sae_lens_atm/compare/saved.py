@@ -9,15 +9,17 @@ from sae_lens import SAE
 
 from sae_lens_atm.compare.config import is_comparison, parse_comparison
 from sae_lens_atm.compare.data import batch_seed
-from sae_lens_atm.compare.language_model_runs import (
+from sae_lens_atm.compare.language_model_figures import (
     hold_out,
     language_model_figures,
-    load_language_model,
     make_store,
 )
+from sae_lens_atm.compare.language_model_runs import load_language_model
 from sae_lens_atm.compare.planned import spelling_lm_folder
+from sae_lens_atm.compare.sweep import as_comparison
 from sae_lens_atm.evaluation import evaluate
 from sae_lens_atm.inspection import load_sae
+from sae_lens_atm.plan import check_devices
 from sae_lens_atm.settings import (
     Run,
     SettingsError,
@@ -33,7 +35,7 @@ from sae_lens_atm.spelling.first_letters import (
     scores_of,
 )
 from sae_lens_atm.spelling.language_model import make_spelling_lm
-from sae_lens_atm.train import build_synthetic_model, check_devices
+from sae_lens_atm.train import build_synthetic_model
 
 
 class Data(NamedTuple):
@@ -47,7 +49,8 @@ def data_of(path: str, overrides: Sequence[str] = ()) -> Data:
     """The data that a config describes; of a comparison or a sweep, those of its first run. A
     language model that the comparison makes is made, if it is not there."""
     content = apply_overrides(read_yaml(path), overrides)
-    content.pop("sweep", None)
+    if content.pop("sweep", None) is not None and not is_comparison(content):
+        content = as_comparison(content)
     if not is_comparison(content):
         return Data(parse_run(content))
     comparison = parse_comparison(content, Path(path).stem)

@@ -33,7 +33,7 @@ from sae_lens_atm.compare.config import (
     parse_comparison,
     read_comparison,
 )
-from sae_lens_atm.compare.figures import FIGURES, figure
+from sae_lens_atm.compare.figures import FIGURES, NEEDS, figure
 from sae_lens_atm.compare.matching import direct_knob
 from sae_lens_atm.compare.results import Point, Sweep
 from sae_lens_atm.settings import SettingsError, describe_errors, did_you_mean, shown
@@ -78,8 +78,13 @@ class SweepSettings(BaseModel):
     objective: str = "explained_variance"
 
 
-def load_sweep(path: str | Path, overrides: Iterable[str] = (), quick: bool = False) -> Comparison:
+def load_sweep(
+    path: str | Path, overrides: Iterable[str] = (), quick: bool = False, elsewhere: bool = False
+) -> Comparison:
     """Read a sweep file, check everything, and lay out its runs.
+
+    Args:
+        elsewhere: the runs are in processes of other folders, so that paths must be whole.
 
     Raises:
         SettingsError: with one line for each thing that is wrong.
@@ -89,6 +94,9 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = (), quick: bool = Fa
     base = {key: value for key, value in content.items() if key != "sweep"}
     if not is_comparison(base):
         base = as_comparison(base)
+    name = Path(path).stem
+    if elsewhere:
+        base = _with_whole_paths(base, f"runs/{name}{'-quick' if quick else ''}")
     if not isinstance(base["architectures"], dict):
         raise SettingsError(
             f"architectures is {shown(base['architectures'])}: allowed is a mapping"
@@ -96,21 +104,22 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = (), quick: bool = Fa
     entries: dict[str, Values] = {}
     points: dict[str, Point] = {}
     placed: set[str] = set()
-    for name, entry in cast(dict[str, Any], base["architectures"]).items():
+    for kind, entry in cast(dict[str, Any], base["architectures"]).items():
         if not isinstance(entry, dict):
-            raise SettingsError(f"architectures.{name} is {shown(entry)}: allowed is a mapping")
-        own = _axes_of(name, cast(Values, entry), axes)
+            raise SettingsError(f"architectures.{kind} is {shown(entry)}: allowed is a mapping")
+        own = _axes_of(kind, cast(Values, entry), axes)
         placed |= own.keys()
         for values in points_of(own, sweep.points, sweep.seed):
-            label = _label(name, values, own)
+            label = _label(kind, values, own)
             while label in entries:
                 label += "'"
-            entries[label] = _with(cast(Values, entry), name, values)
-            points[label] = Point(entry=name, values=values)
+            entries[label] = _with(cast(Values, entry), kind, values)
+            points[label] = Point(entry=kind, values=values)
     missing = [key for key in axes if key not in placed]
     if missing:
         raise SettingsError(f"sweep.over.{missing[0]}: no architecture here has that field")
-    comparison = parse_comparison({**base, "architectures": entries}, Path(path).stem, quick)
+    comparison = parse_comparison({**base, "architectures": entries}, name, quick)
+    _check_objective(sweep.objective, comparison)
     return replace(
         comparison, content=content, sweep=Sweep(objective=sweep.objective, points=points)
     )
@@ -139,11 +148,45 @@ def parse_sweep(content: Values) -> tuple[SweepSettings, dict[str, list[Any] | R
     return sweep, axes
 
 
+def _with_whole_paths(base: Values, output: str) -> Values:
+    local = ("dataset_path", "model_name", "synthetic_model")
+    paths = {key: str(base.get(key)) for key in local if Path(str(base.get(key))).exists()}
+    paths["output_path"] = str(base.get("output_path", output))
+    return base | {key: str(Path(path).expanduser().absolute()) for key, path in paths.items()}
+
+
+def _check_objective(name: str, comparison: Comparison) -> None:
+    """Check that the runs will have the figure.
+
+    Raises:
+        SettingsError: naming those that they will have.
+    """
+    first = comparison.planned[0]
+    has: dict[str, bool] = {
+        "synthetic": comparison.is_synthetic,
+        "model": not comparison.is_synthetic,
+        "letters": first.first_letters is not None,
+        "parents": comparison.is_synthetic or first.first_letters is not None,
+        "seeds": len({planned.seed for planned in comparison.planned}) > 1,
+    }
+    allowed = [
+        known
+        for known, shown_as in FIGURES.items()
+        if shown_as.better and has.get(NEEDS.get(known, ""), True)
+        if known not in comparison.not_ranked
+    ]
+    if name not in allowed:
+        raise SettingsError(
+            f"sweep.objective is {name!r}: allowed is what these runs will have, one of "
+            f"{', '.join(allowed)}"
+        )
+
+
 def _axes(over: Values, prefix: str) -> Iterator[tuple[str, list[Any] | Range]]:
     for name, value in over.items():
         key = f"{prefix}{name}"
         if isinstance(value, list) and value:
-            yield key, cast(list[Any], value)
+            yield key, [_number(v) for v in cast(list[Any], value)]
         elif isinstance(value, dict) and value.keys() & {"low", "high", "log"}:
             try:
                 yield key, Range.model_validate(value)
@@ -160,11 +203,20 @@ def _axes(over: Values, prefix: str) -> Iterator[tuple[str, list[Any] | Range]]:
             )
 
 
+def _number(value: Any) -> Any:
+    """YAML takes 1e-3, without a dot, for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 def as_comparison(content: Values) -> Values:
     """A run file as a comparison of one entry: at its L0, with its seed."""
     sae = content.get("sae")
     architecture = cast(Values, sae).get("architecture") if isinstance(sae, dict) else None
-    registered = SAE_TRAINING_CLASS_REGISTRY.get(architecture) if architecture else None
+    known = architecture if isinstance(architecture, str) else ""
+    registered = SAE_TRAINING_CLASS_REGISTRY.get(known)
     if registered is None:
         raise SettingsError(
             f"sae.architecture is {shown(architecture)}: allowed is one of "
@@ -206,7 +258,7 @@ def _axes_of(
     name: str, entry: Values, axes: dict[str, list[Any] | Range]
 ) -> dict[str, list[Any] | Range]:
     """Those of the swept fields that concern an architecture."""
-    registered = SAE_TRAINING_CLASS_REGISTRY.get(entry.get("architecture") or name)
+    registered = SAE_TRAINING_CLASS_REGISTRY.get(str(entry.get("architecture") or name))
     if registered is None:  # told when the entries are checked
         return axes
     knob = direct_knob(registered[1], entry.get("l0_knob"))

@@ -1,7 +1,10 @@
 """A sweep as wandb's: a sweep file, and the run file that its agents train with other settings.
 
-wandb sweep FOLDER/sweep.yaml       # wandb tells an id
-wandb agent ID                      # here and elsewhere, from the folder of this command
+    wandb sweep FOLDER/sweep.yaml       # wandb tells an id
+    wandb agent ID                      # here and elsewhere, from the folder of this command
+
+Each of wandb's runs is one of `sae-lens-atm train`: on batches drawn anew, and evaluated as such a
+run is. In a random search wandb draws the seed and the L0 too, where there are several.
 """
 
 from dataclasses import fields
@@ -28,6 +31,7 @@ def write_wandb_sweep(comparison: Comparison, folder: Path) -> list[Path]:
     """
     run, parameters = run_and_parameters(comparison)
     sweep, _ = parse_sweep(comparison.content)
+    runs_a_point = len({(planned.seed, planned.l0) for planned in comparison.planned})
     file: dict[str, Any] = {
         "name": comparison.name,
         "method": "grid" if sweep.points is None else "random",
@@ -43,7 +47,7 @@ def write_wandb_sweep(comparison: Comparison, folder: Path) -> list[Path]:
         ],
     }
     if sweep.points is not None:
-        file["run_cap"] = sweep.points * len(comparison.content.get("seeds", [0]))
+        file["run_cap"] = sweep.points * runs_a_point
     folder.mkdir(parents=True, exist_ok=True)
     return [
         write_text(folder / name, yaml.safe_dump(content, sort_keys=False))
@@ -58,6 +62,8 @@ def run_and_parameters(comparison: Comparison) -> tuple[dict[str, Any], dict[str
         content = as_comparison(content)
     if len(content["architectures"]) != 1:
         raise SettingsError("--wandb: allowed is a sweep of one architecture")
+    if "spelling_lm" in content:
+        raise SettingsError("--wandb: spelling_lm is for `sae-lens-atm sweep`; see make-lm")
     ((name, entry),) = content["architectures"].items()
     knob = comparison.planned[0].knob
     if knob.steered:
@@ -73,7 +79,8 @@ def run_and_parameters(comparison: Comparison) -> tuple[dict[str, Any], dict[str
     run["sae"] = {"architecture": sae.architecture(), **shared, **(entry.get("sae") or {})}
     run["logger"] = {"log_to_wandb": True, **run.get("logger", {})}
     _, axes = parse_sweep(comparison.content)
-    several = {f"sae.{knob.name}": content["l0"], "seed": content.get("seeds", [0])}
+    seeds = list(dict.fromkeys(planned.seed for planned in comparison.planned))
+    several = {f"sae.{knob.name}": content["l0"], "seed": seeds}
     run["sae"][knob.name], run["seed"] = (values[0] for values in several.values())
     several = {key: values for key, values in several.items() if len(values) > 1}
     return run, {key: _parameter(axis) for key, axis in (several | axes).items()}

@@ -155,7 +155,7 @@ def test_a_change_reruns_only_what_it_changes(results, finished, comparison_yaml
         ]
 
     one = left("architectures.topk.sae.aux_loss_coefficient=0.5", "seeds=[0]")
-    assert one == ["batches of seed 0", "topk, L0 2, seed 0", "topk, L0 3, seed 0"]
+    assert one == ["40 batches of 64, seed 0", "topk, L0 2, seed 0", "topk, L0 3, seed 0"]
     # other samples to evaluate on: everything is evaluated again, and nothing trained
     comparison = load_comparison(
         comparison_yaml, ["output_path=copy", "eval_samples=600", "seeds=[0]", "l0=[2]"]

@@ -17,10 +17,11 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from sae_lens_atm.cli import app
 from sae_lens_atm.compare import load_comparison, read_results
+from sae_lens_atm.compare.saved import data_of
 from sae_lens_atm.compare.summary import ranked
 from sae_lens_atm.compare.sweep import Range, load_sweep, points_of
+from sae_lens_atm.plan import plan
 from sae_lens_atm.settings import SettingsError, load_run, shipped_config
-from sae_lens_atm.train import plan
 
 SWEEP = """
 sweep:
@@ -152,7 +153,11 @@ def test_a_run_file_is_swept_at_its_own_l0_and_seed(synthetic_yaml):
         ("atm, lr 0.001", 2, 3),
     ]
     assert {p.run.runner.sae.k for p in comparison.planned} == {2}
-    assert load_sweep(synthetic_yaml, ["sweep.over.lr=[1.0e-2]", "seeds=[5, 6]", "l0=[3]"]).planned
+    more = load_sweep(synthetic_yaml, ["sweep.over.lr=[1e-2]", "seeds=[5, 6]", "l0=[3]"])
+    assert [(p.entry, p.l0, p.seed) for p in more.planned] == [
+        ("atm, lr 0.01", 3, 5),
+        ("atm, lr 0.01", 3, 6),
+    ]
 
 
 def test_fields_of_the_forward_pass_make_groups_of_their_own(language_model_comparison_yaml):
@@ -194,7 +199,14 @@ def test_fields_of_the_forward_pass_make_groups_of_their_own(language_model_comp
         (["sweep.over.lrr=[1]"], "lrr: unknown key, did you mean 'lr'?"),
         (["sweep.over.lr=[x]"], "lr is 'x'"),
         (["architectures=3"], "architectures is 3"),
-        (["architectures.atm=3"], "architectures"),
+        (["architectures.atm=3"], "architectures.atm is 3: allowed is a mapping"),
+        (["sweep.objective=stability"], "sweep.objective is 'stability': allowed is"),
+        (["sweep.objective=ce_loss_score"], "sweep.objective is 'ce_loss_score': allowed is"),
+        (["sweep.objective=f1", "not_ranked=[f1]"], "sweep.objective is 'f1': allowed is what"),
+        (["sweep.over.eval_samples=[9]"], "sweep.over.eval_samples: the same for all points"),
+        (["sweep.over.hook_name=[a]"], "sweep.over.hook_name: the same for all points"),
+        (["architectures={a: {architecture: [atm]}}"], "architecture"),
+        (["sweep.over.lr=[2026-13-45]"], "the value is not YAML"),
     ],
 )  # fmt: skip
 def test_mistakes(sweep_yaml, overrides, message):
@@ -245,6 +257,48 @@ def test_a_sweep_from_the_command_line_is_kept_and_goes_on(sweep_yaml):
     assert {p: p.stat().st_mtime_ns for p in weights} == weights
     assert in_words("report", "out/results.json")[0] == 0
     assert in_words("sweep", sweep_yaml, "--dry-run")[0] == 0
+
+
+def test_points_of_other_batches_run_side_by_side(sweep_yaml):
+    over = "sweep.over={batch_size: [32, 64], training_samples: [640, 1280]}"
+    code, _, errors = in_words("sweep", sweep_yaml, "--set", over, "--jobs", 2)
+    assert code == 0, errors
+    results = read_results("out/results.json")
+    assert len(results.runs) == 8
+    settings = [entry.settings["trainer"] for entry in results.entries.values()]
+    trained = {(values["batch_size"], values["training_samples"]) for values in settings}
+    assert trained == set(product([32, 64], [640, 1280]))
+    sae = Path("out") / results.runs[0].folder / "sae"
+    assert in_words("evaluate", sae, "--on", sweep_yaml)[0] == 0
+
+
+def test_a_pool_is_shared_by_runs_of_any_length(sweep_yaml):
+    over = "sweep.over={training_samples: [1280, 2560], batch_size: [32, 64]}"
+    comparison = load_sweep(sweep_yaml, ["pool_batches=10", over])
+    assert len({planned.data_key for planned in comparison.planned}) == 2
+
+
+def test_paths_are_whole_for_processes_elsewhere(sweep_yaml, tmp_path):
+    assert load_sweep(sweep_yaml).output == Path("out")
+    found = load_sweep(sweep_yaml, elsewhere=True)
+    assert found.output == tmp_path / "out"
+    assert found.content["output_path"] == "out"
+
+
+def test_many_fields_make_no_endless_names(sweep_yaml):
+    decays = ["adam_beta1", "adam_beta2", "sae.importance_decay"]
+    others = ["lr", "lr_end", "sae.magnitude_weight", "sae.frequency_weight", "sae.mask_rate"]
+    settings = [f"sweep.over.{name}=[0.5]" for name in decays + others]
+    comparison = load_sweep(sweep_yaml, settings)
+    assert max(len(planned.entry) for planned in comparison.planned) > 130
+    assert max(len(planned.name) for planned in comparison.planned) < 130
+
+
+def test_a_run_file_s_sweep_is_data_too(synthetic_yaml):
+    more = "sweep: {over: {lr: [0.01]}}\nl0: [3]\n"
+    synthetic_yaml.write_text(synthetic_yaml.read_text() + more)
+    run = data_of(str(synthetic_yaml)).run
+    assert (run.seed, run.runner.sae.k) == (3, 3)
 
 
 def test_many_points_are_told_by_the_best_ten(sweep_yaml):
