@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export TQDM_DISABLE := 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format versions weekly clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-lens-atm compare demo --jobs 2
@@ -20,6 +20,14 @@ check: $(VENV)/.installed
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The core of the tests, on every Python that is here, with the oldest and the newest sae-lens allowed.
+versions: $(VENV)/.installed
+	$(BIN)/python tools/versions.py floor newest
+
+# The same with the newest of everything: what breaks, and what constraints.txt has yet to take up.
+weekly: $(VENV)/.installed
+	$(BIN)/python tools/versions.py newest-of-all
 
 # Exact versions for what we run ourselves; users of the package get pyproject's wide ranges.
 $(VENV)/.installed: pyproject.toml constraints.txt
