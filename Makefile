@@ -23,7 +23,7 @@ format: $(VENV)/.installed
 
 # The core of the tests, on every Python that is here, with the oldest and the newest sae-lens allowed.
 versions: $(VENV)/.installed
-	$(BIN)/python tools/versions.py floor newest
+	$(BIN)/python tools/versions.py floor newest $(VERSIONS_OPTIONS)
 
 # The same with the newest of everything: what breaks, and what constraints.txt has yet to take up.
 weekly: $(VENV)/.installed

@@ -154,7 +154,7 @@ def test_overrides_make_a_copy_and_new_branches():
     assert content == {"sae": {"k": 1}}
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith("sweep-")])
 def test_shipped_configs_are_valid(name):
     run = load_run(shipped_config(name))
     assert run.runner.sae.architecture() == "atm"

@@ -1,6 +1,7 @@
 import importlib.util
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,12 @@ def test_broken_tests_are_named_and_fail_the_run(versions, monkeypatch, tmp_path
     passed, said = versions.test(folder / "env", full=True)
     assert passed
     assert said.startswith("1 passed")
+
+
+def test_what_this_environment_has(versions):
+    pytest_version = pytest.__version__
+    assert versions.has(
+        {"pytest": pytest_version, "sae-lens-atm": metadata.version("sae-lens-atm")}
+    )
+    assert not versions.has({"pytest": pytest_version, "nowhere-to-be-found": "1"})
+    assert not versions.has({"pytest": "0.1"})

@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from importlib.metadata import distributions
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -194,7 +195,15 @@ def test(env: Path, full: bool) -> tuple[bool, str]:
     return False, "\n  ".join([f"FAILED: {end}", *(broken or lines[-30:])])
 
 
-def run_python(version: str, sets: list[str], full: bool) -> Iterator[tuple[bool | None, str]]:
+def has(versions: Versions) -> bool:
+    """Whether the environment of this very process has them all."""
+    here = {normal(found.name): found.version for found in distributions()}
+    return all(here.get(name) == wanted for name, wanted in versions.items())
+
+
+def run_python(
+    version: str, sets: list[str], full: bool, tested: bool = False
+) -> Iterator[tuple[bool | None, str]]:
     """What came of each set: passed, failed, or None for skipped."""
     path = find_python(version)
     if path is None:
@@ -218,6 +227,9 @@ def run_python(version: str, sets: list[str], full: bool) -> Iterator[tuple[bool
             except Failed as error:
                 yield False, f"Python {version}, {each}: FAILED: {error}"
         for names, versions in merged(resolved).items():
+            if tested and version == "{}.{}".format(*sys.version_info) and has(versions):
+                yield True, f"Python {version}, {names}: those of this environment, tested already"
+                continue
             have = install(python, versions, folder)
             passed, said = test(folder / "env", full)
             shown = ", ".join(f"{name} {have[name]}" for name in SHOWN)
@@ -233,11 +245,15 @@ def main() -> int:
     parser.add_argument("sets", nargs="+", choices=SETS)
     parser.add_argument("--python", nargs="+", choices=PYTHONS, default=PYTHONS)
     parser.add_argument("--all", action="store_true", help="all tests, not the core of them")
+    parser.add_argument(
+        "--tested", action="store_true", help="leave out what has just been tested where this runs"
+    )
     arguments = parser.parse_args()
     results: list[bool] = []
     for version in arguments.python:
         try:
-            for passed, said in run_python(version, arguments.sets, arguments.all):
+            ended = run_python(version, arguments.sets, arguments.all, arguments.tested)
+            for passed, said in ended:
                 print(said, flush=True)
                 results += [] if passed is None else [passed]
         except Failed as error:
