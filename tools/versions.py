@@ -11,7 +11,7 @@ newest-of-all  the newest of everything that pip finds; prints what of it constr
 pip is asked what each comes to; what comes to the same is run once, in an environment of its own.
 A Python that is not here is skipped, and so is one for which pip finds torch only with CUDA,
 several GB that nothing here needs: give pip an index with CPU builds, and it is run. The exit code
-is 1 if anything failed, or if nothing was run.
+is 1 if anything failed, or if nothing was run here or before (--tested).
 """
 
 import argparse
@@ -261,7 +261,7 @@ def main() -> int:
             results.append(False)
     if not results:
         print("nothing was run")
-    return 0 if results and all(results) else 1
+    return 0 if all(results) and (results or arguments.tested) else 1
 
 
 if __name__ == "__main__":
