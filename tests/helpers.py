@@ -1,3 +1,7 @@
+import importlib.util
+import sys
+from pathlib import Path
+
 import torch
 from sae_lens import TrainingSAE
 from sae_lens.saes.sae import TrainStepInput
@@ -7,6 +11,17 @@ from sae_lens_atm import ATMTrainingSAEConfig
 ACTIVATIONS = ("batchtopk", "jumprelu", "relu")
 SCHEDULES = ("dual", "interleaved", "masked")
 GRANULARITIES = ("step", "sample")
+
+
+def load_script(path):
+    """A script of the repository as a module."""
+    path = Path(__file__).parent.parent / path
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # for dataclasses
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_sae(d_in=8, d_sae=24, k=3, **fields):

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -29,6 +28,7 @@ from sae_lens_atm.settings import SettingsError, load_run, parse_run
 from sae_lens_atm.train import train
 from sae_lens_atm.watch import Interrupted, NonFiniteBatchError
 from tests.conftest import CONTEXT
+from tests.helpers import load_script
 
 ROOT = Path(__file__).parent.parent
 SERVER = multiprocessing.get_context("forkserver")
@@ -513,12 +513,7 @@ def test_a_process_without_a_gpu_says_so(synthetic_yaml, monkeypatch):
 
 @pytest.fixture(scope="module")
 def scaling():
-    spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks/scaling.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/scaling.py")
 
 
 def test_the_tables_are_those_of_the_figures(scaling):

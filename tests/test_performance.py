@@ -1,6 +1,5 @@
 """The benchmark of steps, and the pages drawn from what it measured."""
 
-import importlib.util
 import json
 import re
 from dataclasses import replace
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import step_input
+from tests.helpers import load_script, step_input
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
@@ -18,15 +17,7 @@ MARKED = re.compile(r"<!-- (\w+): (\S+) -->\n\n(.*?)\n\n<!-- end -->", re.DOTALL
 
 @pytest.fixture(scope="module")
 def step_time():
-    spec = importlib.util.spec_from_file_location("step_time", ROOT / "benchmarks/step_time.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    import sys
-
-    sys.modules["step_time"] = module  # where dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/step_time.py")
 
 
 def test_the_tables_are_those_of_the_figures(step_time):

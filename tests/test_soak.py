@@ -1,17 +1,13 @@
-import importlib.util
 import json
 from pathlib import Path
+
+from tests.helpers import load_script
 
 ROOT = Path(__file__).parent.parent
 
 
 def load_soak():
-    spec = importlib.util.spec_from_file_location("soak", ROOT / "benchmarks/soak.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/soak.py")
 
 
 def test_the_page_has_the_counts():

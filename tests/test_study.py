@@ -1,6 +1,5 @@
 """The study's script, and that docs/study.md says what the committed results say."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -10,16 +9,14 @@ import pytest
 from sae_lens_atm.compare import load_comparison, read_results
 from sae_lens_atm.compare.results import Entry, Results, Row, Spread
 from sae_lens_atm.compare.tables import markdown
+from tests.helpers import load_script
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks/study"
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, STUDY / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(STUDY / f"{name}.py")
 
 
 targets = load("targets")

@@ -1,4 +1,3 @@
-import importlib.util
 import sys
 import zipfile
 from importlib import metadata
@@ -6,16 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import load_script
+
 ROOT = Path(__file__).parent.parent
 THIS = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 @pytest.fixture(scope="module")
 def versions():
-    spec = importlib.util.spec_from_file_location("versions", ROOT / "tools/versions.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/versions.py")
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ _DASHES = {
     "longdash": (0, (8, 3)),
 }
 """Plotly's names of dashes, and matplotlib's."""
+_FAR_APART = 8  # values of which one is so many times another are shown by their logarithm
 
 
 def draw_pictures(results: Results, folder: Path) -> list[Path]:
@@ -157,8 +158,12 @@ def _draw_sweep(results: Results, sweep: Sweep, path: Path) -> Path:
     picture, grid = _figure(len(levels), len(keys), (4.2 * len(keys), 3.6 * len(levels)))
     for line, l0 in zip(grid, levels, strict=True):
         for axes, key in zip(line, keys, strict=True):
+            values = [p.values[key] for p in sweep.points.values() if key in p.values]
+            text = any(type(value) not in (int, float) for value in values)
+            if not text:
+                _set_scale(axes, values)
             for kind, colour in zip(kinds, cycle(PALETTE)):
-                _draw_points(axes, results, sweep, (l0, key, kind), colour)
+                _draw_points(axes, results, sweep, (l0, key, kind, text), colour)
             axes.set(xlabel=key, title=f"L0 {l0:g}")
             axes.spines[["top", "right"]].set_visible(False)
         shown = figure(sweep.objective)
@@ -171,25 +176,29 @@ def _draw_sweep(results: Results, sweep: Sweep, path: Path) -> Path:
     return path
 
 
-def _draw_points(
-    axes: Any, results: Results, sweep: Sweep, of: tuple[float, str, str], colour: str
-) -> None:
-    l0, key, kind = of
-    rows = [
-        row
-        for row in results.rows
-        if row.l0_target == l0 and sweep.points[row.entry].entry == kind
-        if key in sweep.points[row.entry].values and sweep.objective in row.figures
-        if row.figures[sweep.objective].mean is not None
-    ]
-    values = [sweep.points[row.entry].values[key] for row in rows]
-    numbers = [float(v) for v in values if type(v) in (int, float)]
-    if len(numbers) < len(values):
-        values = [str(value) for value in values]
-    elif numbers and 0 < 20 * min(numbers) <= max(numbers):
+def _set_scale(axes: Any, values: list[float]) -> None:
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    if 0 < _FAR_APART * min(values) <= max(values):
         axes.set_xscale("log")
-    for row, x in zip(rows, values, strict=True):
-        found = row.figures[sweep.objective]
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.locator_params(axis="x", nbins=5)
+
+
+def _draw_points(
+    axes: Any, results: Results, sweep: Sweep, of: tuple[float, str, str, bool], colour: str
+) -> None:
+    l0, key, kind, text = of
+    for row in results.rows:
+        point, found = sweep.points[row.entry], row.figures.get(sweep.objective)
+        if row.l0_target != l0 or point.entry != kind or key not in point.values:
+            continue
+        if found is None or found.mean is None:
+            continue
+        x = str(point.values[key]) if text else point.values[key]
         filled = colour if row.matched else "white"
         axes.errorbar(x, found.mean, found.sd or 0.0, color=colour, capsize=2, fmt="none")
         axes.plot(x, found.mean, "o", color=colour, markerfacecolor=filled, markersize=5)
