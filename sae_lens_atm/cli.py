@@ -32,7 +32,14 @@ from sae_lens_atm.spelling.language_model import (
     SpellingLMConfig,
     make_spelling_lm,
 )
-from sae_lens_atm.terminal import clear_errors, config_path, console, exit_with, facts_table
+from sae_lens_atm.terminal import (
+    Overrides,
+    clear_errors,
+    config_path,
+    console,
+    exit_with,
+    facts_table,
+)
 from sae_lens_atm.train import Result, train
 
 app = typer.Typer(
@@ -69,9 +76,7 @@ def train_command(
     settings: Annotated[
         list[str] | None, typer.Argument(help="As with --set.", metavar="[KEY=VALUE]...")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         Path | None, typer.Option(help="A checkpoint, or a run's folder (its newest checkpoint).")
     ] = None,

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from sae_lens import BatchTopKTrainingSAE, SAETrainer
 from sae_lens.saes.batchtopk_sae import BatchTopK
@@ -44,12 +44,11 @@ def share_store(store: ActivationsStore, ranks: Ranks) -> None:
     dataset: so any number of ranks can go on from the position of any other.
     """
     store.train_batch_size_tokens //= ranks.size
-    for name in ("dataset", "cached_activation_dataset"):
-        whole = getattr(store, name)
-        if isinstance(whole, Dataset):
-            setattr(store, name, whole.shard(ranks.size, ranks.rank, contiguous=False))
-        elif whole is not None:
-            setattr(store, name, split_dataset_by_node(whole, ranks.rank, ranks.size))
+    whole = store.dataset
+    if isinstance(whole, Dataset):
+        store.dataset = whole.shard(ranks.size, ranks.rank, contiguous=False)
+    elif isinstance(whole, IterableDataset):
+        store.dataset = split_dataset_by_node(whole, ranks.rank, ranks.size)
     rows = store._iterate_raw_dataset  # pyright: ignore[reportPrivateUsage]
 
     def counted() -> Iterator[Any]:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,6 +22,10 @@ from sae_lens_atm.settings import SettingsError, shipped_config
 from sae_lens_atm.watch import Interrupted, NonFiniteBatchError
 
 BAD_INPUT = 2
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
+]
+"""Settings of a command that change those of its file."""
 console = Console()
 if not console.is_terminal and "COLUMNS" not in os.environ:
     console = Console(width=160)  # a log has no width of its own

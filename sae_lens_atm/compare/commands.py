@@ -25,20 +25,29 @@ from sae_lens_atm.compare.tables import MARKS, SWEEP_MARKS, row_tables, sweep_ta
 from sae_lens_atm.compare.wandb_sweep import write_wandb_sweep
 from sae_lens_atm.evaluation import to_json
 from sae_lens_atm.progress import RunsProgress, figures_table
-from sae_lens_atm.terminal import clear_errors, config_path, console, exit_with, facts_table
+from sae_lens_atm.terminal import (
+    Overrides,
+    clear_errors,
+    config_path,
+    console,
+    exit_with,
+    facts_table,
+)
 from sae_lens_atm.watch import Interrupted
+
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")]
+Quick = Annotated[bool, typer.Option(help="What `quick` in the file makes of it.")]
+OnlyPlan = Annotated[
+    bool, typer.Option("--dry-run", help="Check, print the plan and the time it takes, stop.")
+]
 
 
 def compare_command(
     config: Annotated[str, typer.Argument(help="A comparison file, or the name of a shipped one.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
-    quick: Annotated[bool, typer.Option(help="What `quick` in the file makes of it.")] = False,
-    only_plan: Annotated[
-        bool, typer.Option("--dry-run", help="Check, print the plan and the time it takes, stop.")
-    ] = False,
+    overrides: Overrides = None,
+    jobs: Jobs = 1,
+    quick: Quick = False,
+    only_plan: OnlyPlan = False,
 ) -> None:
     """Train several architectures at the same L0, and tell which is better at what.
 
@@ -51,14 +60,10 @@ def compare_command(
 
 def sweep(
     config: Annotated[str, typer.Argument(help="A sweep file, or the name of a shipped one.")],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")] = 1,
-    quick: Annotated[bool, typer.Option(help="What `quick` in the file makes of it.")] = False,
-    only_plan: Annotated[
-        bool, typer.Option("--dry-run", help="Check, print the plan and the time it takes, stop.")
-    ] = False,
+    overrides: Overrides = None,
+    jobs: Jobs = 1,
+    quick: Quick = False,
+    only_plan: OnlyPlan = False,
     ray: Annotated[
         str | None,
         typer.Option(help="Run on a Ray cluster: its address, `auto`, or `local` for one here."),
@@ -118,9 +123,7 @@ def evaluate(
     on: Annotated[
         str, typer.Option(help="A run or comparison file (or the name of a shipped one).")
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
-    ] = None,
+    overrides: Overrides = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
