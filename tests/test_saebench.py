@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread, main_thread
 
 import pytest
 import torch
@@ -286,14 +287,19 @@ def test_scores_are_shown_and_kept_with_their_direction(tmp_path, sae_folder):
     assert kept["saebench"]["evals"] == found
 
 
-def test_ctrl_c_ends_the_process_too(tmp_path, sae_folder):
-    env = stand_in(
+def sleeper(tmp_path):
+    return stand_in(
         tmp_path / "env",
-        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()) + '.')\ntime.sleep(300)",
+        f"time.sleep(0.5)\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()) + '.')\n"
+        "time.sleep(300)",
     )
-    command = [sys.executable, "-m", "sae_lens_atm", "saebench", str(sae_folder), "--env", str(env)]
+
+
+def test_ctrl_c_ends_the_process_too(tmp_path, sae_folder):
+    command = [sys.executable, "-m", "sae_lens_atm", "saebench", str(sae_folder)]
+    command += ["--env", str(sleeper(tmp_path))]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        pid = written(tmp_path / "pid", process)
+        pid = written(tmp_path / "pid", lambda: process.poll() is None)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -302,9 +308,29 @@ def test_ctrl_c_ends_the_process_too(tmp_path, sae_folder):
         os.kill(pid, 0)
 
 
-def written(file, process):
+def test_and_leaves_no_dead_process_behind(tmp_path, sae_folder):
+    plan = saebench.plan_evals(str(sae_folder), "core")
+    pids = []
+
+    def interrupt():
+        pids.append(written(tmp_path / "pid", lambda: True))
+        signal.pthread_kill(main_thread().ident, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            saebench.run_evals(plan, sleeper(tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+    del stopped  # until here it holds the process: collecting that would end it as well
+
+
+def written(file, still):
     while not (file.exists() and file.read_text().endswith(".")):
-        assert process.poll() is None
+        assert still()
         time.sleep(0.05)
     return int(file.read_text()[:-1])
 

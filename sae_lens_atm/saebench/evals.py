@@ -93,6 +93,7 @@ def run_evals(plan: Plan, environment: Path) -> dict[str, Any]:
                 child.wait()  # its stdin stays open, and tells it that we are there
             except BaseException:
                 child.kill()
+                child.wait()  # after a KeyboardInterrupt the `with` doesn't
                 raise
         return read_results(home / "results.json", child.returncode)
 
