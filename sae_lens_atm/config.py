@@ -70,8 +70,8 @@ class ATMTrainingSAEConfig(
         mask_seed: seed of the masks' random numbers, which depend on it and the step alone.
         parent_weight: weight of the pressure that keeps the decoder of a latent off those of the
             more important latents that it implies (ours, not the paper's; see `parents`). 0: none.
-        parent_tau: how much of an activation of a latent must be present in the inputs on which
-            another fires for the other to imply it, in (0, 1].
+        parent_tau: how much of a latent's direction must be in the inputs on which another fires
+            for the other to imply it, in (0, 1]; 1 is as much as where the latent itself fires.
         parent_start: share of `schedule_steps` at which that pressure begins, in [0, 1].
         parent_rows: latents whose parents are looked for in a step, in turn; bounds its cost.
         kernels: "auto" computes with activations that are not 0 alone where that is faster (see

@@ -5,7 +5,7 @@ against the child that carries its parent along, and the reward for that (one ac
 of two) remains. Here the child pays for what it carries.
 
 Latent ``j`` *implies* a more important latent ``i`` if the inputs on which ``j`` fires hold as much
-of ``i``'s direction as inputs do on which ``i`` fires. That is read off the inputs and not off the
+of ``i``'s direction as the inputs on which ``i`` fires do. That is read off the inputs and not off the
 activations, so it holds whether the parent's latent fires beside the child or was absorbed by it,
 and two features that merely overlap in a crowded space do not pass for parent and child.
 """
@@ -13,7 +13,7 @@ and two features that merely overlap in a crowded space do not pass for parent a
 import torch
 from torch import Tensor
 
-from sae_lens_atm.importance import ExactBuffers, Signals
+from sae_lens_atm.importance import ExactBuffers
 from sae_lens_atm.sparse import Pattern, dots_at, sparse_products_are_fast
 
 _TINY = 1e-12
@@ -35,21 +35,22 @@ def lift(inputs: Tensor, magnitude: Tensor, mean_input: Tensor, decoder: Tensor)
 
 
 def implied_parents(
-    lift: Tensor, averages: Signals, importance: Tensor, rows: Tensor, tau: float, most: int
+    lift: Tensor, own_lift: Tensor, importance: Tensor, rows: Tensor, tau: float, most: int
 ) -> Tensor:
     """The latents ``i`` that each latent ``rows[j]`` implies, shape ``(rows, most)``, -1 where
     there are fewer:
 
-        L_ji >= tau M_i / F_i   and   Importance_i > Importance_j
+        L_ji >= tau L_ii   and   Importance_i > Importance_j
 
-    ``M_i / F_i`` is the mean activation of ``i`` where it fires. Latents that never fired imply
-    nothing and are implied by nothing. Of more than ``most`` the most clearly implied are told.
+    Measured by its own lift ``L_ii``, a latent that often fires weakly, with whatever is near, is
+    not taken for a parent of all that overlaps with it. Latents without a lift of their own, as
+    those that never fired, imply nothing and are implied by nothing. Of more than ``most`` the most
+    clearly implied are told.
     """
-    fired = averages.frequency > 0
-    when_active = averages.magnitude / averages.frequency.where(fired, 1.0)
-    implied = lift >= tau * when_active
-    implied &= (importance > importance[rows, None]) & fired & fired[rows, None]
-    clearness = (lift / when_active.clamp(min=_TINY)).where(implied, -torch.inf)
+    lifts = own_lift > 0
+    implied = lift >= tau * own_lift
+    implied &= (importance > importance[rows, None]) & lifts & lifts[rows, None]
+    clearness = (lift / own_lift.clamp(min=_TINY)).where(implied, -torch.inf)
     best = clearness.topk(min(most, clearness.shape[1]), dim=1)
     return best.indices.where(best.values > -torch.inf, -1)
 
@@ -107,9 +108,12 @@ class ParentTracker(ExactBuffers):
     """``E[x]``, shape ``(d_in,)``."""
     weight: Tensor
     """How much of `mean_input` has been filled."""
+    own_lift: Tensor
+    """``L_ii`` of `lift`, as it was when the latent's parents were last looked for, shape
+    ``(d_sae,)``; 0 before that."""
     parents: Tensor
     """Of `implied_parents`, as they were last looked for, shape ``(d_sae, most)``."""
-    exact_buffers = ("inputs", "magnitude", "mean_input", "weight", "parents")
+    exact_buffers = ("inputs", "magnitude", "mean_input", "weight", "own_lift", "parents")
 
     def __init__(
         self,
@@ -121,8 +125,9 @@ class ParentTracker(ExactBuffers):
     ) -> None:
         super().__init__()
         self.decay = decay
-        shapes = {"inputs": (d_sae, d_in), "magnitude": (d_sae,), "mean_input": (d_in,)}
-        for name, shape in {**shapes, "weight": ()}.items():
+        latents = {"magnitude": (d_sae,), "own_lift": (d_sae,)}
+        shapes = {"inputs": (d_sae, d_in), "mean_input": (d_in,), "weight": (), **latents}
+        for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device))
         self.register_buffer("parents", torch.full((d_sae, most), -1, device=device))
 
@@ -156,11 +161,13 @@ class ParentTracker(ExactBuffers):
 
     @torch.no_grad()
     def look_for_parents(
-        self, rows: Tensor, decoder: Tensor, averages: Signals, importance: Tensor, tau: float
+        self, rows: Tensor, decoder: Tensor, importance: Tensor, tau: float
     ) -> None:
         """Look for the parents of some latents again."""
         mean_input = self.mean_input / self.weight.clamp(min=_TINY)
         found = lift(self.inputs[rows], self.magnitude[rows], mean_input, decoder)
+        own = found.gather(1, rows[:, None]).squeeze(1)
+        self.own_lift[rows] = own.where(self.magnitude[rows] > _TINY, 0.0)
         most = self.parents.shape[1]
-        implied = implied_parents(found, averages, importance, rows, tau, most)
+        implied = implied_parents(found, self.own_lift, importance, rows, tau, most)
         self.parents[rows, : implied.shape[1]] = implied

@@ -43,6 +43,7 @@ _REVIVAL = ("auxiliary_reconstruction_loss", "pre_act_loss")
 _AVERAGED_OVER = 10  # parents are told from averages this many times as long as their decay's
 # What SAELens' run-time normalisations leave on the SAE between encode and decode.
 _NORMALISATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
+_FOUND_AGAIN = ("parent_tracker.parents", "parent_tracker.own_lift")
 _TRAINING_ONLY = ("tracker.", "parent_tracker.")
 
 
@@ -330,8 +331,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         cfg, steps = self.cfg, self.tracker.steps
         size = min(cfg.parent_rows, cfg.d_sae)
         rows = (torch.arange(size, device=steps.device) + steps * size) % cfg.d_sae
-        averages = self.tracker.averages()
-        parents.look_for_parents(rows, self.W_dec, averages, self.importance, cfg.parent_tau)
+        parents.look_for_parents(rows, self.W_dec, self.importance, cfg.parent_tau)
         energy = seen.energy / seen.exposure.clamp(min=1e-12) * (steps >= cfg.parent_start_step)
         return cfg.parent_weight * carried_energy(self.W_dec, parents.parents, energy)
 
@@ -386,7 +386,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         for name, buffer in self.named_buffers():
             if name in state_dict:
                 state_dict[name] = state_dict[name].to(buffer.dtype)
-            elif name == "parent_tracker.parents":  # checkpoints of earlier versions lack them
+            elif name in _FOUND_AGAIN:  # checkpoints of earlier versions lack them
                 state_dict[name] = buffer.clone()
 
     @override

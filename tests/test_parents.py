@@ -3,7 +3,6 @@ import torch
 from torch.testing import assert_close
 
 from sae_lens_atm import parents
-from sae_lens_atm.importance import Signals
 from sae_lens_atm.parents import ParentTracker, carried_energy, implied_parents, lift
 
 
@@ -31,35 +30,24 @@ def test_a_latent_that_never_fired_has_no_lift_of_its_own():
 
 
 def test_implied_parents_by_hand():
-    # mean activations where active: 1, 2 and, for one that never fired, none
-    averages = Signals(
-        magnitude=torch.tensor([0.5, 0.2, 0.0]),
-        frequency=torch.tensor([0.5, 0.1, 0.0]),
-        contribution=torch.zeros(3),
-    )
+    own = torch.tensor([1.0, 2.0, 0.0])  # the last never fired
     importance = torch.tensor([3.0, 1.0, 0.0])
     rows = torch.tensor([1, 0, 2])
-    found = implied_parents(
-        torch.tensor([[0.6, 9.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]]),
-        averages,
-        importance,
-        rows,
-        tau=0.5,
-        most=2,
-    )
+    lifts = torch.tensor([[0.6, 9.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
+    found = implied_parents(lifts, own, importance, rows, tau=0.5, most=2)
     # latent 1 implies 0 (0.6 >= 0.5 * 1), not itself; 0 is more important than all; 2 is dead
     assert found.tolist() == [[0, -1], [-1, -1], [-1, -1]]
     not_enough = torch.tensor([[0.4, 9.0, 9.0]])
-    assert (implied_parents(not_enough, averages, importance, rows[:1], 0.5, 2) == -1).all()
+    assert (implied_parents(not_enough, own, importance, rows[:1], 0.5, 2) == -1).all()
 
 
 def test_of_many_parents_the_most_clearly_implied_are_told():
-    averages = Signals(torch.tensor([1.0, 2.0, 1.0, 1.0]), torch.ones(4), torch.zeros(4))
+    own = torch.tensor([1.0, 2.0, 1.0, 1.0])
     importance = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    # in units of the parents' activations: 1, .85 and .8
+    # in units of the parents' own lift: 1, .85 and .8
     found = torch.tensor([[1.0, 1.7, 0.8, 9.0]])
     for most, expected in ((1, [0]), (2, [0, 1]), (4, [0, 1, 2, -1])):
-        told = implied_parents(found, averages, importance, torch.tensor([3]), 0.5, most)
+        told = implied_parents(found, own, importance, torch.tensor([3]), 0.5, most)
         assert told.tolist() == [expected]
 
 
@@ -102,11 +90,9 @@ def test_a_child_implies_its_parent_absorbed_or_not(absorbed):
     x, acts, directions = parent_and_child(absorbed)
     tracker = ParentTracker(3, 3, decay=0.0)
     take_in(tracker, acts, x, torch.ones(3))
-    frequency = (acts > 0).float().mean(0)
-    averages = Signals(acts.mean(0), frequency, torch.zeros(3))
     rows = torch.arange(3)
     importance = torch.tensor([3.0, 1.0, 2.0])
-    tracker.look_for_parents(rows, directions, averages, importance, 0.5)
+    tracker.look_for_parents(rows, directions, importance, 0.5)
     # and the overlapping feature implies nothing and is not implied
     assert tracker.parents[:, 0].tolist() == [-1, 0, -1]
     assert (tracker.parents[:, 1:] == -1).all()
@@ -115,6 +101,33 @@ def test_a_child_implies_its_parent_absorbed_or_not(absorbed):
     share = (acts[:, 1] > 0).float().mean()
     # an absorbing child, active at sqrt(2), has cos 1 / sqrt(2): all of its parent's energy, 1
     assert_close(carried, share * (1.0 if absorbed else 0.0), atol=1e-6, rtol=1e-5)
+
+
+def test_a_latent_that_also_fires_weakly_is_no_parent_of_what_overlaps_with_it():
+    """Latent 0 fires at 1 on a tenth of the inputs, its own, and at .05 on all others, where
+    another feature is, of cosine .3: its mean activation where it fires is .145, twice less than
+    what the other feature puts on its direction."""
+    p, o = torch.tensor([1.0, 0.0]), torch.tensor([0.3, (1 - 0.3**2) ** 0.5])
+    x = torch.cat([p.expand(10, 2), o.expand(90, 2)])
+    acts = torch.tensor([[1.0, 0.0]] * 10 + [[0.05, 1.0]] * 90)
+    tracker = ParentTracker(2, 2, decay=0.0)
+    take_in(tracker, acts, x, torch.ones(2))
+    tracker.look_for_parents(torch.arange(2), torch.stack([p, o]), torch.tensor([2.0, 1.0]), 0.5)
+    assert (tracker.parents == -1).all()
+    # L_00 by hand: (.1 * 1 + .9 * .05 * .3) / .145 of its direction, less .1 + .9 * .3 on average
+    assert_close(tracker.own_lift[0], torch.tensor((0.1 + 0.0135) / 0.145 - 0.37))
+
+
+def test_a_latent_that_never_fired_has_no_parents_and_is_none():
+    tracker = ParentTracker(2, 3, decay=0.0)
+    acts = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    x = torch.tensor([[1.0, 1.0], [1.0, -5.0]])  # the last latent's direction is away from the mean
+    take_in(tracker, acts, x, torch.ones(3))
+    directions = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    tracker.look_for_parents(torch.arange(3), directions, torch.tensor([2.0, 1.0, 3.0]), 1e-6)
+    assert tracker.own_lift[2] == 0
+    assert (tracker.parents != 2).all()
+    assert (tracker.parents[2] == -1).all()
 
 
 def take_in(tracker, acts, x, exposure):
