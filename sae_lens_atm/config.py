@@ -101,7 +101,7 @@ class ATMTrainingSAEConfig(
     mask_ramp_steps: int = 0
     mask_seed: int = 0
     parent_weight: float = 1.0
-    parent_tau: float = 0.5
+    parent_tau: float = 0.45
     parent_start: float = 0.2
     parent_rows: int = 256
     kernels: Kernels = "auto"

@@ -5,7 +5,7 @@ against the child that carries its parent along, and the reward for that (one ac
 of two) remains. Here the child pays for what it carries.
 
 Latent ``j`` *implies* a more important latent ``i`` if the inputs on which ``j`` fires hold as much
-of ``i``'s direction as the inputs on which ``i`` fires do. That is read off the inputs and not off the
+of ``i``'s direction as those on which ``i`` fires. That is read off the inputs and not off the
 activations, so it holds whether the parent's latent fires beside the child or was absorbed by it,
 and two features that merely overlap in a crowded space do not pass for parent and child.
 """

@@ -5,10 +5,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from sae_lens_atm import ATMTrainingSAE, ATMTrainingSAEConfig
 from sae_lens_atm.compare import load_comparison, read_results
 from sae_lens_atm.compare.results import Entry, Results, Row, Spread
 from sae_lens_atm.compare.tables import markdown
+from sae_lens_atm.importance import Signals
+from sae_lens_atm.synthetic import HierarchyModelConfig, build_hierarchy_model
 from tests.helpers import load_script
 
 ROOT = Path(__file__).parent.parent
@@ -108,7 +112,9 @@ def test_its_tables_are_those_of_the_committed_results(page):
 def test_the_study_shows_all_its_results():
     shown = {path for _, path, _ in MARKED.findall((ROOT / "docs/study.md").read_text("utf-8"))}
     committed = {f"benchmarks/study/results/{p.name}" for p in STUDY.glob("results/*.json")}
-    others = {f"benchmarks/study/results/{name}.json" for name in ("exploratory", "ceiling")}
+    others = {
+        f"benchmarks/study/results/{name}.json" for name in ("exploratory", "ceiling", "implied")
+    }
     assert committed - others <= shown
     assert {"docs/sister-a/results.json", "docs/sister-b/results.json"} <= shown
 
@@ -119,7 +125,8 @@ def test_links_of_the_study_lead_somewhere():
         assert (ROOT / "docs" / target).exists(), target
 
 
-def test_the_ceiling_trains_the_encoder_of_the_true_dictionary(tmp_path):
+@pytest.fixture
+def small(tmp_path):
     config = tmp_path / "small.yaml"
     config.write_text(
         "name: small\nrunner: synthetic\nl0: [2]\nseeds: [0]\n"
@@ -127,8 +134,12 @@ def test_the_ceiling_trains_the_encoder_of_the_true_dictionary(tmp_path):
         "sae: {d_in: 16, d_sae: 20}\nbatch_size: 128\ntraining_samples: 38_400\nlr: 1e-2\n"
         "eval_samples: 2000\narchitectures: {atm: {role: candidate}}\n"
     )
+    return config
+
+
+def test_the_ceiling_trains_the_encoder_of_the_true_dictionary(tmp_path, small):
     output = tmp_path / "ceiling.json"
-    load("ceiling").main(config, output, l0=2, seeds=2)
+    load("ceiling").main(small, output, l0=2, seeds=2)
     found = json.loads(output.read_text())
     assert found["mean"]["mcc"] == pytest.approx(1.0, abs=1e-3)
     assert found["mean"]["children_learned"] == 1.0
@@ -136,6 +147,57 @@ def test_the_ceiling_trains_the_encoder_of_the_true_dictionary(tmp_path):
     assert found["mean"]["f1"] == pytest.approx(
         sum(run["f1"] for run in found["runs"]) / 2, rel=1e-5
     )
+
+
+def test_implied_pairs_are_told_apart_by_the_true_hierarchy(tmp_path, small):
+    implied = load("implied")
+    implied.main(small, tmp_path / "implied.json", l0=[2], seeds=1)
+    (run,) = json.loads((tmp_path / "implied.json").read_text())["runs"]
+    assert set(run["readings"]) == {"own lift", "mean activation"}
+
+
+def test_the_table_of_implied_pairs_is_that_of_the_committed_counts():
+    text = (ROOT / "docs/study.md").read_text("utf-8")
+    shown = re.findall(r"^\|[^|]*\| (own lift|mean activation) \|(.*)\|$", text, flags=re.MULTILINE)
+    runs = json.loads((STUDY / "results/implied.json").read_text("utf-8"))["runs"]
+    expected = []
+    for l0 in (4, 8):
+        for reading in ("own lift", "mean activation"):
+            found = [run["readings"][reading] for run in runs if run["l0"] == l0]
+            assert len(found) == 3
+            mean = {name: sum(f[name] for f in found) / 3 for name in found[0]}
+            pairs = [f"{mean[f'pairs, {kind}']:.0f}" for kind in ("true", "others")]
+            energy = [f"{mean[f'energy, {kind}']:.4f}"[1:] for kind in ("true", "others")]
+            expected.append((reading, pairs + energy))
+    assert [(name, [c.strip() for c in cells.split("|")]) for name, cells in shown] == expected
+
+
+def test_pairs_and_their_energy_by_hand():
+    implied = load("implied")
+    model = build_hierarchy_model(HierarchyModelConfig(20, roots=4, lone_features=4, depth=1))
+    model.feature_dict.feature_vectors.data = torch.eye(20)
+    # four roots with three children each, numbered depth first, and four features of their own
+    above = {f: {f // 4 * 4} if f < 16 and f % 4 else set() for f in range(20)}
+    assert implied.ancestors(model) == above
+    sae = ATMTrainingSAE(ATMTrainingSAEConfig(20, 20, k=2))
+    sae.W_enc.data = torch.eye(20)
+    sae.W_dec.data = torch.eye(20)
+    sae.W_dec.data[1, 0] = 0.5  # a child that carries half of its root: cos^2 = .25 / 1.25
+    tracker = sae.parent_tracker
+    tracker.weight += 1
+    tracker.magnitude += 1
+    tracker.inputs += torch.eye(20)
+    for child, parent in ((1, 0), (2, 3), (3, 2), (17, 16)):
+        tracker.inputs[child, parent] = 1.0
+    falling = torch.arange(20, 0, -1.0)
+    sae.tracker.update(Signals(falling, falling, falling), torch.ones(20))
+    batch = torch.zeros(2, 20)
+    batch[0, 1] = 3.0
+    found = implied.count(sae, model, batch)["own lift"]
+    # 1 implies its root, 3 its sister and 17 a stranger; 2 none, as 3 is less important
+    assert [found[f"pairs, {kind}"] for kind in ("true", "others", "unclear")] == [1, 2, 0]
+    assert found["energy, true"] == pytest.approx(9 * 1.25 / 2 * 0.2)
+    assert found["energy, others"] == 0
 
 
 def test_the_picture_is_drawn_from_the_committed_results(tmp_path):
