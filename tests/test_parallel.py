@@ -51,7 +51,7 @@ def run_on(ranks, function, *arguments, lost=()):
         process.start()
     found = dict(answers.get(timeout=120) for _ in range(ranks - len(lost)))
     for process in processes:
-        process.join(20)
+        process.join(60)
         assert process.exitcode is not None, "it does not end"
     errors = [answer for answer in found.values() if isinstance(answer, str)]
     assert not errors, errors[0]

@@ -250,7 +250,7 @@ def test_masking_off_trains_exactly_as_batchtopk():
 
 def test_dual_weighs_the_two_views():
     x = torch.randn(64, 8)
-    sae = make_sae(mask_rate=20.0, activation="relu")
+    sae = make_sae(mask_rate=20.0, activation="relu", parent_weight=0.0)
     losses = {}
     for weight in (0.0, 0.3, 1.0):
         with_importance(sae, torch.cat([torch.zeros(12), torch.ones(12)]))
