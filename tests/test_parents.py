@@ -104,18 +104,24 @@ def test_a_child_implies_its_parent_absorbed_or_not(absorbed):
 
 
 def test_a_latent_that_also_fires_weakly_is_no_parent_of_what_overlaps_with_it():
-    """Latent 0 fires at 1 on a tenth of the inputs, its own, and at .05 on all others, where
-    another feature is, of cosine .3: its mean activation where it fires is .145, twice less than
-    what the other feature puts on its direction."""
+    """Latent 0 fires at 1 on a tenth of the inputs, its own, and at .05 on all others. On a fifth
+    of them is another feature, of cosine .3, with a latent that fires there alone."""
     p, o = torch.tensor([1.0, 0.0]), torch.tensor([0.3, (1 - 0.3**2) ** 0.5])
-    x = torch.cat([p.expand(10, 2), o.expand(90, 2)])
-    acts = torch.tensor([[1.0, 0.0]] * 10 + [[0.05, 1.0]] * 90)
+    x = torch.cat([p.expand(10, 2), o.expand(20, 2), torch.zeros(70, 2)])
+    acts = torch.tensor([[1.0, 0.0]] * 10 + [[0.05, 1.0]] * 20 + [[0.05, 0.0]] * 70)
+    directions = torch.stack([p, o])
     tracker = ParentTracker(2, 2, decay=0.0)
     take_in(tracker, acts, x, torch.ones(2))
-    tracker.look_for_parents(torch.arange(2), torch.stack([p, o]), torch.tensor([2.0, 1.0]), 0.5)
+    tracker.look_for_parents(torch.arange(2), directions, torch.tensor([2.0, 1.0]), 0.5)
     assert (tracker.parents == -1).all()
-    # L_00 by hand: (.1 * 1 + .9 * .05 * .3) / .145 of its direction, less .1 + .9 * .3 on average
-    assert_close(tracker.own_lift[0], torch.tensor((0.1 + 0.0135) / 0.145 - 0.37))
+    # L_00 by hand: (.1 * 1 + .2 * .05 * .3) / .145 of its direction, less .1 + .2 * .3 on average
+    assert_close(tracker.own_lift[0], torch.tensor(0.103 / 0.145 - 0.16))
+    # by its mean activation where it fires, .145, it would be one: L_10 is .3 - .16
+    found = lift(tracker.inputs, tracker.magnitude, tracker.mean_input, directions)
+    assert_close(found[1, 0], torch.tensor(0.14))
+    mean_active = torch.tensor([0.145, 1.0])
+    taken = implied_parents(found, mean_active, torch.tensor([2.0, 1.0]), torch.arange(2), 0.5, 1)
+    assert taken.tolist() == [[-1], [0]]
 
 
 def test_a_latent_that_never_fired_has_no_parents_and_is_none():

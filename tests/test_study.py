@@ -149,11 +149,13 @@ def test_the_ceiling_trains_the_encoder_of_the_true_dictionary(tmp_path, small):
     )
 
 
-def test_implied_pairs_are_told_apart_by_the_true_hierarchy(tmp_path, small):
-    implied = load("implied")
-    implied.main(small, tmp_path / "implied.json", l0=[2], seeds=1)
-    (run,) = json.loads((tmp_path / "implied.json").read_text())["runs"]
-    assert set(run["readings"]) == {"own lift", "mean activation"}
+def test_the_script_counts_implied_pairs_of_every_seed_at_every_l0(tmp_path, small):
+    load("implied").main(small, tmp_path / "implied.json", l0=[2, 3], seeds=2)
+    runs = json.loads((tmp_path / "implied.json").read_text())["runs"]
+    assert [(run["l0"], run["seed"]) for run in runs] == [(2, 0), (2, 1), (3, 0), (3, 1)]
+    for run in runs:
+        for counts in run["readings"].values():
+            assert sum(n for name, n in counts.items() if name.startswith("pairs")) > 0
 
 
 def test_the_table_of_implied_pairs_is_that_of_the_committed_counts():

@@ -7,7 +7,6 @@ what the metric still finds is its floor: features that overlap in a crowded spa
     python benchmarks/study/ceiling.py configs/compare-sister-a.yaml ceiling.json
 """
 
-import os
 from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
@@ -46,7 +45,6 @@ def train_encoder(run: SyntheticRun, l0: float, seed: int) -> dict[str, float]:
 
 def main(config: Path, output: Path, l0: float = 4, seeds: int = 3) -> None:
     """Train and evaluate; write every seed's figures, their means and deviations."""
-    os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
     run = load_comparison(config).planned[0].run
     assert isinstance(run, SyntheticRun)

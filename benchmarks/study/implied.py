@@ -1,14 +1,13 @@
 """Which latents ATM takes for parents of which, told apart by the true hierarchy.
 
 Trains ATM, names each latent by the feature that its decoder row is nearest to, and counts the
-pairs (child, parent) that are implied at the end, and the energy that is paid for, by what the two
-features truly are to each other. Two readings of "implied", on the same SAE: by the parent's own
+pairs (child, parent) that are implied at the end, and the energy charged for them, by what the two
+features truly are to each other. Two readings of "implied", of the same SAE: by the parent's own
 lift (`implied_parents`), and by its mean activation where it fires, as it was told at first.
 
     python benchmarks/study/implied.py configs/compare-sister-a.yaml implied.json
 """
 
-import os
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -74,7 +73,7 @@ def readings(sae: ATMTrainingSAE, rows: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def count(sae: ATMTrainingSAE, model: SyntheticModel, batch: Tensor) -> dict[str, dict[str, float]]:
-    """Pairs, and energy paid for, by kind; of each reading."""
+    """Pairs, and energy charged for them, by kind; of each reading."""
     cosine = cosine_similarities(sae.W_dec, model.feature_dict.feature_vectors)
     nearest, feature = cosine.max(1)
     above = ancestors(model)
@@ -107,7 +106,6 @@ def main(
     seeds: int = 3,
 ) -> None:
     """Train, count; write every seed's counts."""
-    os.environ["TQDM_DISABLE"] = "1"
     torch.set_num_threads(1)
     run = load_comparison(config).planned[0].run
     assert isinstance(run, SyntheticRun)
