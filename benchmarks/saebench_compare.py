@@ -23,6 +23,12 @@ from inside.models import hooked_name, load_model
 from sae_lens import SAE
 from safetensors.torch import load_file, save_file
 
+from sae_lens_atm.evaluation.first_letters import (
+    SMALL_MODEL,
+    letter_of,
+    look_at_first_letters,
+    residual_stream,
+)
 from sae_lens_atm.metrics.first_letter import (
     PROBE_F1,
     Probe,
@@ -30,12 +36,6 @@ from sae_lens_atm.metrics.first_letter import (
     absorbed,
     f1_scores,
     first_letter_scores,
-)
-from sae_lens_atm.spelling.first_letters import (
-    SMALL_MODEL,
-    letter_of,
-    look_at_first_letters,
-    residual_stream,
 )
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from sae_lens_atm import ATMTrainingSAEConfig
-from sae_lens_atm.budget import PEAK, SHARE, products, sae_size
-from sae_lens_atm.parallel import together
-from sae_lens_atm.ranks import Ranks
+from sae_lens_atm.training.parallel import together
+from sae_lens_atm.training.preflight.memory import PEAK, SHARE, products, sae_size
+from sae_lens_atm.training.ranks import Ranks
 
 SHAPES = {"small": (256, 128, 1024, 16), "C": (1024, 512, 4096, 32)}  # batch, d_in, d_sae, k
 RANKS = 2

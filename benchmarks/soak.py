@@ -29,12 +29,12 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from sae_lens_atm.checkpoints import CheckpointError, newest_checkpoint, samples_of
-from sae_lens_atm.compare.jobs import silence_saelens
-from sae_lens_atm.plan import plan
-from sae_lens_atm.settings import parse_run
-from sae_lens_atm.train import train
-from sae_lens_atm.watch import Interrupted
+from sae_lens_atm.compare.run.processes import silence_saelens
+from sae_lens_atm.errors import CheckpointError, Interrupted
+from sae_lens_atm.training.checkpoints import newest_checkpoint, samples_of
+from sae_lens_atm.training.preflight.checks import plan
+from sae_lens_atm.training.run import train
+from sae_lens_atm.training.run_file import parse_run
 
 RUN = {
     "runner": "synthetic",

@@ -37,7 +37,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from sae_lens_atm import ATMTrainingSAEConfig
-from sae_lens_atm.masking import Mask
+from sae_lens_atm.method.masking import Mask
 
 BASE = "batchtopk"
 BATCHES = 4  # in turn, so that no latent is dead for want of variety

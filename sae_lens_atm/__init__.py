@@ -3,12 +3,22 @@
 from sae_lens import register_sae_class, register_sae_training_class
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-from sae_lens_atm import activations as activations  # its classes register themselves
-from sae_lens_atm.config import ATMSAEConfig, ATMTrainingSAEConfig
-from sae_lens_atm.importance import ImportanceTracker, Signals, batch_signals, combine_signals
-from sae_lens_atm.inference import ATMSAE
-from sae_lens_atm.masking import importance_threshold, mask_probability, sample_mask, uniform_at
-from sae_lens_atm.sae import ATMTrainingSAE
+from sae_lens_atm.method.importance import (
+    ImportanceTracker,
+    Signals,
+    batch_signals,
+    combine_signals,
+)
+from sae_lens_atm.method.masking import (
+    importance_threshold,
+    mask_probability,
+    sample_mask,
+    uniform_at,
+)
+from sae_lens_atm.sae import activations as activations
+from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
+from sae_lens_atm.sae.config import ATMSAEConfig, ATMTrainingSAEConfig
+from sae_lens_atm.sae.inference import ATMSAE
 
 __all__ = [
     "ATMSAE",

@@ -1,3 +1,3 @@
-from sae_lens_atm.cli import main
+from sae_lens_atm.cli.main import main
 
 main()

@@ -10,9 +10,9 @@ from sae_lens import SAE, LanguageModelSAETrainingRunner
 from sae_lens.loading import pretrained_sae_loaders
 from typer.testing import CliRunner
 
-from sae_lens_atm.cli import app
+from sae_lens_atm.cli.main import app
 from sae_lens_atm.compare import read_results
-from sae_lens_atm.compare.tables import markdown
+from sae_lens_atm.compare.report.tables import markdown
 from tests.conftest import CONTEXT
 from tests.helpers import make_sae, train
 

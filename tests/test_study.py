@@ -9,10 +9,10 @@ import torch
 
 from sae_lens_atm import ATMTrainingSAE, ATMTrainingSAEConfig
 from sae_lens_atm.compare import load_comparison, read_results
-from sae_lens_atm.compare.results import Entry, Results, Row, Spread
-from sae_lens_atm.compare.tables import markdown
-from sae_lens_atm.importance import Signals
-from sae_lens_atm.synthetic import HierarchyModelConfig, build_hierarchy_model
+from sae_lens_atm.compare.report.results import Entry, Results, Row, Spread
+from sae_lens_atm.compare.report.tables import markdown
+from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
+from sae_lens_atm.method.importance import Signals
 from tests.helpers import load_script
 
 ROOT = Path(__file__).parent.parent

@@ -17,10 +17,10 @@ import typer
 from sae_lens import SAE, BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig, SAETrainer
 from sae_lens.util import temporary_seed
 
-from sae_lens_atm.compare.config import load_comparison
-from sae_lens_atm.compare.data import batch_seed, draw_batch, synthetic_model
-from sae_lens_atm.evaluation import evaluate_closely, to_json
-from sae_lens_atm.settings import SyntheticRun
+from sae_lens_atm.compare.plan.comparison_file import load_comparison
+from sae_lens_atm.compare.run.batch_pool import batch_seed, draw_batch, synthetic_model
+from sae_lens_atm.evaluation.synthetic import evaluate_closely, to_json
+from sae_lens_atm.training.run_file import SyntheticRun
 
 
 def train_encoder(run: SyntheticRun, l0: float, seed: int) -> dict[str, float]:

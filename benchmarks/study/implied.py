@@ -21,12 +21,12 @@ from sae_lens.util import cosine_similarities, temporary_seed
 from torch import Tensor
 
 from sae_lens_atm import ATMTrainingSAE
-from sae_lens_atm.compare.config import load_comparison
-from sae_lens_atm.compare.data import draw_batch, synthetic_model
-from sae_lens_atm.evaluation import to_json
-from sae_lens_atm.parents import implied_parents, lift
-from sae_lens_atm.settings import SyntheticRun
-from sae_lens_atm.synthetic import children_of
+from sae_lens_atm.compare.plan.comparison_file import load_comparison
+from sae_lens_atm.compare.run.batch_pool import draw_batch, synthetic_model
+from sae_lens_atm.data.synthetic import children_of
+from sae_lens_atm.evaluation.synthetic import to_json
+from sae_lens_atm.method.parents import implied_parents, lift
+from sae_lens_atm.training.run_file import SyntheticRun
 
 NAMED = 0.7  # cosine to the nearest feature, below which a latent is none's
 POOL = 1000  # batches, as in the comparison

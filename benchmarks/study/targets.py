@@ -11,9 +11,9 @@ from typing import NamedTuple
 import typer
 
 from sae_lens_atm.compare import read_results
-from sae_lens_atm.compare.figures import figure
-from sae_lens_atm.compare.results import Results, Row
-from sae_lens_atm.compare.wording import show_spread
+from sae_lens_atm.compare.report.results import Results, Row
+from sae_lens_atm.compare.report.wording import show_spread
+from sae_lens_atm.metrics.figures import figure
 
 SEVERAL_STEPS = ("matching_pursuit",)
 """Baselines that do not encode in one linear map, as all others do."""

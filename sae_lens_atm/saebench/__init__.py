@@ -1,6 +1,7 @@
 """SAEBench's evals of a saved SAE, run in an environment of SAEBench's own."""
 
-from sae_lens_atm.saebench.environment import SAEBenchError, default_folder, is_whole, prepare
+from sae_lens_atm.errors import SAEBenchError
+from sae_lens_atm.saebench.environment import default_folder, is_whole, prepare
 from sae_lens_atm.saebench.evals import EVALS, Plan, failures, plan_evals, run_evals
 from sae_lens_atm.saebench.scores import scores_of, table
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 from platformdirs import user_cache_path
 
-from sae_lens_atm.settings import SettingsError
+from sae_lens_atm.errors import SAEBenchError, SettingsError
 
 SAE_BENCH = "0.6.0"
 REQUIREMENTS = "saebench-requirements.txt"
@@ -24,10 +24,6 @@ _LIKE_OURS = (
     "transformers",
 )  # the same SAE, the same model
 _USED = ("scikit-learn<1.10", "beartype", "collectibles", "seaborn", "tabulate", "openai")
-
-
-class SAEBenchError(RuntimeError):
-    """SAEBench did not run, and why."""
 
 
 def requirements() -> list[str]:

@@ -14,12 +14,12 @@ from typing import Any
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.util import filter_valid_dataclass_fields
 
-from sae_lens_atm.inference import ATMSAE
-from sae_lens_atm.inspection import load_sae
-from sae_lens_atm.saebench.environment import SAEBenchError, python_of
+from sae_lens_atm.errors import SAEBenchError, SettingsError
+from sae_lens_atm.hub.loading import load_sae
+from sae_lens_atm.sae.inference import ATMSAE
+from sae_lens_atm.saebench.environment import python_of
 from sae_lens_atm.saebench.inside.models import hooked_name
 from sae_lens_atm.saebench.scores import SCORES
-from sae_lens_atm.settings import SettingsError
 
 EVALS = tuple(SCORES)
 

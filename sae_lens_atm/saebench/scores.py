@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sae_lens_atm.compare.figures import ARROWS, Figure
+from sae_lens_atm.metrics.figures import ARROWS, Figure
 
 SCORES: dict[str, dict[str, Figure]] = {
     "absorption": {

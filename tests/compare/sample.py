@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sae_lens_atm.compare.results import (
+from sae_lens_atm.compare.report.results import (
     Curve,
     Entry,
     Figures,

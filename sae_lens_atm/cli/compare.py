@@ -1,0 +1,160 @@
+"""The commands that train several SAEs, and those that look at what came out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from huggingface_hub.utils import logging as hub_logging
+
+from sae_lens_atm.cli.progress import RunsProgress, figures_table
+from sae_lens_atm.cli.terminal import (
+    Overrides,
+    clear_errors,
+    config_path,
+    console,
+    exit_with,
+    facts_table,
+)
+from sae_lens_atm.compare import (
+    Comparison,
+    Results,
+    compare,
+    draw_all,
+    dry_run,
+    load_comparison,
+    planned_jobs,
+    read_results,
+    summarise,
+    write_all,
+)
+from sae_lens_atm.compare.evaluate_saved import data_of, evaluate_saved
+from sae_lens_atm.compare.plan.sweep_file import load_sweep
+from sae_lens_atm.compare.report.tables import (
+    MARKS,
+    SWEEP_MARKS,
+    row_tables,
+    sweep_tables,
+    test_table,
+)
+from sae_lens_atm.compare.run.processes import silence_saelens
+from sae_lens_atm.compare.wandb_sweep import write_wandb_sweep
+from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.evaluation.synthetic import to_json
+
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")]
+Quick = Annotated[bool, typer.Option(help="What `quick` in the file makes of it.")]
+OnlyPlan = Annotated[
+    bool, typer.Option("--dry-run", help="Check, print the plan and the time it takes, stop.")
+]
+
+
+def compare_command(
+    config: Annotated[str, typer.Argument(help="A comparison file, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    jobs: Jobs = 1,
+    quick: Quick = False,
+    only_plan: OnlyPlan = False,
+) -> None:
+    """Train several architectures at the same L0, and tell which is better at what.
+
+    What is finished is kept: the same command goes on after an interruption, and after a change of
+    the file trains only what it changes.
+    """
+    with clear_errors():
+        _carry_out(load_comparison(config_path(config), overrides or [], quick), jobs, only_plan)
+
+
+def sweep(
+    config: Annotated[str, typer.Argument(help="A sweep file, or the name of a shipped one.")],
+    overrides: Overrides = None,
+    jobs: Jobs = 1,
+    quick: Quick = False,
+    only_plan: OnlyPlan = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(help="Run on a Ray cluster: its address, `auto`, or `local` for one here."),
+    ] = None,
+    wandb: Annotated[
+        Path | None, typer.Option(help="Write it as a sweep of wandb's into this folder, and stop.")
+    ] = None,
+) -> None:
+    """Train at many settings, on a grid or drawn at random, and tell which are best.
+
+    A comparison whose entries are the points: kept, resumed and reported in the same way.
+    """
+    with clear_errors():
+        elsewhere = ray is not None
+        found = load_sweep(config_path(config), overrides or [], quick, elsewhere)
+        if wandb is not None:
+            for path in write_wandb_sweep(found, wandb):
+                console.print(f"wrote {path}", highlight=False)
+            return
+        _carry_out(found, jobs, only_plan, ray)
+
+
+def _carry_out(
+    comparison: Comparison, jobs: int, only_plan: bool, cluster: str | None = None
+) -> None:
+    if only_plan:
+        silence_saelens()
+        console.print(facts_table(dry_run(comparison, jobs)))
+        return
+    to_do = planned_jobs(comparison)
+    try:
+        with RunsProgress(console, len(to_do), sum(job.steps for job in to_do)) as progress:
+            results = compare(comparison, jobs, progress, cluster=cluster)
+    except Interrupted:
+        _show_and_keep(summarise(comparison, {}), comparison.output)
+        raise
+    _show_and_keep(results, comparison.output)
+    if results.failed:
+        lines = (f"{label}: {error}" for label, error in results.failed.items())
+        exit_with("\n".join(lines), 1)
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="The results.json of a comparison.")],
+    output: Annotated[Path | None, typer.Option(help="Where to draw; else beside it.")] = None,
+) -> None:
+    """Draw the report of a comparison again."""
+    with clear_errors():
+        found = read_results(results)
+        folder = output or results.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        _print_results(found, draw_all(found, folder))
+
+
+def evaluate(
+    saes: Annotated[list[str], typer.Argument(help="Folders, or Hub ids: REPO:SAE_ID.")],
+    on: Annotated[
+        str, typer.Option(help="A run or comparison file (or the name of a shipped one).")
+    ],
+    overrides: Overrides = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+) -> None:
+    """Evaluate saved SAEs, whoever trained them, on the data of a config."""
+    with clear_errors():
+        silence_saelens()
+        hub_logging.set_verbosity_error()  # of its tries the last one is told, by us
+        figures = evaluate_saved(saes, data_of(str(config_path(on)), overrides or []))
+        console.print(figures_table(f"On the data of {on}", figures))
+        if json_file is not None:
+            json_file.write_text(to_json(figures), encoding="utf-8")
+
+
+def _show_and_keep(results: Results, folder: Path) -> None:
+    if results.runs:  # else there may be results of an earlier call, worth more than none
+        _print_results(results, write_all(results, folder))
+
+
+def _print_results(results: Results, files: list[Path]) -> None:
+    for table in row_tables(results) if results.sweep is None else sweep_tables(results):
+        console.print(table)
+    console.print(MARKS if results.sweep is None else SWEEP_MARKS, style="dim", highlight=False)
+    tests = test_table(results) if results.sweep is None else None
+    if tests is not None:
+        console.print(tests)
+    for path in files:
+        console.print(f"wrote {path}", highlight=False)

@@ -1,0 +1,139 @@
+"""What a person sees of long work: a progress bar, or lines where there is no terminal."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from sae_lens import SAETrainer
+from sae_lens.saes.sae import TrainStepOutput
+from typing_extensions import Self
+
+from sae_lens_atm.compare.run.processes import Job
+from sae_lens_atm.metrics.figures import ARROWS
+from sae_lens_atm.metrics.figures import figure as how_shown
+from sae_lens_atm.sae.forward_pass import mean_l0
+
+_REFRESH = 20  # steps between two readings: each waits for the device
+_LINES = 10  # lines over a whole run where there is no terminal
+
+
+class Progress:
+    """Shows loss, L0, masked fraction and the time left of a training run."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self._console = console
+        self._steps = steps
+        self._bar = RichProgress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("training", total=steps, figures="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_step(self, trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> None:
+        """Show the step that was just done."""
+        step = trainer.n_training_steps + 1
+        every = _REFRESH if self._console.is_terminal else max(self._steps // _LINES, 1)
+        if step % every and step != self._steps:
+            return
+        l0 = mean_l0(output.feature_acts)
+        figures = f"loss {output.loss.item():.4g}  L0 {l0.item():.1f}"
+        masked = output.metrics.get("masked_fraction")
+        if callable(masked):
+            figures += f"  masked {float(masked()):.0%}"
+        self._bar.update(self._task, completed=step, figures=figures)
+        if not self._console.is_terminal:
+            self._console.print(f"step {step}/{self._steps}  {figures}")
+
+
+class RunsProgress:
+    """Shows how the runs of a comparison get on."""
+
+    def __init__(self, console: Console, runs: int, steps: int) -> None:
+        self._console = console
+        self._runs = runs
+        self._steps = max(steps, 1)
+        self._done = 0
+        self._ended = 0
+        self._start = time.monotonic()
+        self._started: dict[str, float] = {}
+        self._bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._all = self._bar.add_task("all", total=self._steps)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def started(self, job: Job) -> None:
+        self._started[job.label] = time.monotonic()
+        self._tasks[job.label] = self._bar.add_task(job.label, total=max(job.steps, 1))
+
+    def advanced(self, job: Job, steps: int) -> None:
+        self._done += steps
+        self._bar.advance(self._all, steps)
+        self._bar.advance(self._tasks[job.label], steps)
+        before, now = (10 * (self._done - n) // self._steps for n in (steps, 0))
+        if now > before and not self._console.is_terminal:
+            self._console.print(f"{10 * now}% of all steps{self._time_left()}", highlight=False)
+
+    def _time_left(self) -> str:
+        left = (time.monotonic() - self._start) * (self._steps / self._done - 1)
+        return f", about {max(left, 0) / 60:.0f} min left"
+
+    def ended(self, job: Job, error: str | None) -> None:
+        self._ended += 1
+        self._bar.remove_task(self._tasks.pop(job.label))
+        self._bar.update(self._all, description=f"{self._ended}/{self._runs}")
+        took = time.monotonic() - self._started[job.label]
+        text = f"[{self._ended}/{self._runs}] {job.label}: {took:.0f} s"
+        if error is not None:
+            text = f"[{self._ended}/{self._runs}] {job.label} failed: {error}"
+        elif not self._console.is_terminal and self._done:
+            text += self._time_left()
+        self._console.print(text, markup=False, highlight=False)
+
+
+def figures_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """One row a figure, with an arrow to its better side; one column a SAE."""
+    table = Table(title=title)
+    table.add_column("figure")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for figure in next(iter(columns.values()), {}):
+        values = [columns[name].get(figure, float("nan")) for name in columns]
+        label = figure + ARROWS[how_shown(figure).better]
+        table.add_row(label, *(f"{v:d}" if isinstance(v, int) else f"{v:.4g}" for v in values))
+    return table

@@ -1,0 +1,318 @@
+"""The charts of a report, made with plotly; their theme is the page's."""
+
+import math
+from collections.abc import Iterable, Sequence
+from textwrap import wrap
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+from markupsafe import escape
+
+from sae_lens_atm.compare.report.results import Entry, Importance, Results, Row, Run
+from sae_lens_atm.compare.report.wording import (
+    clean,
+    heading,
+    in_order,
+    marks,
+    mean,
+    show,
+    show_l0,
+    show_spread,
+)
+from sae_lens_atm.metrics.figures import figure
+
+# Okabe and Ito's colours without black and yellow, orange and sky blue darkened, and two more: each
+# has a contrast of 3 or more with the light page and with the dark one.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C88400", "#3C9BD6", "#8A6FC0", "#A65628")
+GROUP_COLOURS = ("#AA4499", "#2E9E8C", "#B8860B", "#6C7BD0", "#CC6677")
+GREY = "#858585"
+DASHES = ("dash", "dot", "dashdot", "longdash")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "triangle-down", "cross")
+PARETO = ("absorption_fraction", "explained_variance", "mcc", "f1", "ce_loss_score", "kl_div_score")
+CURVES = ("explained_variance", "absorption_fraction", "dead_latents", "l0")
+
+
+class Style(NamedTuple):
+    """How an entry is drawn, everywhere on the page."""
+
+    colour: str
+    dash: str
+    symbol: str
+    width: float
+
+
+class Panel(NamedTuple):
+    """A chart for each L0 that can be chosen; a single one, of "", where there is no choice."""
+
+    key: str
+    title: str
+    charts: dict[str, go.Figure]
+    outside: Sequence[str] = ()
+    """Controls too far off to be in view."""
+
+
+def entry_styles(entries: dict[str, Entry]) -> dict[str, Style]:
+    """Candidates thick, controls grey and dashed; so is what comes after the last colour."""
+    styles: dict[str, Style] = {}
+    for i, name in enumerate(in_order(entries)):
+        symbol, width = SYMBOLS[i % len(SYMBOLS)], 1.6
+        if entries[name].role == "control":
+            greys = sum(style.colour == GREY for style in styles.values())
+            styles[name] = Style(GREY, DASHES[greys % len(DASHES)], symbol, width)
+        else:
+            width = 3.5 if entries[name].role == "candidate" else width
+            dash = ("solid", *DASHES)[i // len(PALETTE) % (len(DASHES) + 1)]
+            styles[name] = Style(PALETTE[i % len(PALETTE)], dash, symbol, width)
+    return styles
+
+
+def blank(x_title: str) -> go.Figure:
+    """A chart without plotly's own template, which would stand before the page's."""
+    chart = go.Figure(layout={"template": go.layout.Template(), "height": 300})
+    return chart.update_layout(xaxis={"title": {"text": x_title}, "nticks": 7}, yaxis_nticks=7)
+
+
+def add_line(chart: go.Figure, name: str, x: list[int], y: list[float | None], **more: Any) -> None:
+    """A curve over training steps."""
+    hover = "%{fullData.name}<br>step %{x:,}: %{y:.4g}<extra></extra>"
+    name = str(escape(name))  # plotly takes markup
+    chart.add_scatter(x=x, y=y, name=name, mode="lines", hovertemplate=hover, **more)
+
+
+def view(values: Sequence[float], others: Iterable[Sequence[float]] = ()) -> list[float]:
+    """An axis' range: all values, and of the others what does not squeeze them together."""
+    low, high = min(values), max(values)
+    span = high - low or abs(high) or 1.0
+    near = [e for e in others if low - span / 2 <= min(e) and max(e) <= high + span / 2]
+    low, high = min([low, *map(min, near)]), max([high, *map(max, near)])
+    pad = 0.07 * (high - low or span)
+    return [low - pad, high + pad]
+
+
+def center(row: Row, name: str) -> float:
+    """The mean of a figure; NaN without one."""
+    value = clean(row.figures[name].mean) if name in row.figures else None
+    return math.nan if value is None else value
+
+
+def bar(row: Row, name: str) -> float:
+    """The length of its error bar."""
+    return clean(row.figures[name].sd) or 0.0
+
+
+def pareto_panel(results: Results, name: str) -> Panel | None:
+    """A figure against the L0 that was measured; None if nobody has it."""
+    lines: dict[str, list[Row]] = {entry: [] for entry in in_order(results.entries)}
+    for row in sorted(results.rows, key=lambda row: center(row, "l0")):
+        if math.isfinite(center(row, "l0") + center(row, name)):
+            lines[row.entry].append(row)
+    lines = {entry: rows for entry, rows in lines.items() if rows}
+    if not lines:
+        return None
+    xs = {entry: [center(row, "l0") for row in rows] for entry, rows in lines.items()}
+    ys = {entry: [center(row, name) for row in rows] for entry, rows in lines.items()}
+    near = [entry for entry in lines if results.entries[entry].role != "control"] or list(lines)
+    bars = [s * bar(r, name) + center(r, name) for e in near for r in lines[e] for s in (-1, 1)]
+    x_view = view([x for entry in near for x in xs[entry]], xs.values())
+    y_view = view(bars, ys.values())
+    chart, outside = blank("L0, measured"), list[str]()
+    for entry, rows in lines.items():
+        style = entry_styles(results.entries)[entry]
+        for (low, high), values in ((x_view, xs[entry]), (y_view, ys[entry])):
+            if entry not in outside and not (low <= min(values) and max(values) <= high):
+                outside.append(entry)
+        hover = [
+            f"{escape(entry)}<br>L0 {center(row, 'l0'):.2f}, asked for {show_l0(row.l0_target)}<br>"
+            f"{figure(name).label} {show_spread(row.figures[name], figure(name).digits)}"
+            f" (n = {row.figures[name].n})" + "".join(f"<br>{mark}" for mark in marks(row))
+            for row in rows
+        ]
+        chart.add_scatter(
+            x=xs[entry],
+            y=ys[entry],
+            error_x={"array": [bar(row, "l0") for row in rows]},
+            error_y={"array": [bar(row, name) for row in rows]},
+            mode="lines+markers",
+            line={"color": style.colour, "width": style.width, "dash": style.dash},
+            marker={
+                "size": 11 if style.width > 2 else 9,
+                "symbol": [style.symbol + ("-open" if marks(row) else "") for row in rows],
+                "line": {"width": [2 if marks(row) else 0 for row in rows]},
+            },
+            customdata=hover,
+            hovertemplate="%{customdata}<extra></extra>",
+            meta=entry,
+        )
+    chart.update_layout(xaxis_range=x_view, yaxis_range=y_view)
+    return Panel(f"pareto-{name}", heading(name), {"": chart}, outside)
+
+
+def l0s(runs: Iterable[Run]) -> list[float]:
+    return sorted({run.l0_target for run in runs})
+
+
+def at(results: Results, entry: str, l0: float) -> list[Run]:
+    return [run for run in results.runs if (run.entry, run.l0_target) == (entry, l0)]
+
+
+def mean_curve(runs: Iterable[Run], name: str) -> dict[int, float | None]:
+    """The mean over runs of one of a `Curve`'s lists, by step."""
+    seen: dict[int, list[float | None]] = {}
+    for curve in [run.curve for run in runs if run.curve]:
+        for step, value in zip(curve.steps, getattr(curve, name), strict=False):
+            seen.setdefault(step, []).append(value)
+    return {step: mean(seen[step]) for step in sorted(seen)}
+
+
+def curve_panel(results: Results, name: str) -> Panel | None:
+    """A figure during training; None if nobody has it."""
+    charts: dict[str, go.Figure] = {}
+    for l0 in l0s(results.runs):
+        chart, later = blank("training step"), list[float]()
+        for entry, style in entry_styles(results.entries).items():
+            curve = mean_curve(at(results, entry, l0), name)
+            known = [value for value in curve.values() if value is not None]
+            if known:
+                # Of interest is where a curve leads, not how far off it begins.
+                later += known[len(known) // 10 + 1 :] or known
+                line = {"color": style.colour, "width": style.width, "dash": style.dash}
+                add_line(chart, entry, list(curve), list(curve.values()), line=line, meta=entry)
+        if later and name == "l0":
+            ends = view([math.log10(value) for value in [*later, l0 / 2, l0 * 2] if value > 0])
+            ticks = [digit * 10**power for power in range(-2, 6) for digit in (1, 2, 5)]
+            labels = [f"{tick:g}" for tick in ticks]
+            chart.update_layout(
+                yaxis={"type": "log", "range": ends, "tickvals": ticks, "ticktext": labels}
+            )
+        elif later:
+            chart.update_layout(yaxis_range=view(later))
+        if later:
+            charts[show_l0(l0)] = chart
+    return Panel(f"curve-{name}", heading(name), charts) if charts else None
+
+
+def importance_runs(results: Results) -> list[tuple[Run, Importance]]:
+    """Of each entry that tracks importance, the first seed at the middle one of its L0s."""
+    chosen: list[tuple[Run, Importance]] = []
+    for entry in in_order(results.entries):
+        runs = [(run, run.importance) for run in results.runs if run.entry == entry]
+        runs = [(run, importance) for run, importance in runs if importance is not None]
+        middle = l0s(run for run, _ in runs)
+        middle = middle[len(middle) // 2 :][:1]
+        runs = [pair for pair in runs if pair[0].l0_target in middle]
+        chosen += sorted(runs, key=lambda pair: pair[0].seed)[:1]
+    return chosen
+
+
+def importance_chart(importance: Importance, floor: float) -> go.Figure:
+    """Median and quartiles of each group, and the threshold, for a log axis.
+
+    There is no 0 on it: a median of 0 is left out, and a band goes down to `floor` at most.
+    """
+    chart = blank("training step")
+    for i, (group, quartiles) in enumerate(importance.groups.items()):
+        colour = GROUP_COLOURS[i % len(GROUP_COLOURS)]
+        known = [
+            (step, max(low, floor), middle if middle > 0 else None, high)
+            for step, values in zip(importance.steps, quartiles, strict=False)
+            for low, middle, high in [[clean(value) for value in values]]
+            if low is not None and middle is not None and high is not None and high > 0
+        ]
+        steps = [step for step, *_ in known]
+        band = [low for _, low, *_ in known] + [high for *_, high in known][::-1]
+        fill = {"mode": "none", "fill": "toself", "fillcolor": f"{colour}2e", "hoverinfo": "skip"}
+        chart.add_scatter(x=steps + steps[::-1], y=band, **fill)
+        add_line(chart, f"{group}, median", steps, [m for _, _, m, _ in known], line_color=colour)
+    threshold = [clean(value) for value in importance.threshold]
+    dashed = {"color": GREY, "dash": "dash"}
+    add_line(chart, "threshold", importance.steps, threshold, line=dashed)
+    return chart
+
+
+def importance_panels(results: Results) -> list[tuple[Run, Panel]]:
+    """A panel for each of `importance_runs`, all with the same axis, so that they compare."""
+    chosen = importance_runs(results)
+    levels = [
+        value
+        for _, importance in chosen
+        for row in [importance.threshold, *(r for g in importance.groups.values() for r in g)]
+        for value in row
+        if value is not None and 0 < value < math.inf
+    ]
+    if not levels:
+        return []
+    # Latents that fade away would take most of the axis.
+    floor = max(min(levels), 1e-4 * max(levels))
+    axis = {"type": "log", "range": view([math.log10(floor), math.log10(max(levels))]), "dtick": 1}
+    panels: list[tuple[Run, Panel]] = []
+    for i, (run, importance) in enumerate(chosen):
+        chart = importance_chart(importance, floor).update_layout(yaxis=axis)
+        panels.append((run, Panel(f"importance-{i}", run.entry, {"": chart})))
+    return panels
+
+
+def tick_label(entry: str) -> str:
+    """An entry's name in lines, for plotly, that are broken at spaces and underscores."""
+    lines = wrap(entry.replace("_", "_ "), 18)
+    return "<br>".join(str(escape(line.replace("_ ", "_"))) for line in lines)
+
+
+def parents_panel(results: Results) -> Panel | None:
+    """Absorbed fraction of every parent, entries down, parents across.
+
+    The colours reach to the highest value of what is no control.
+    """
+    order = sorted(
+        range(len(results.parents)),
+        key=lambda i: (results.parents[i].depth, -(results.parents[i].probability or 0)),
+    )
+    parents = [results.parents[i] for i in order]
+    tables: dict[str, dict[str, list[float | None]]] = {}
+    top = 0.0
+    for l0 in l0s(results.runs):
+        for entry in in_order(results.entries):
+            runs = [run.absorption_by_parent for run in at(results, entry, l0)]
+            runs = [values for values in runs if parents and len(values) == len(parents)]
+            if runs:
+                row = [mean(values[i] for values in runs) for i in order]
+                tables.setdefault(show_l0(l0), {})[entry] = row
+                if results.entries[entry].role != "control":
+                    top = max([top, *(value for value in row if value is not None)])
+    depths = [parent.depth for parent in parents]
+    starts = {depth: depths.index(depth) for depth in depths}
+    about = [
+        f"feature {parent.feature}, depth {parent.depth}"
+        f"<br>active in {show(parent.probability, 4)} of the samples"
+        for parent in parents
+    ]
+    charts: dict[str, go.Figure] = {}
+    for l0, rows in tables.items():
+        charts[l0] = blank("").add_heatmap(
+            z=list(rows.values()),
+            text=[[f"{escape(entry)}<br>{text}" for text in about] for entry in rows],
+            hovertemplate="%{text}<br>absorbed fraction %{z:.3f}<extra></extra>",
+            zmin=0,
+            zmax=top or 1,
+            xgap=1 if len(parents) < 100 else 0,
+            colorbar_title_text="absorbed fraction",
+        )
+        charts[l0].update_layout(
+            height=140 + 32 * len(rows),
+            margin_t=70,
+            xaxis={
+                "tickvals": [start + (depths.count(d) - 1) / 2 for d, start in starts.items()],
+                "ticktext": [f"depth {d}<br>{depths.count(d)} parents" for d in starts],
+                "showgrid": False,
+            },
+            yaxis={
+                "tickvals": list(range(len(rows))),
+                "ticktext": [tick_label(entry) for entry in rows],
+                "autorange": "reversed",
+                "showgrid": False,
+            },
+            shapes=[
+                {"x0": start - 0.5, "x1": start - 0.5, "y0": 0, "y1": 1, "yref": "paper"}
+                for start in list(starts.values())[1:]
+            ],
+        )
+    return Panel("parents", "absorbed fraction of each parent", charts) if charts else None

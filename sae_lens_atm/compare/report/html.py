@@ -1,0 +1,184 @@
+"""The report of a comparison: one HTML file that loads nothing from anywhere else.
+
+What is shown is decided here, how it looks in `report.html.j2`: the colours and margins of the
+charts too, as they follow the theme of the page.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from plotly.offline import get_plotlyjs
+
+from sae_lens_atm.compare.report.charts import (
+    CURVES,
+    GREY,
+    GROUP_COLOURS,
+    PARETO,
+    curve_panel,
+    entry_styles,
+    importance_panels,
+    parents_panel,
+    pareto_panel,
+)
+from sae_lens_atm.compare.report.results import Results, Row, Run, Spread, Test, write_text
+from sae_lens_atm.compare.report.summary import best_rows
+from sae_lens_atm.compare.report.wording import (
+    P_BOUND,
+    clean,
+    heading,
+    in_order,
+    marks,
+    show,
+    show_l0,
+    show_p,
+    show_spread,
+)
+from sae_lens_atm.metrics.figures import FIGURES, figure
+
+
+class Cell(NamedTuple):
+    """A number in a table."""
+
+    text: str
+    value: str
+    """What the column is sorted by; empty comes last."""
+    best: bool = False
+
+
+class Line(NamedTuple):
+    """A row of a table."""
+
+    entry: str
+    marks: list[str]
+    cells: list[Cell]
+
+
+class Glance(NamedTuple):
+    """The tests of a candidate at an L0."""
+
+    l0: float
+    candidate: str
+    marks: list[str]
+    tests: list[Test]
+    better: int
+    worse: int
+
+
+def breakable(name: str) -> Markup:
+    """An entry's name that can be broken after an underscore."""
+    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
+
+
+def number(value: float | None, text: str, best: bool = False) -> Cell:
+    value = clean(value)
+    return Cell(text, "" if value is None else repr(value), best)
+
+
+def figure_names(holders: Sequence[Row] | Sequence[Run]) -> list[str]:
+    """The figures that exist somewhere, those of the tables' order first."""
+    seen = dict.fromkeys(name for holder in holders for name in holder.figures)
+    return [name for name in FIGURES if name in seen] + [n for n in seen if n not in FIGURES]
+
+
+def table(results: Results, holders: Sequence[Row] | Sequence[Run]) -> list[Line]:
+    """Rows or runs, those of an L0 together, candidates first. The best is marked among rows."""
+    names, order = figure_names(holders), in_order(results.entries)
+    best = {name: best_rows(results, name) for name in names}
+    lines: list[Line] = []
+    for holder in sorted(holders, key=lambda held: (held.l0_target, order.index(held.entry))):
+        seeds = len(holder.seeds) if isinstance(holder, Row) else holder.seed
+        cells = [number(holder.l0_target, show_l0(holder.l0_target)), number(seeds, str(seeds))]
+        for name in names:
+            value = holder.figures.get(name)
+            spread = value if isinstance(value, Spread) else Spread(mean=value, sd=None, n=1)
+            is_best = isinstance(holder, Row) and (holder.entry, holder.l0_target) in best[name]
+            cells.append(number(spread.mean, show_spread(spread, figure(name).digits), is_best))
+        lines.append(Line(holder.entry, marks(holder), cells))
+    return lines
+
+
+def verdict(test: Test) -> tuple[str, str]:
+    """Symbol and words. These are of the direction alone; a filled symbol has p below `P_BOUND`."""
+    if clean(test.difference) is None:
+        return "\N{EN DASH}", "not comparable with"
+    if test.better is None or test.difference == 0:
+        return ("=", "equal to") if test.difference == 0 else ("≠", "different from")
+    open_, filled = ("△", "▲") if test.better else ("▽", "▼")
+    sure = test.p is not None and test.p < P_BOUND
+    return filled if sure else open_, "better than" if test.better else "worse than"
+
+
+def glances(results: Results) -> list[Glance]:
+    """The tests by L0 and candidate, in the order of the tables."""
+    order = list(FIGURES)
+    grouped: dict[tuple[float, str], list[Test]] = {}
+    for test in results.tests:
+        grouped.setdefault((test.l0_target, test.candidate), []).append(test)
+    found: list[Glance] = []
+    for (l0, candidate), tests in sorted(grouped.items(), key=lambda item: item[0][0]):
+        tests.sort(key=lambda t: order.index(t.figure) if t.figure in order else len(order))
+        rows = [row for row in results.rows if (row.entry, row.l0_target) == (candidate, l0)]
+        symbols = [verdict(test)[0] for test in tests]
+        better, worse = symbols.count("▲"), symbols.count("▼")
+        odd = [mark for row in rows for mark in marks(row)]
+        found.append(Glance(l0, candidate, odd, tests, better, worse))
+    return found
+
+
+def plain(charts: dict[str, go.Figure]) -> dict[str, Any]:
+    """Charts as JSON has them: by plotly's encoder, for which NaN is null."""
+    return {l0: json.loads(str(chart.to_json())) for l0, chart in charts.items()}
+
+
+def pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+
+
+def report_html(results: Results) -> str:
+    """The page."""
+    pareto = [panel for name in PARETO if (panel := pareto_panel(results, name))]
+    curves = [panel for name in CURVES if (panel := curve_panel(results, name))]
+    importance, parents = importance_panels(results), parents_panel(results)
+    panels = [
+        *pareto,
+        *curves,
+        *(panel for _, panel in importance),
+        *([parents] if parents else []),
+    ]
+    environment = Environment(
+        loader=PackageLoader("sae_lens_atm.compare.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    functions = (breakable, figure, heading, marks, pretty, show, show_l0, show_p, verdict)
+    return environment.get_template("report.html.j2").render(
+        {function.__name__: function for function in functions},
+        results=results,
+        styles=entry_styles(results.entries),
+        glances=glances(results),
+        p_bound=P_BOUND,
+        pareto=pareto,
+        curves=curves,
+        importance=importance,
+        group_colours=GROUP_COLOURS,
+        grey=GREY,
+        parents=parents,
+        row_figures=figure_names(results.rows),
+        rows=table(results, results.rows),
+        run_figures=figure_names(results.runs),
+        runs=table(results, results.runs),
+        charts={panel.key: plain(panel.charts) for panel in panels},
+        plotlyjs=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+    )
+
+
+def write_report(results: Results, path: Path) -> Path:
+    """Write the report, to the side first."""
+    return write_text(path, report_html(results))

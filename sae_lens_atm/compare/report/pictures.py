@@ -1,0 +1,205 @@
+"""Still pictures of a comparison, for documents; the report has them to touch."""
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from sae_lens_atm.compare.report.charts import (
+    GROUP_COLOURS,
+    PALETTE,
+    PARETO,
+    Style,
+    entry_styles,
+    importance_runs,
+    view,
+)
+from sae_lens_atm.compare.report.results import Importance, Results, Row, Sweep
+from sae_lens_atm.metrics.figures import figure
+
+_DASHES = {
+    "solid": "-",
+    "dash": "--",
+    "dot": ":",
+    "dashdot": "-.",
+    "longdash": (0, (8, 3)),
+}
+"""Plotly's names of dashes, and matplotlib's."""
+_FAR_APART = 8  # values of which one is so many times another are shown by their logarithm
+
+
+def draw_pictures(results: Results, folder: Path) -> list[Path]:
+    """Draw what the results have: figures against L0, and importance along the way."""
+    drawn: list[Path] = []
+    if len({row.l0_target for row in results.rows}) > 1:
+        drawn.append(_draw_pareto(results, folder / "pareto.png"))
+    if any(run.importance is not None for run in results.runs):
+        drawn.append(_draw_dynamics(results, folder / "importance.png"))
+    if results.sweep is not None and results.rows:
+        drawn.append(_draw_sweep(results, results.sweep, folder / "sweep.png"))
+    return drawn
+
+
+def _figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
+    """A picture, and its axes in lines and columns. Not pyplot's, whose backend, in a notebook say,
+    is the caller's."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=size, layout="constrained")
+    return picture, picture.subplots(lines, columns, squeeze=False)
+
+
+def _draw_pareto(results: Results, path: Path) -> Path:
+    present = {name for row in results.rows for name in row.figures}
+    names = [name for name in PARETO if name in present]
+    columns = 2
+    lines = -(-len(names) // columns)
+    picture, grid = _figure(lines, columns, (11, 4.2 * lines))
+    styles = entry_styles(results.entries)
+    for axes, name in zip(grid.flat, names, strict=False):
+        for entry in results.entries:
+            rows = [row for row in results.rows if row.entry == entry]
+            _draw_entry(axes, rows, name, styles[entry])
+        axes.set_ylim(*_range(results, name))
+        arrow = {1: "higher is better", -1: "lower is better", 0: ""}[figure(name).better]
+        axes.set(xlabel="L0 measured", title=f"{figure(name).label} ({arrow})")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(names) :]:
+        axes.set_visible(False)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
+    picture.savefig(path, dpi=120)
+    return path
+
+
+def _range(results: Results, name: str) -> list[float]:
+    """What is shown of a figure: controls only as far as they do not squeeze the rest together."""
+    reach: dict[bool, list[list[float]]] = {True: [], False: []}
+    for row in results.rows:
+        value = row.figures.get(name)
+        if value is not None and value.mean is not None:
+            sd = value.sd or 0.0
+            is_control = results.entries[row.entry].role == "control"
+            reach[is_control].append([value.mean - sd, value.mean + sd])
+    near = reach[False] or reach[True]
+    return view([end for ends in near for end in ends], reach[True])
+
+
+def _line(style: Style) -> dict[str, Any]:
+    return {
+        "color": style.colour,
+        "linestyle": _DASHES[style.dash],
+        "linewidth": 0.85 * style.width,
+    }
+
+
+def _draw_entry(axes: Any, rows: Sequence[Row], name: str, style: Style) -> None:
+    known = [row for row in rows if name in row.figures and row.figures[name].mean is not None]
+    if not known:
+        return
+    known.sort(key=lambda row: row.figures["l0"].mean or 0.0)
+    x = [row.figures["l0"].mean for row in known]
+    y = [row.figures[name].mean for row in known]
+    spread = [row.figures[name].sd or 0.0 for row in known]
+    axes.errorbar(x, y, spread, **_line(style), capsize=2, label=known[0].entry)
+    for row, x_at, y_at in zip(known, x, y, strict=True):
+        filled = style.colour if row.matched else "white"
+        axes.plot(x_at, y_at, "o", color=style.colour, markerfacecolor=filled, markersize=5)
+
+
+def _draw_dynamics(results: Results, path: Path) -> Path:
+    run, importance = importance_runs(results)[0]
+    picture, ((left, right),) = _figure(1, 2, (12, 4.4))
+    _draw_importance(left, importance)
+    styles = entry_styles(results.entries)
+    beside = [r for r in results.runs if (r.seed, r.l0_target) == (run.seed, run.l0_target)]
+    name = "absorption_fraction"
+    if not any(r.curve and r.curve.absorption_fraction for r in beside):
+        name = "explained_variance"
+    for other in beside:
+        if other.curve is not None and getattr(other.curve, name):
+            right.plot(
+                other.curve.steps,
+                getattr(other.curve, name),
+                **_line(styles[other.entry]),
+                label=other.entry,
+            )
+    right.set(xlabel="training step", ylabel=figure(name).label, ylim=(0, None))
+    lower = " (lower is better)" if figure(name).better < 0 else ""
+    label = figure(name).label
+    right.set_title(f"{label[0].upper()}{label[1:]}{lower}, L0 {run.l0_target:g}, seed {run.seed}")
+    right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    picture.savefig(path, dpi=130)
+    return path
+
+
+def _draw_importance(axes: Any, importance: Importance) -> None:
+    for (name, quartiles), colour in zip(importance.groups.items(), GROUP_COLOURS, strict=False):
+        low, middle, high = zip(*quartiles, strict=True)
+        label = f"{name} ({importance.latents[name]} latents)"
+        axes.plot(importance.steps, middle, color=colour, label=label)
+        axes.fill_between(importance.steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    threshold = r"threshold $\theta_t$"
+    axes.plot(importance.steps, importance.threshold, "--", color="#444", label=threshold)
+    axes.set(xlabel="training step", ylabel="importance (median, quartiles)", yscale="log")
+    top = axes.get_ylim()[1]
+    axes.set_ylim(0.01, max(top, 10) * 6)  # room for the legend
+    axes.set_title("Latents below the threshold are masked now and then")
+    axes.legend(frameon=False, loc="upper center", ncols=2, fontsize="small")
+
+
+def _draw_sweep(results: Results, sweep: Sweep, path: Path) -> Path:
+    """The objective against each swept field, whatever the others are."""
+    keys = list(dict.fromkeys(key for point in sweep.points.values() for key in point.values))
+    levels = list(dict.fromkeys(row.l0_target for row in results.rows))
+    kinds = list(dict.fromkeys(point.entry for point in sweep.points.values()))
+    picture, grid = _figure(len(levels), len(keys), (4.2 * len(keys), 3.6 * len(levels)))
+    for line, l0 in zip(grid, levels, strict=True):
+        for axes, key in zip(line, keys, strict=True):
+            values = [p.values[key] for p in sweep.points.values() if key in p.values]
+            text = any(type(value) not in (int, float) for value in values)
+            if not text:
+                _set_scale(axes, values)
+            for kind, colour in zip(kinds, cycle(PALETTE)):
+                _draw_points(axes, results, sweep, (l0, key, kind, text), colour)
+            axes.set(xlabel=key, title=f"L0 {l0:g}")
+            axes.spines[["top", "right"]].set_visible(False)
+        shown = figure(sweep.objective)
+        arrow = {1: "higher is better", -1: "lower is better"}[shown.better]
+        line[0].set_ylabel(f"{shown.label} ({arrow})")
+    if len(kinds) > 1:
+        handles, labels = grid.flat[0].get_legend_handles_labels()
+        picture.legend(handles, labels, loc="outside right upper", frameon=False, fontsize="small")
+    picture.savefig(path, dpi=120)
+    return path
+
+
+def _set_scale(axes: Any, values: list[float]) -> None:
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+    if 0 < _FAR_APART * min(values) <= max(values):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.locator_params(axis="x", nbins=5)
+
+
+def _draw_points(
+    axes: Any, results: Results, sweep: Sweep, of: tuple[float, str, str, bool], colour: str
+) -> None:
+    l0, key, kind, text = of
+    for row in results.rows:
+        point, found = sweep.points[row.entry], row.figures.get(sweep.objective)
+        if row.l0_target != l0 or point.entry != kind or key not in point.values:
+            continue
+        if found is None or found.mean is None:
+            continue
+        x = str(point.values[key]) if text else point.values[key]
+        filled = colour if row.matched else "white"
+        axes.errorbar(x, found.mean, found.sd or 0.0, color=colour, capsize=2, fmt="none")
+        axes.plot(x, found.mean, "o", color=colour, markerfacecolor=filled, markersize=5)
+    axes.plot([], [], "o", color=colour, label=kind)

@@ -1,0 +1,187 @@
+"""The tables of a comparison in a terminal."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from sae_lens_atm.compare.report.results import Results, Row, Test
+from sae_lens_atm.compare.report.summary import best_rows, ranked
+from sae_lens_atm.compare.report.wording import P_BOUND, show_p, show_spread
+from sae_lens_atm.metrics.figures import ARROWS, figure
+
+_SHOWN = {
+    "l0": "L0",
+    "explained_variance": "EV",
+    "mcc": "MCC",
+    "f1": "F1",
+    "absorption_full": "abs. full",
+    "absorption_fraction": "abs. frac.",
+    "probe_f1": "probe F1",
+    "k1_f1": "k1 F1",
+    "ce_loss_score": "CE rec.",
+    "kl_div_score": "KL rec.",
+    "dead_latents": "dead",
+    "stability": "stability",
+    "step_ms": "ms a step",
+}
+"""What fits on a line, and its heading; the rest is in the report."""
+_ROLE_STYLES = {"candidate": "bold", "baseline": "", "control": "dim"}
+
+
+def row_tables(results: Results) -> Iterator[Table]:
+    """One table for each L0."""
+    for l0 in dict.fromkeys(row.l0_target for row in results.rows):
+        rows = [row for row in results.rows if row.l0_target == l0]
+        names = [name for name in _SHOWN if any(name in row.figures for row in rows)]
+        table = Table(title=f"{results.name}, L0 {l0:g}{_over(rows)}")
+        longest = max(len(row.entry + signs(row)) for row in rows)
+        table.add_column("", no_wrap=True, min_width=longest)
+        for name in names:
+            table.add_column(
+                _SHOWN[name] + ARROWS[figure(name).better], justify="right", no_wrap=True
+            )
+        best = {name: best_rows(results, name) for name in names}
+        for row in rows:
+            role = results.entries[row.entry].role
+            cells = [_cell(row, name, best) for name in names]
+            table.add_row(row.entry + signs(row), *cells, style=_ROLE_STYLES[role])
+        yield table
+
+
+def _over(rows: list[Row]) -> str:
+    most = max((row.seeds for row in rows), key=len)
+    if len(most) > len(set(most)):
+        return f": mean ± sd over {len(most)} runs, {len(set(most))} seeds on each language model"
+    return f": mean ± sd over {len(most)} seeds" if len(most) > 1 else ", one seed"
+
+
+_IN_MARKDOWN = (
+    "l0",
+    "explained_variance",
+    "mcc",
+    "f1",
+    "absorption_full",
+    "absorption_fraction",
+    "absorption_full_learned",
+    "parents_learned",
+    "children_learned",
+    "probe_f1",
+    "k1_f1",
+    "sparse_probing_1",
+    "sparse_probing_2",
+    "sparse_probing_5",
+    "ce_loss_score",
+    "kl_div_score",
+    "dead_latents",
+    "stability",
+)
+
+
+def markdown(results: Results) -> str:
+    """The rows as Markdown, a table for each L0; the best of those ranked in bold."""
+    blocks: list[str] = []
+    for l0 in dict.fromkeys(row.l0_target for row in results.rows):
+        rows = [row for row in results.rows if row.l0_target == l0]
+        names = [name for name in _IN_MARKDOWN if any(name in row.figures for row in rows)]
+        if "k1_f1" in names:
+            names.insert(names.index("parents_learned"), "absorption_fraction_learned")
+        heads = [figure(name).label + ARROWS[figure(name).better] for name in names]
+        best = {name: best_rows(results, name) for name in names}
+        lines = ["| " + " | ".join([f"L0 {l0:g}", *heads]) + " |"]
+        lines.append("|---" + "|--:" * len(names) + "|")
+        for row in rows:
+            cells = [_markdown_cell(row, name, best[name]) for name in names]
+            lines.append("| " + " | ".join([row.entry + signs(row), *cells]) + " |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_cell(row: Row, name: str, best: set[tuple[str, float]]) -> str:
+    if name not in row.figures:
+        return ""
+    text = show_spread(row.figures[name], figure(name).digits).replace(" ± ", "±")
+    return f"**{text}**" if (row.entry, row.l0_target) in best else text
+
+
+def signs(row: Row) -> str:
+    """Signs behind a name: ``*`` its L0 is off the target, ``~`` it was still moving."""
+    return (" *" if not row.matched else "") + (" ~" if row.moving else "")
+
+
+SWEEP_MARKS = (
+    "* L0 more than 5% off the target: not ranked.  "
+    "~ explained variance or dead latents still moved at the end.  "
+)
+MARKS = SWEEP_MARKS + "Green: best of those ranked, controls aside."
+
+
+def _cell(row: Row, name: str, best: Mapping[str, set[tuple[str, float]]]) -> Text:
+    if name not in row.figures:
+        return Text("")
+    text = show_spread(row.figures[name], figure(name).digits).replace(" ± ", "±")
+    text = text.replace("±0.", "±.")
+    return Text(text, style="green" if (row.entry, row.l0_target) in best[name] else "")
+
+
+def test_table(results: Results) -> Table | None:
+    """The candidates beside the best baseline of each figure; None without candidates."""
+    shown = [test for test in results.tests if test.figure in _SHOWN]
+    if not shown:
+        return None
+    title = f"Beside the best baseline of each figure, paired by seed; coloured if p < {P_BOUND}"
+    table = Table(title=title)
+    for name in ("", "L0", "figure", "best baseline", "difference", "", "p"):
+        table.add_column(name, justify="right" if name in ("L0", "difference", "p") else "left")
+    for test in shown:
+        table.add_row(*_test_cells(test))
+    return table
+
+
+def _test_cells(test: Test) -> tuple[str | Text, ...]:
+    sure = test.p is not None and test.p < P_BOUND
+    better, worse = Text("better", "green" if sure else ""), Text("worse", "red" if sure else "")
+    verdict = {True: better, False: worse, None: Text("equal")}
+    off_target = f" (off target: {', '.join(test.off_target)})" if test.off_target else ""
+    difference = "-" if test.difference is None else f"{test.difference:+.4f}"
+    return (
+        test.candidate,
+        f"{test.l0_target:g}",
+        figure(test.figure).label,
+        test.baseline + off_target,
+        difference,
+        verdict[test.better],
+        "-" if test.p is None else f"{show_p(test.p)} (n={test.n})",
+    )
+
+
+def sweep_tables(results: Results, most: int = 10) -> Iterator[Table]:
+    """The best points of a sweep, one table for each L0; those that missed it come last."""
+    sweep = results.sweep
+    assert sweep is not None
+    shown = figure(sweep.objective)
+    keys = dict.fromkeys(key for point in sweep.points.values() for key in point.values)
+    several = len({point.entry for point in sweep.points.values()}) > 1
+    for l0 in dict.fromkeys(row.l0_target for row in results.rows):
+        rows = ranked(results, l0)
+        best = f", best {most} of {len(rows)}" if len(rows) > most else ""
+        table = Table(title=f"{results.name}, L0 {l0:g}{_over(rows)}{best}")
+        if several:
+            table.add_column("", no_wrap=True)
+        for key in keys:
+            table.add_column(key.removeprefix("sae."), justify="right", no_wrap=True)
+        heads = {"l0": _SHOWN["l0"], sweep.objective: shown.label + ARROWS[shown.better]}
+        for head in heads.values():
+            table.add_column(head, justify="right", no_wrap=True)
+        for row in rows[:most]:
+            point = sweep.points[row.entry]
+            values = [_swept(point.values.get(key, "")) for key in keys]
+            cells = [_cell(row, name, {name: set() for name in heads}) for name in heads]
+            cells[0].append(signs(row))
+            table.add_row(*([point.entry] if several else []), *values, *cells)
+        yield table
+
+
+def _swept(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,239 @@
+"""A comparison from its plan to its results."""
+
+import os
+import platform
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from sae_lens.synthetic import SyntheticModel
+
+from sae_lens_atm.compare.plan.comparison_file import Comparison
+from sae_lens_atm.compare.plan.l0_target import is_matched
+from sae_lens_atm.compare.plan.planned_run import Planned, settings_of
+from sae_lens_atm.compare.report.results import (
+    Curve,
+    Entry,
+    Importance,
+    Parent,
+    Results,
+    Run,
+    Spread,
+)
+from sae_lens_atm.compare.report.summary import make_rows, make_tests, spread
+from sae_lens_atm.compare.run.batch_pool import synthetic_model
+from sae_lens_atm.compare.run.curve import still_moving
+from sae_lens_atm.compare.run.processes import Listener, cpu_name, run_jobs
+from sae_lens_atm.compare.run.ray import run_jobs_on_ray
+from sae_lens_atm.compare.run.stored_run import (
+    FIGURES,
+    TRAINING,
+    is_evaluated,
+    is_trained,
+    kept_decoder,
+    read_json,
+)
+from sae_lens_atm.compare.run.tasks import make_jobs
+from sae_lens_atm.data.synthetic import children_of
+from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.metrics import Stability
+from sae_lens_atm.training.preflight.checks import check_data, check_devices
+from sae_lens_atm.training.ranks import gpu_settings
+from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun
+from sae_lens_atm.training.watch import StopFlag
+
+_MAX_LATENTS = 2**14  # matching those of two seeds takes half a minute; of more, hours
+
+
+def compare(
+    comparison: Comparison,
+    at_once: int,
+    listener: Listener,
+    stop: StopFlag | None = None,
+    cluster: str | None = None,
+) -> Results:
+    """Train and evaluate whatever is not kept yet, and sum up.
+
+    Args:
+        at_once: how many processes there may be.
+        cluster: the address of a Ray cluster, to run there instead, as much as it has room for at
+            once; its machines see the same folder under the same name.
+
+    Raises:
+        Interrupted: by a signal or `stop`; the same call goes on from there.
+        SettingsError: something does not fit, before any training.
+    """
+    check(comparison)
+    if cluster is None:
+        for planned in comparison.planned:
+            check_devices(planned.run)
+    stop = stop or StopFlag()
+    failed: dict[str, str] = {}
+    gpus = int(bool(gpu_settings(comparison.planned[0].run)))
+    with stop.on_signals(), _alone_in(comparison.output):
+        for jobs in make_jobs(comparison):
+            if cluster is None:
+                failed |= run_jobs(jobs, at_once, listener, stop)
+            elif jobs:
+                failed |= run_jobs_on_ray(jobs, cluster, gpus, listener, stop)
+        shutil.rmtree(comparison.output / "pools", ignore_errors=True)
+        return summarise(comparison, failed)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Generator[None]:
+    """No other comparison writes there at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise SettingsError(
+            f"output_path {folder}: another comparison is under way there"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check(comparison: Comparison) -> None:
+    """Check what can be checked without loading data or models.
+
+    Raises:
+        SettingsError: the folder cannot be written, or a language model's data do not fit.
+    """
+    folder = comparison.output
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise SettingsError(f"output_path {folder} is not writable: see {existing}")
+    for run in {planned.group: planned.run for planned in comparison.planned}.values():
+        if isinstance(run, LanguageModelRun):
+            check_data(run)
+
+
+def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
+    """The results of all runs that are kept."""
+    folder = comparison.output
+    done = [
+        p for p in comparison.planned if is_trained(p, folder) and is_evaluated(p, folder, False)
+    ]
+    runs = [_run_of(planned, folder) for planned in done]
+    entries = {
+        p.entry: Entry(
+            architecture=p.run.runner.sae.architecture(),
+            role=p.settings.role,
+            l0_knob=str(p.knob),
+            settings=settings_of(p),
+        )
+        for p in comparison.planned
+    }
+    rows = make_rows(runs, _stability(done, folder))
+    return Results(
+        name=comparison.name,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        quick=comparison.quick,
+        versions={name: version(name) for name in ("sae-lens-atm", "sae-lens", "torch")}
+        | {"python": platform.python_version()},
+        machine={
+            "system": platform.system(),
+            "processor": cpu_name(),
+            "device": comparison.planned[0].run.runner.device,
+        },
+        config=comparison.content,
+        entries=entries,
+        runs=runs,
+        rows=rows,
+        not_ranked=comparison.not_ranked,
+        tests=make_tests(runs, rows, entries, comparison.not_ranked),
+        parents=_parents(comparison, done),
+        failed=failed,
+        sweep=comparison.sweep,
+    )
+
+
+def _run_of(planned: Planned, folder: Path) -> Run:
+    home, runner = folder / planned.folder, planned.run.runner
+    trained, found = read_json(home / TRAINING), read_json(home / FIGURES)
+    figures: dict[str, float | None] = dict(found["figures"])
+    figures |= {name: trained[name] for name in _COSTS if name in trained}
+    curve = Curve.model_validate(trained["curve"]) if trained.get("curve") else None
+    importance = trained.get("importance")
+    return Run(
+        entry=planned.entry,
+        l0_target=planned.l0,
+        seed=planned.seed,
+        model_seed=planned.model_seed,
+        figures=figures,
+        matched=is_matched(figures["l0"], planned.l0),
+        moving=curve is not None and still_moving(curve, runner.sae.d_sae, runner.lr_decay_steps),
+        curve=curve,
+        importance=Importance.model_validate(importance) if importance else None,
+        absorption_by_parent=found.get("absorption_by_parent", []),
+        cosine_map=found.get("cosine_map", ""),
+        folder=planned.folder,
+    )
+
+
+_COSTS = ("seconds", "group_seconds", "step_ms", "peak_memory_mib")
+
+
+def _stability(done: list[Planned], folder: Path) -> dict[tuple[str, float], Spread]:
+    """Of each entry and L0 that has two seeds or more, unless there are too many latents. The pairs
+    are of SAEs on one language model."""
+    found: dict[tuple[str, float], Spread] = {}
+    for key in dict.fromkeys((p.entry, p.l0) for p in done):
+        pairs: list[float] = []
+        for model in dict.fromkeys(p.model_seed for p in done):
+            seeds = [p for p in done if (p.entry, p.l0, p.model_seed) == (*key, model)]
+            if len(seeds) < 2 or seeds[0].run.runner.sae.d_sae > _MAX_LATENTS:
+                continue
+            metric = Stability(signed=any(_found(p, folder)["signed"] for p in seeds))
+            for planned in seeds:
+                metric.update(*kept_decoder(planned, folder))
+            scores = metric.compute().by_pair
+            above = torch.ones_like(scores, dtype=torch.bool).triu(1)
+            pairs += scores[above].tolist()
+        if pairs:
+            found[key] = spread(pairs).model_copy(update={"n": len(pairs)})
+    return found
+
+
+def _found(planned: Planned, folder: Path) -> dict[str, Any]:
+    return read_json(folder / planned.folder / FIGURES)
+
+
+def _parents(comparison: Comparison, done: list[Planned]) -> list[Parent]:
+    run = comparison.planned[0].run
+    if not done:
+        return []
+    if not isinstance(run, SyntheticRun):
+        shares = _found(done[0], comparison.output).get("parent_probability", [])
+        return [Parent(feature=i, depth=0, probability=share) for i, share in enumerate(shares)]
+    model = synthetic_model(run, comparison.output)
+    if model.hierarchy is None:
+        return []
+    depth = _depths(model)
+    probability = _found(done[0], comparison.output)["parent_probability"]
+    return [
+        Parent(feature=feature, depth=depth[feature], probability=p)
+        for feature, p in zip(children_of(model.hierarchy), probability, strict=True)
+    ]
+
+
+def _depths(model: SyntheticModel) -> dict[int, int]:
+    assert model.hierarchy is not None
+    found: dict[int, int] = {}
+    level = [(root, 0) for root in model.hierarchy.roots]
+    while level:
+        node, depth = level.pop()
+        if node.feature_index is not None:
+            found[node.feature_index] = depth
+        level += [(child, depth + 1) for child in node.children]
+    return found

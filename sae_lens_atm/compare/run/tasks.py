@@ -1,0 +1,153 @@
+"""What is left to do in a comparison: jobs, and what each does in its process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+from sae_lens_atm.compare.plan.comparison_file import Comparison
+from sae_lens_atm.compare.plan.planned_run import Planned, spelling_lm_folder
+from sae_lens_atm.compare.run.batch_pool import Pool, kept_model, synthetic_model
+from sae_lens_atm.compare.run.language_model import train_group
+from sae_lens_atm.compare.run.processes import Job, StepCounter
+from sae_lens_atm.compare.run.stored_run import (
+    is_evaluated,
+    is_trained,
+)
+from sae_lens_atm.compare.run.synthetic import evaluate_one, pool_of, train_one
+from sae_lens_atm.data.spelling.model import (
+    SpellingLMConfig,
+    is_spelling_lm,
+    make_spelling_lm,
+)
+from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.training.run_file import SyntheticRun
+from sae_lens_atm.training.watch import StopFlag
+
+
+@dataclass(frozen=True)
+class _MakeModel:
+    run: SyntheticRun
+    folder: Path
+
+    def __call__(self, _on_progress: Callable[[int], None], _stop: StopFlag) -> None:
+        synthetic_model(self.run, self.folder)
+
+
+@dataclass(frozen=True)
+class _MakeLanguageModel:
+    lm: SpellingLMConfig
+    folder: Path
+
+    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+        counter = StepCounter(on_progress)
+
+        def on_step(_loss: float) -> None:
+            counter.count()
+            if stop.signal_number is not None:
+                raise Interrupted(None, stop.signal_number)
+
+        make_spelling_lm(self.lm, self.folder, on_step)
+
+
+@dataclass(frozen=True)
+class _DrawPool:
+    planned: Planned
+    folder: Path
+
+    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+        run = cast(SyntheticRun, self.planned.run)
+        model = synthetic_model(run, self.folder)
+        counter = StepCounter(on_progress)
+        for _ in pool_of(self.planned, self.folder).draw(model, self.planned.seed):
+            counter.count()
+            if stop.signal_number is not None:
+                raise Interrupted(None, stop.signal_number)
+
+
+@dataclass(frozen=True)
+class _RunOne:
+    planned: Planned
+    folder: Path
+    points: int
+    with_map: bool
+
+    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+        model = synthetic_model(cast(SyntheticRun, self.planned.run), self.folder)
+        on_step = StepCounter(on_progress).on_step
+        train_one(self.planned, model, self.folder, self.points, on_step, stop)
+        evaluate_one(self.planned, model, self.folder, self.with_map)
+
+
+@dataclass(frozen=True)
+class _RunGroup:
+    group: tuple[Planned, ...]
+    folder: Path
+    points: int
+
+    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+        on_step = StepCounter(on_progress).on_step
+        train_group(self.group, self.folder, self.points, on_step, stop)
+
+
+def make_jobs(comparison: Comparison) -> list[list[Job]]:
+    """What is left to do: a synthetic model to make, then batches to draw, then runs."""
+    folder, points = comparison.output, comparison.curve_points
+    if not comparison.is_synthetic:
+        groups = [list(g) for _, g in groupby(comparison.planned, key=lambda p: p.group)]
+        runs: list[Job] = [
+            Job(
+                group[0].group,
+                sum(steps_of(p) for p in group if not is_trained(p, folder)),
+                _RunGroup(tuple(group), folder, points),
+            )
+            for group in groups
+            if not all(is_evaluated(p, folder, with_map=False) for p in group)
+        ]
+        lms = {p.lm.seed: p.lm for p in comparison.planned if p.lm is not None} if runs else {}
+        homes = {seed: spelling_lm_folder(folder, lm) for seed, lm in lms.items()}
+        models = [
+            Job(f"model {seed}", lm.steps, _MakeLanguageModel(lm, homes[seed]))
+            for seed, lm in lms.items()
+            if not is_spelling_lm(lm, homes[seed])
+        ]
+        return [models, runs]
+    models = []
+    pools: dict[Path, Job] = {}
+    runs: list[Job] = []
+    for planned in comparison.planned:
+        with_map = has_map(comparison, planned)
+        to_train = not is_trained(planned, folder)
+        if not to_train and is_evaluated(planned, folder, with_map):
+            continue
+        if to_train and planned.settings.trained:
+            pool: Pool = pool_of(planned, folder)
+            if pool.is_worth_keeping and not pool.path.exists():
+                label = f"{pool.shape[0]} batches of {pool.shape[1]}, seed {planned.seed}"
+                draw = _DrawPool(planned, folder)
+                pools.setdefault(pool.path, Job(label, pool.shape[0], draw))
+        work = _RunOne(planned, folder, points, with_map)
+        runs.append(Job(planned.label, steps_of(planned) if to_train else 0, work))
+    run = cast(SyntheticRun, comparison.planned[0].run)
+    kept = kept_model(run, folder)
+    if runs and kept is not None and not kept.exists():
+        models.append(Job("synthetic model", 0, _MakeModel(run, folder)))
+    return [models, list(pools.values()), runs]
+
+
+def planned_jobs(comparison: Comparison) -> list[Job]:
+    """All that is left to do, in order."""
+    return [job for jobs in make_jobs(comparison) for job in jobs]
+
+
+def steps_of(planned: Planned) -> int:
+    """Training steps of a run."""
+    return planned.run.runner.total_training_steps if planned.settings.trained else 0
+
+
+def has_map(comparison: Comparison, planned: Planned) -> bool:
+    """Of each entry, one run shows its cosine map: the first seed's, at the middle L0."""
+    levels = sorted({p.l0 for p in comparison.planned})
+    middle = levels[(len(levels) - 1) // 2]
+    return planned.l0 == middle and planned.seed == comparison.planned[0].seed

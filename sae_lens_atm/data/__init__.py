@@ -1,0 +1,1 @@
+"""Activations to train on: synthetic ones, and those of language models."""

@@ -1,0 +1,1 @@
+"""Small language models that learn to spell, trained here without a download."""

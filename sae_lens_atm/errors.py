@@ -1,0 +1,41 @@
+"""The errors that the package raises for its users to handle."""
+
+import signal
+from pathlib import Path
+
+
+class SettingsError(ValueError):
+    """A setting that cannot be used. The message names the key, the value and what is allowed."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that training cannot resume from. The message says why."""
+
+
+class Interrupted(Exception):
+    """Training stopped because a signal or the caller asked for it.
+
+    Its state is in `checkpoint`, which is None where several runs were trained at once.
+    """
+
+    def __init__(self, checkpoint: Path | None, signal_number: int) -> None:
+        saved = "" if checkpoint is None else f", saved {checkpoint}"
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}{saved}")
+        self.checkpoint = checkpoint
+        self.signal_number = signal_number
+
+
+class NonFiniteBatchError(RuntimeError):
+    """Too many batches in a row hold NaN or Inf values. None of them changed the SAE."""
+
+
+class RankLostError(RuntimeError):
+    """Another process of a distributed training has ended."""
+
+
+class HubError(RuntimeError):
+    """The Hub refused a request, or did not answer it."""
+
+
+class SAEBenchError(RuntimeError):
+    """SAEBench cannot be installed or run."""

@@ -1,0 +1,1 @@
+"""Load SAEs from disk or the Hub, and push them there."""

@@ -1,0 +1,233 @@
+"""The model card of a repo of SAEs: one section a SAE, between marks, all else left as it is.
+
+What a section says is decided here, how in `model_card.md.j2`.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import yaml
+from huggingface_hub import RepoCard
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from sae_lens import SAE
+from transformer_lens.loading_from_pretrained import get_official_model_name
+
+from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.metrics.figures import FIGURES
+from sae_lens_atm.metrics.figures import figure as how_shown
+
+_HEAD = """
+# Sparse autoencoders
+
+For [SAELens](https://github.com/decoderesearch/SAELens), uploaded with sae-lens-atm.
+"""
+_TRAINING = {
+    "training_tokens": "tokens",
+    "training_samples": "samples",
+    "train_batch_size_tokens": "tokens a batch",
+    "batch_size": "samples a batch",
+    "context_size": "context",
+    "lr": "learning rate",
+    "lr_scheduler_name": "its schedule",
+    "lr_warm_up_steps": "its warm-up steps",
+    "lr_decay_steps": "its decay steps",
+    "adam_beta1": "Adam's beta 1",
+    "adam_beta2": "Adam's beta 2",
+    "seed": "seed",
+}
+_ATM = (
+    "activation",
+    "schedule",
+    "mask_granularity",
+    "mask_rate",
+    "c_start",
+    "c_end",
+    "mask_end",
+    "schedule_steps",
+    "importance_decay",
+    "parent_weight",
+    "parent_start",
+)
+_BETTER = {1: "more", -1: "less", 0: "-"}
+# SAELens' figures on language models that a comparison does not report.
+_SAELENS_BETTER = {
+    "explained_variance_legacy": "more",
+    "cossim": "more",
+    "ce_loss_with_sae": "less",
+    "kl_div_with_sae": "less",
+    "l2_ratio": "1",
+    "relative_reconstruction_bias": "1",
+}
+
+
+class _Figure(NamedTuple):
+    name: str
+    value: str
+    better: str
+
+
+@dataclass(frozen=True)
+class Described:
+    """A SAE and what is known of it, nothing of it private."""
+
+    sae: SAE[Any]
+    runner: Mapping[str, Any]
+    """What it was trained with, where that was kept."""
+    figures: Mapping[str, Any]
+    figures_from: str
+
+
+def section(described: Described, repo_id: str, revision: str, sae_id: str) -> str:
+    """What the card says of one SAE, in Markdown."""
+    sae, metadata = described.sae, described.sae.cfg.metadata
+    details: dict[str, Any] = metadata.training_architecture_details or {}
+    trained_as = metadata.training_architecture
+    uses_k = details.get("activation", "batchtopk") == "batchtopk"  # ATM has a k in any case
+    facts = {
+        "model": metadata.model_name,
+        "hook": metadata.hook_name,
+        "data": metadata.dataset_path or _synthetic(described.runner),
+        "d_in, d_sae": f"{sae.cfg.d_in}, {sae.cfg.d_sae}",
+        "trained as": trained_as,
+        "k": details.get("k", getattr(sae.cfg, "k", None)) if uses_k else None,
+        "saved as": f"{sae.cfg.architecture()}, {sae.cfg.dtype}",
+        "L0 at the end of training": metadata.l0,
+        "dead latents at the end of training": metadata.num_dead_features,
+        "SAELens": metadata.sae_lens_training_version,
+    }
+    training = {label: described.runner.get(key) for key, label in _TRAINING.items()}
+    training["seed"] = described.runner.get("seed") and str(described.runner["seed"])
+    package = type(sae).__module__.partition(".")[0]
+    environment = Environment(
+        loader=PackageLoader("sae_lens_atm.hub", ""),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = _cell
+    text = environment.get_template("model_card.md.j2").render(
+        sae_id=sae_id,
+        repo_id=repo_id,
+        revision=revision,
+        facts=_known(facts),
+        training=_known(training),
+        atm={k: details[k] for k in _ATM if k in details} if trained_as == "atm" else None,
+        figures=_figures(described.figures),
+        figures_from=described.figures_from,
+        package=package,
+        stock=package == "sae_lens",
+        architecture=sae.cfg.architecture(),
+        dtype=sae.cfg.dtype.removeprefix("torch."),
+    )
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def card_metadata(described: Described) -> dict[str, Any]:
+    """The card's YAML: lists are to be added to what is there."""
+    metadata = described.sae.cfg.metadata
+    tags = ["saelens", "sae-lens-atm", "sparse-autoencoder", "mechanistic-interpretability"]
+    if metadata.training_architecture == "atm":
+        tags += ["adaptive-temporal-masking", "arxiv:2510.08855"]
+    base, data = _hub_model(metadata.model_name), _hub_id(metadata.dataset_path)
+    return {
+        "library_name": "saelens",
+        "tags": tags,
+        **({"base_model": [base]} if base else {}),
+        **({"datasets": [data]} if data else {}),
+    }
+
+
+def updated_card(old: str | None, sae_id: str, text: str, metadata: Mapping[str, Any]) -> str:
+    """The card with the section of one SAE, new or in the place of its former one.
+
+    Whatever stands outside the marks is kept, other SAEs and what people wrote; so is metadata
+    that was there, to which ours is added.
+
+    Raises:
+        SettingsError: the metadata of the old card cannot be read.
+    """
+    content = _HEAD if old is None else old
+    if not content.lstrip().startswith("---"):
+        content = (
+            f"---\n{{}}\n---\n{content}"  # without which RepoCard complains of there being none
+        )
+    try:
+        card = RepoCard(content)
+    except (ValueError, yaml.YAMLError) as error:
+        raise SettingsError(
+            "README.md of the repo: the metadata at its top is no YAML mapping, mend it first"
+        ) from error
+    for key, value in metadata.items():
+        if isinstance(value, list):
+            card.data[key] = _joined(card.data.get(key), cast(list[str], value))
+        elif key not in card.data:
+            card.data[key] = value
+    start, end = f"<!-- sae-lens-atm writes this: {sae_id} -->", f"<!-- end of {sae_id} -->"
+    ours = f"{start}\n{text}\n{end}"
+    marked = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
+    card.text, found = marked.subn(lambda _: ours, card.text, count=1)
+    if not found:
+        card.text = f"{card.text.rstrip()}\n\n{ours}\n"
+    return str(card)
+
+
+def _joined(old: Any, new: list[str]) -> list[Any]:
+    before: list[Any] = [] if old is None else old if isinstance(old, list) else [old]
+    return [*before, *(value for value in new if value not in before)]
+
+
+def _figures(figures: Mapping[str, Any]) -> list[_Figure]:
+    known = {k: v for k, v in figures.items() if isinstance(v, int | float) and math.isfinite(v)}
+    order = [*(k for k in FIGURES if k in known), *(k for k in known if k not in FIGURES)]
+    return [
+        _Figure(
+            how_shown(name).label,
+            f"{known[name]:,}" if isinstance(known[name], int) else f"{known[name]:.4g}",
+            _SAELENS_BETTER.get(name, _BETTER[how_shown(name).better]),
+        )
+        for name in order
+    ]
+
+
+def _synthetic(runner: Mapping[str, Any]) -> str | None:
+    model: Any = runner.get("synthetic_model")
+    if model is None:
+        return None
+    if isinstance(model, str):
+        return f"synthetic model {model}"
+    return (
+        f"a synthetic model of {model['num_features']} features in {model['hidden_dim']} dimensions"
+    )
+
+
+def _hub_model(name: str | None) -> str | None:
+    """The Hub's id of a model, also by one of TransformerLens' short names."""
+    try:
+        return _hub_id(get_official_model_name(name or ""))
+    except ValueError:
+        return _hub_id(name)
+
+
+def _hub_id(name: str | None) -> str | None:
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name or "") and not Path(name or "").exists()
+    return name if is_id else None
+
+
+def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _cell(value: Any) -> str:
+    """A value in a table's cell, where a line break or a bar would end it."""
+    shown = (
+        f"{value:,}"
+        if isinstance(value, int)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+    return " ".join(shown.split()).replace("|", r"\|")

@@ -1,0 +1,1 @@
+"""The mathematics of ATM. It needs PyTorch and nothing of SAELens."""

@@ -1,0 +1,1 @@
+"""SAELens' classes of the architecture "atm"."""

@@ -1,0 +1,1 @@
+"""Training one SAE from a run file, with SAELens' trainer."""

@@ -1,0 +1,119 @@
+import math
+
+import pytest
+
+from sae_lens_atm.compare.report import charts, results
+from tests.compare.sample import ODD, entries_of, sample
+
+
+def test_an_entry_looks_like_no_other():
+    entries = entries_of(**{f"e{i}": "baseline" for i in range(20)}, a="candidate", c="control")
+    styles = charts.entry_styles(entries)
+    assert len({(style.colour, style.dash) for style in styles.values()}) == len(styles)
+    assert next(iter(styles)) == "a"
+    assert styles["a"].width > styles["e0"].width
+    assert styles["c"].dash != "solid" == styles["e0"].dash
+
+
+def test_a_control_that_is_far_off_does_not_squeeze_the_rest():
+    low, high = charts.view([1.0, 2.0], [[1.5, 2.4], [1.5, 100.0]])
+    assert 0.8 < low < 1
+    assert 2.4 < high < 2.6
+    low, high = charts.view([0.0])
+    assert low < 0 < high
+
+
+def test_missed_l0s_are_hollow(comparison):
+    chart = charts.pareto_panel(comparison, "mcc").charts[""]
+    symbols = {trace.meta: trace.marker.symbol for trace in chart.data}
+    hollow = {entry: [s.endswith("-open") for s in given] for entry, given in symbols.items()}
+    assert hollow.pop("jumprelu") == [True, False, False]
+    assert hollow.pop("topk") == [False, False, True]
+    assert not any(any(points) for points in hollow.values())
+
+
+def test_controls_out_of_view_are_named(comparison):
+    assert charts.pareto_panel(comparison, "mcc").outside == ["untrained"]
+
+
+def test_panels_are_of_figures_that_exist(comparison):
+    language_model = sample(language_model=True)
+    for given, there in ((comparison, "mcc"), (language_model, "ce_loss_score")):
+        drawn = [name for name in charts.PARETO if charts.pareto_panel(given, name)]
+        assert there in drawn
+        assert "explained_variance" in drawn
+    assert charts.pareto_panel(language_model, "mcc") is None
+    assert charts.curve_panel(language_model, "absorption_fraction") is None
+    assert charts.parents_panel(language_model) is None
+
+
+def test_curves_are_means_of_what_is_known(comparison):
+    template = comparison.runs[0]
+    runs = [
+        template.model_copy(
+            update={
+                "curve": results.Curve(
+                    steps=steps, explained_variance=values, l0=[], dead_latents=[]
+                )
+            }
+        )
+        for steps, values in [([0, 10], [None, 0.4]), ([0, 10, 20], [math.nan, 0.6, 0.7])]
+    ]
+    none = template.model_copy(update={"curve": None})
+    curve = charts.mean_curve([*runs, none], "explained_variance")
+    assert curve == {0: None, 10: 0.5, 20: 0.7}
+
+
+def test_there_is_a_curve_for_each_l0(comparison):
+    panel = charts.curve_panel(comparison, "explained_variance")
+    assert list(panel.charts) == ["4", "8", "12"]
+    assert [trace.meta for trace in panel.charts["4"].data][-1] == "masking off"  # none untrained
+
+
+def test_importance_is_of_the_first_seed_at_the_middle_l0(comparison):
+    chosen = [(run.entry, run.l0_target, run.seed) for run, _ in charts.importance_runs(comparison)]
+    assert chosen == [("atm", 8.0, 0), ("masking off", 8.0, 0)]
+
+
+def test_a_log_axis_gets_no_zero():
+    importance = results.Importance(
+        steps=[0, 1, 2],
+        threshold=[None, 1.0, 1.0],
+        groups={"g": [[0.0, 0.0, 2.0], [0.0, 1.0, 2.0], [None, None, None]]},
+        latents={"g": 3},
+    )
+    chart = charts.importance_chart(importance, 0.01)
+    band, median, threshold = chart.data
+    assert list(band.y) == [0.01, 0.01, 2.0, 2.0]
+    assert list(median.y) == [None, 1.0]
+    assert list(threshold.y) == [None, 1.0, 1.0]
+
+
+def test_parents_go_by_depth_then_probability(comparison):
+    panel = charts.parents_panel(comparison)
+    assert list(panel.charts) == ["4", "8", "12"]
+    heatmap = panel.charts["8"].data[0]
+    by_feature = {parent.feature: parent for parent in comparison.parents}
+    shown = [by_feature[int(text.split("feature ")[1].split(",")[0])] for text in heatmap.text[0]]
+    keys = [(parent.depth, -(parent.probability or 0)) for parent in shown]
+    assert keys == sorted(keys)
+    assert heatmap.zmax < 1  # the untrained control reaches 1
+    unmeasured = next(i for i, parent in enumerate(shown) if parent is comparison.parents[11])
+    assert all(row[unmeasured] is None for row in heatmap.z)
+    runs = [run for run in comparison.runs if (run.entry, run.l0_target) == ("atm", 8.0)]
+    at = comparison.parents.index(shown[0])
+    expected = sum(run.absorption_by_parent[at] for run in runs) / len(runs)
+    assert heatmap.z[0][0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("atm", "atm"),
+        ("matching_pursuit (fixed steps)", "matching_pursuit<br>(fixed steps)"),
+        ("matryoshka_batchtopk", "matryoshka_<br>batchtopk"),
+        (ODD, "&lt;b&gt;&amp;x"),
+    ],
+)
+def test_long_names_are_broken_beside_a_heatmap(name, label):
+    assert charts.tick_label(name) == label

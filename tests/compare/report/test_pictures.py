@@ -1,0 +1,39 @@
+import matplotlib as mpl
+import pytest
+from matplotlib import pyplot as plt
+
+from sae_lens_atm.compare.report.pictures import draw_pictures
+from sae_lens_atm.compare.report.results import Point, Sweep
+
+
+@pytest.fixture
+def _a_backend_of_ones_own():
+    before = mpl.get_backend()
+    mpl.use("svg")
+    yield
+    plt.close("all")
+    mpl.use(before)
+
+
+@pytest.mark.usefixtures("_a_backend_of_ones_own")
+def test_whoever_draws_keeps_backend_and_figures(comparison, tmp_path):
+    mine = plt.figure()
+    drawn = draw_pictures(comparison, tmp_path)
+    assert [path.name for path in drawn] == ["pareto.png", "importance.png"]
+    assert mpl.get_backend() == "svg"
+    assert plt.get_fignums() == [mine.number]
+
+
+@pytest.mark.parametrize(
+    "values", [[0.1, 0.2], [1e-4, 10], [0, 5], [-3, 7], [1, None], ["a", 2], [True, False], [3]]
+)
+def test_a_sweep_over_any_values(comparison, tmp_path, values):
+    names = list(comparison.entries)
+    points = {
+        name: Point(entry="ab"[i % 2], values={"x": values[i % len(values)]} if i else {})
+        for i, name in enumerate(names)
+    }
+    sweep = Sweep(objective="explained_variance", points=points)
+    paths = draw_pictures(comparison.model_copy(update={"sweep": sweep}), tmp_path)
+    assert paths[-1].name == "sweep.png"
+    assert paths[-1].stat().st_size > 5000

@@ -1,0 +1,67 @@
+import csv
+import json
+
+import pytest
+
+from sae_lens_atm.compare.report.results import SCHEMA_VERSION, read_results, write_results
+from sae_lens_atm.errors import SettingsError
+from tests.compare.sample import sample
+
+
+def test_results_come_back_as_they_were_written(tmp_path):
+    results = sample()
+    json_path, csv_path = write_results(results, tmp_path)
+    again = read_results(json_path)
+    assert write_results(again, tmp_path / "..")[0].read_text() == json_path.read_text()
+    assert again.entries == results.entries
+    assert [run.folder for run in again.runs] == [run.folder for run in results.runs]
+    assert not list(tmp_path.glob(".*"))
+    with csv_path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results.runs)
+    for row, run in zip(rows, results.runs, strict=True):
+        assert (row["entry"], int(row["seed"])) == (run.entry, run.seed)
+        for name, value in run.figures.items():
+            assert row[name] == ("" if value is None else str(value))
+
+
+def test_lists_of_numbers_take_a_line(tmp_path):
+    path, _ = write_results(sample(), tmp_path)
+    lines = path.read_text().splitlines()
+    assert any('"steps": [' in line and line.count(",") > 5 for line in lines)
+
+
+def test_nan_is_null_in_json_and_empty_in_csv(tmp_path):
+    results = sample()
+    results.runs[0].figures["mcc"] = float("nan")
+    json_path, csv_path = write_results(results, tmp_path)
+    assert json.loads(json_path.read_text())["runs"][0]["figures"]["mcc"] is None
+    with csv_path.open(newline="") as file:
+        assert next(csv.DictReader(file))["mcc"] == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "JSON"),
+        ("[]", "should be an object"),
+        ('{"name": 3}', "name"),
+        (None, "cannot read"),
+    ],
+)
+def test_what_is_no_results_file_is_named(tmp_path, content, reason):
+    path = tmp_path / "results.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SettingsError, match=reason) as caught:
+        read_results(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_another_schema_version_is_refused(tmp_path):
+    path, _ = write_results(sample(), tmp_path)
+    content = json.loads(path.read_text())
+    content["schema_version"] = SCHEMA_VERSION + 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(SettingsError, match="schema_version"):
+        read_results(path)

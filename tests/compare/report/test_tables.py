@@ -1,0 +1,93 @@
+from rich.console import Console
+
+from sae_lens_atm.compare.report import tables
+from sae_lens_atm.compare.report.results import Entry, Results, Run, Test
+from sae_lens_atm.compare.report.summary import make_rows
+from sae_lens_atm.compare.report.tables import markdown, row_tables
+from tests.compare.sample import sample
+
+
+def small():
+    def run(entry, seed, l0, mcc, matched=True, moving=False):
+        figures = {"l0": l0, "mcc": mcc, "step_ms": 7.0, "seconds": 3.0}
+        return Run(
+            entry=entry, l0_target=4, seed=seed, figures=figures, matched=matched, moving=moving
+        )
+
+    runs = [
+        run("atm", 0, 4.0, 0.8),
+        run("atm", 1, 4.1, 0.9, moving=True),
+        run("topk", 0, 4.0, 0.7),
+        run("topk", 1, 4.0, 0.7),
+        run("gated", 0, 5.0, 0.95, matched=False),
+        run("off", 0, 4.0, 0.99),
+    ]
+    roles = {"atm": "candidate", "topk": "baseline", "gated": "baseline", "off": "control"}
+    entries = {
+        name: Entry(architecture="topk", role=role, l0_knob="k", settings={})
+        for name, role in roles.items()
+    }
+    test = {"candidate": "atm", "l0_target": 4, "figure": "mcc", "baseline": "topk", "n": 2}
+    return Results(
+        name="small",
+        created="2026-01-01",
+        versions={},
+        machine={},
+        config={},
+        entries=entries,
+        runs=runs,
+        rows=make_rows(runs, {}),
+        tests=[Test(**test, difference=0.15, better=True, p=0.2)],
+    )
+
+
+def text(table, width=160):
+    console = Console(width=width, color_system="truecolor", force_terminal=True)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get()
+
+
+def test_rows_by_hand():
+    (table,) = row_tables(small())
+    shown = text(table)
+    assert "small, L0 4: mean ± sd over 2 seeds" in shown
+    for part in ("MCC ↑", "0.850±.071", "atm ~", "gated *", "ms a step"):
+        assert part in shown
+    assert "training, s" not in shown  # there is no room for everything
+    # the best that is ranked is green: not what missed its L0, nor a control
+    green = [line for line in shown.splitlines() if "\x1b[1;32m" in line or "\x1b[32m" in line]
+    assert len(green) == 1
+    assert "atm" in green[0]
+
+
+def test_names_are_whole_in_a_narrow_terminal():
+    (table,) = row_tables(small())
+    for width in (40, 80):
+        assert "gated *" in text(table, width)
+
+
+def test_the_tests_by_hand():
+    shown = text(tables.test_table(small()))
+    for part in ("atm", "topk", "+0.1500", "better", "0.200 (n=2)"):
+        assert part in shown
+    none = small()
+    none.tests = []
+    assert tables.test_table(none) is None
+
+
+def test_markdown_by_hand():
+    assert markdown(small()) == (
+        "| L0 4 | L0 | MCC ↑ |\n"
+        "|---|--:|--:|\n"
+        "| atm ~ | 4.05±0.07 | **0.850±0.071** |\n"
+        "| topk | 4.00±0.00 | 0.700±0.000 |\n"
+        "| gated * | 5.00 | 0.950 |\n"
+        "| off | 4.00 | 0.990 |\n"
+    )
+
+
+def test_a_table_for_each_l0():
+    results = sample()
+    levels = {row.l0_target for row in results.rows}
+    assert len(list(row_tables(results))) == len(levels) == markdown(results).count("|---")

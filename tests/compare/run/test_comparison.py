@@ -1,0 +1,412 @@
+"""Whole comparisons, of few steps."""
+
+import json
+import math
+import shutil
+import signal
+from itertools import combinations
+
+import pytest
+import torch
+from filelock import FileLock
+from sae_lens import SAE, TrainingSAE
+from safetensors.torch import load_file
+
+from sae_lens_atm.compare import compare, dry_run, load_comparison, planned_jobs, read_results
+from sae_lens_atm.compare.evaluate_saved import data_of, evaluate_saved
+from sae_lens_atm.compare.report.output import write_all
+from sae_lens_atm.compare.run.comparison import summarise
+from sae_lens_atm.compare.run.language_model import _GroupRunner, train_group
+from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, SettingsError
+from sae_lens_atm.metrics import stability
+from sae_lens_atm.training.watch import StopFlag
+from tests.helpers import make_sae
+
+
+class Ears:
+    """Counts, and asks for a stop after some steps."""
+
+    def __init__(self, stop=None, after=0):
+        self.done = []
+        self._stop, self._left = stop, after
+
+    def started(self, _job):
+        pass
+
+    def advanced(self, _job, steps):
+        self._left -= steps
+        if self._stop is not None and self._left <= 0:
+            self._stop.request(signal.SIGINT)
+
+    def ended(self, job, error):
+        assert error is None, error
+        self.done.append(job.label)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The small comparison, run once for all tests that only look at it."""
+    return tmp_path_factory.mktemp("finished") / "out"
+
+
+@pytest.fixture
+def results(finished, comparison_yaml):
+    return compare(load_comparison(comparison_yaml, [f"output_path={finished}"]), 2, Ears())
+
+
+def test_everything_is_there(results, finished):
+    assert results.failed == {}
+    assert len(results.runs) == 16
+    assert [(row.entry, row.l0_target, row.seeds) for row in results.rows] == [
+        (entry, l0, [0, 1])
+        for entry in ("atm", "topk", "jumprelu", "untrained")
+        for l0 in (2.0, 3.0)
+    ]
+    for run in results.runs:
+        wanted = {"l0", "explained_variance", "mse", "cosine", "mcc", "absorption_fraction"}
+        assert wanted <= run.figures.keys()
+        assert len(run.absorption_by_parent) == len(results.parents) == 4
+        trained = run.entry != "untrained"
+        assert (run.curve is not None) == trained
+        assert (run.importance is not None) == (run.entry == "atm")
+        if trained:
+            assert run.curve.steps == [10, 20, 30, 40]
+            assert run.curve.dead_latents[0] >= 0
+            assert {"seconds", "step_ms", "peak_memory_mib"} <= run.figures.keys()
+            assert len(run.curve.coefficient) == (4 if run.entry == "jumprelu" else 0)
+        saved = SAE.load_from_disk(finished / run.folder / "sae")
+        assert saved.cfg.architecture() in ("jumprelu", "topk")
+    assert [run.entry for run in results.runs if run.cosine_map] == [
+        "atm",
+        "topk",
+        "jumprelu",
+        "untrained",
+    ]
+    assert {parent.depth for parent in results.parents} == {0}
+    # firing probabilities .25 to .04, as the hierarchy has them
+    assert results.parents[0].probability == pytest.approx(0.25, abs=0.06)
+
+
+def test_settings_seeds_and_versions_are_recorded(results):
+    atm = results.entries["atm"]
+    assert (atm.role, atm.l0_knob, atm.architecture) == ("candidate", "k", "atm")
+    assert atm.settings["sae"]["mask_rate"] == 1.0
+    assert results.entries["jumprelu"].settings["trainer"]["lr"] == 3e-3
+    assert results.entries["jumprelu"].l0_knob == "l0, steered"
+    assert {"sae-lens", "sae-lens-atm", "torch", "python"} == results.versions.keys()
+    assert results.config["seeds"] == [0, 1]
+
+
+def test_l0_is_judged_by_what_was_measured(results):
+    for run in results.runs:
+        off = abs(run.figures["l0"] / run.l0_target - 1)
+        assert run.matched == (off <= 0.05)
+    assert all(run.matched for run in results.runs if run.entry == "topk")
+    # 40 steps do not bring an L1 or L0 penalty anywhere
+    assert not any(run.matched for run in results.runs if run.entry == "jumprelu")
+
+
+def test_stability_is_that_of_the_saved_saes(results, finished):
+    for row in results.rows:
+        runs = [r for r in results.runs if (r.entry, r.l0_target) == (row.entry, row.l0_target)]
+        saes = [SAE.load_from_disk(finished / run.folder / "sae") for run in runs]
+        found = row.figures["stability"]
+        assert found.n == len(list(combinations(saes, 2))) == 1
+        if row.entry == "untrained":  # where all latents fire
+            expected = stability(saes[0].W_dec, saes[1].W_dec)
+            assert found.mean == pytest.approx(expected, abs=0.05)
+        assert 0 < found.mean <= 1
+
+
+def test_nothing_is_left_to_do_and_nothing_changes(results, finished, comparison_yaml):
+    comparison = load_comparison(comparison_yaml, [f"output_path={finished}"])
+    assert planned_jobs(comparison) == []
+    again = compare(comparison, 1, Ears())
+    assert again.runs == results.runs
+    assert not (finished / "pools").exists()
+    assert not list(finished.glob("runs/*/checkpoints"))
+
+
+def test_the_files_are_written_and_redrawn(results, finished):
+    names = {path.name for path in write_all(results, finished)}
+    assert names == {
+        "results.json",
+        "results.csv",
+        "tables.md",
+        "report.html",
+        "pareto.png",
+        "importance.png",
+    }
+    again = read_results(finished / "results.json")
+    assert [row.entry for row in again.rows] == [row.entry for row in results.rows]
+    for name in ("pareto.png", "importance.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_change_reruns_only_what_it_changes(results, finished, comparison_yaml, tmp_path):
+    shutil.copytree(finished, tmp_path / "copy")
+
+    def left(*overrides):
+        return [
+            job.label
+            for job in planned_jobs(
+                load_comparison(comparison_yaml, ["output_path=copy", *overrides])
+            )
+        ]
+
+    one = left("architectures.topk.sae.aux_loss_coefficient=0.5", "seeds=[0]")
+    assert one == ["40 batches of 64, seed 0", "topk, L0 2, seed 0", "topk, L0 3, seed 0"]
+    # other samples to evaluate on: everything is evaluated again, and nothing trained
+    comparison = load_comparison(
+        comparison_yaml, ["output_path=copy", "eval_samples=600", "seeds=[0]", "l0=[2]"]
+    )
+    jobs = planned_jobs(comparison)
+    assert [job.steps for job in jobs] == [0, 0, 0, 0]
+    before = {r.entry: r for r in results.runs if (r.seed, r.l0_target) == (0, 2.0)}
+    for run in compare(comparison, 2, Ears()).runs:
+        assert run.curve == before[run.entry].curve
+        assert run.figures["mcc"] == pytest.approx(before[run.entry].figures["mcc"])
+        assert run.figures["mse"] != before[run.entry].figures["mse"]
+
+
+def test_runs_of_a_seed_see_the_same_batches(comparison_yaml, tmp_path):
+    """Entries of the same settings come out equal, another seed's does not: with 20.5 batches asked
+    for, some drawn into a pool of 8, a checkpoint on the way."""
+    again = ["architectures.again.architecture=topk", "l0=[2]", "pool_batches=8"]
+    odd = ["training_samples=1312", "n_checkpoints=3", "architectures.atm.trained=false"]
+    comparison = load_comparison(comparison_yaml, [*again, *odd])
+    results = compare(comparison, 2, Ears())
+    found = {
+        (run.entry, run.seed): SAE.load_from_disk(tmp_path / "out" / run.folder / "sae").W_dec
+        for run in results.runs
+    }
+    assert torch.equal(found["topk", 0], found["again", 0])
+    assert torch.equal(found["topk", 1], found["again", 1])
+    assert not torch.equal(found["topk", 0], found["topk", 1])
+
+
+def test_activations_are_normalised_before_training(comparison_yaml, tmp_path):
+    """Which takes batches of its own, and again none after an interruption."""
+    shared = ["l0=[2]", "seeds=[0]", "sae.normalize_activations=expected_average_only_in"]
+    short = [*shared, "training_samples=12800", "architectures.jumprelu.trained=false"]
+    straight = compare(load_comparison(comparison_yaml, [*short, "output_path=a"]), 1, Ears())
+    comparison = load_comparison(comparison_yaml, [*short, "output_path=b"])
+    stop = StopFlag()
+    with pytest.raises(Interrupted):
+        compare(comparison, 1, Ears(stop, after=300), stop)
+    (_,) = (tmp_path / "b").glob("runs/*/checkpoints/*/history.pt")
+    halted = compare(comparison, 1, Ears())
+    for one, other in zip(straight.runs, halted.runs, strict=True):
+        first, second = (
+            SAE.load_from_disk(tmp_path / name / run.folder / "sae").W_dec
+            for name, run in (("a", one), ("b", other))
+        )
+        assert torch.equal(first, second), one.entry
+
+
+def test_two_comparisons_do_not_share_a_folder(comparison_yaml, tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out/.lock"), pytest.raises(SettingsError, match="under way there"):
+        compare(load_comparison(comparison_yaml), 1, Ears())
+
+
+def weights(folder):
+    return {
+        path.parent.parent.name: SAE.load_from_disk(path.parent).state_dict()
+        for path in folder.glob("runs/*/sae/cfg.json")
+    }
+
+
+def test_an_interrupted_comparison_goes_on_bit_for_bit(comparison_yaml, tmp_path):
+    """Stopped within runs, an L0 controller and ATM's state among what goes on."""
+    short = ["seeds=[0]", "l0=[2]", "training_samples=12800"]
+    straight = load_comparison(comparison_yaml, [*short, "output_path=straight"])
+    whole = compare(straight, 1, Ears())
+    comparison = load_comparison(comparison_yaml, [*short, "output_path=halting"])
+    kept = 0
+    for _ in range(6):
+        stop = StopFlag()
+        try:  # each time some steps further: the pool has 200 steps, and so has each of three runs
+            halted = compare(comparison, 1, Ears(stop, after=240), stop)
+            break
+        except Interrupted:
+            kept += len(list((tmp_path / "halting").glob("runs/*/checkpoints/*/history.pt")))
+    assert kept >= 2  # runs stopped under way
+    expected, found = weights(tmp_path / "straight"), weights(tmp_path / "halting")
+    assert expected.keys() == found.keys()
+    for name, state in expected.items():
+        for key, value in state.items():
+            assert torch.equal(value, found[name][key]), (name, key)
+    for one, other in zip(whole.runs, halted.runs, strict=True):
+        assert one.curve == other.curve
+        assert one.importance == other.importance
+        costs = {"seconds", "step_ms", "peak_memory_mib"}
+        assert {k: v for k, v in one.figures.items() if k not in costs} == {
+            k: v for k, v in other.figures.items() if k not in costs
+        }
+
+
+def test_a_run_that_fails_is_told_and_leaves_the_rest(comparison_yaml, tmp_path):
+    class Deaf(Ears):
+        def ended(self, _job, _error):
+            pass
+
+    comparison = load_comparison(comparison_yaml, ["seeds=[0]", "l0=[2]"])
+    bad = next(p for p in comparison.planned if p.entry == "topk")
+    (tmp_path / "out/runs").mkdir(parents=True)
+    (tmp_path / "out" / bad.folder).write_text("in the way")
+    found = compare(comparison, 2, Deaf())
+    assert list(found.failed) == [bad.label]
+    assert {run.entry for run in found.runs} == {"atm", "jumprelu", "untrained"}
+    assert summarise(comparison, {}).failed == {}
+
+
+def test_unwritable_output_is_found_before_training(comparison_yaml):
+    comparison = load_comparison(comparison_yaml, [f"output_path={comparison_yaml}/x"])
+    with pytest.raises(SettingsError, match="is not writable"):
+        compare(comparison, 1, Ears())
+
+
+def test_a_dry_run_plans_and_estimates(comparison_yaml, tmp_path):
+    facts = dry_run(load_comparison(comparison_yaml), 2)
+    assert facts["runs"].startswith("16, of which 4")
+    assert "about" in facts["estimate"]
+    assert set(facts["ms a step"]) >= set("atm topk jumprelu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_on_a_language_model(language_model_comparison_yaml, tmp_path):
+    comparison = load_comparison(language_model_comparison_yaml)
+    assert [job.label for job in planned_jobs(comparison)] == ["seed 0", "seed 1"]
+    ears = Ears()
+    results = compare(comparison, 1, ears)
+    assert ears.done == ["seed 0", "seed 1"]
+    assert len(results.runs) == 8
+    assert results.parents == []
+    for run in results.runs:
+        assert {"ce_loss_score", "kl_div_score", "cosine", "mse", "dead_latents"} <= (
+            run.figures.keys()
+        )
+        assert "mcc" not in run.figures
+        if run.entry != "untrained":
+            assert run.curve.steps == [5, 10, 15, 20]
+    assert results.entries["batchtopk"].settings["trainer"]["lr"] == 1e-3
+    assert all("stability" in row.figures for row in results.rows)
+    names = {path.name for path in write_all(results, tmp_path / "out")}
+    assert {"results.json", "report.html"} <= names
+    # another architecture is trained alone, from a forward pass of its own, on the same tokens
+    more = ["architectures.topk.role=baseline", "seeds=[0]"]
+    (job,) = planned_jobs(load_comparison(language_model_comparison_yaml, more))
+    assert job.steps == 20
+    again = compare(load_comparison(language_model_comparison_yaml, more), 1, Ears())
+    before = {r.entry: r.figures for r in results.runs if r.seed == 0}
+    for run in again.runs:
+        if run.entry in before:
+            assert run.figures == before[run.entry]
+
+
+@pytest.mark.parametrize("prefetch", [0, 8])
+def test_a_group_on_a_language_model_goes_on(language_model_comparison_yaml, tmp_path, prefetch):
+    overrides = ["seeds=[0]", "training_tokens=6400", "lr=1e-3", f"prefetch_llm_batches={prefetch}"]
+    comparison = load_comparison(language_model_comparison_yaml, overrides)
+    stop = StopFlag()
+    with pytest.raises(Interrupted):
+        compare(comparison, 1, Ears(stop, after=25), stop)
+    (kept,) = (tmp_path / "out").glob("groups/*/stopped")
+    done = torch.load(next(kept.glob("atm*/trainer_state.pt")), weights_only=False)
+    assert 0 < done["n_training_steps"] < 100
+    ears = Ears()
+    results = compare(comparison, 1, ears)
+    assert {run.entry for run in results.runs} == {"atm", "batchtopk", "gated", "untrained"}
+    for run in results.runs:
+        if run.curve is not None:
+            assert run.curve.steps == [25, 50, 75, 100]
+    atm = next((tmp_path / "out").glob("runs/atm*/training.json"))
+    assert json.loads(atm.read_text())["importance"]["steps"] == [25, 50, 75, 100]
+    assert not list((tmp_path / "out").glob("groups/*"))
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Puts bad batches before some of the batches of a group."""
+
+    def spoil(before, times=1):
+        good = _GroupRunner._good
+
+        def spoilt(batches):
+            for i, batch in enumerate(batches):
+                for _ in range(times if i in before else 0):
+                    yield {hook: acts / 0 for hook, acts in batch.items()}
+                yield batch
+
+        monkeypatch.setattr(_GroupRunner, "_good", lambda self, b: good(self, spoilt(b)))
+
+    return spoil
+
+
+def train_one_group(path, *overrides):
+    comparison = load_comparison(path, ["seeds=[0]", *overrides])
+    train_group(comparison.planned, comparison.output, 4, lambda *_: None, StopFlag())
+    weights = comparison.output.glob("runs/*/sae/sae_weights.safetensors")
+    return {p.parent.parent.name: load_file(p) for p in weights}
+
+
+def test_all_saes_of_a_group_skip_bad_batches(language_model_comparison_yaml, spoil):
+    plain = train_one_group(language_model_comparison_yaml, "output_path=plain")
+    spoil([0, 7], times=2)
+    spoilt = train_one_group(language_model_comparison_yaml, "output_path=spoilt")
+    assert len(plain) == 4
+    assert plain.keys() == spoilt.keys()
+    for name, state in plain.items():
+        assert all(torch.equal(state[tensor], spoilt[name][tensor]) for tensor in state)
+
+
+def test_too_many_bad_batches_stop_a_group(language_model_comparison_yaml, spoil):
+    spoil([3], times=4)
+    with pytest.raises(NonFiniteBatchError, match="4 batches in a row hold NaN or Inf"):
+        train_one_group(language_model_comparison_yaml, "max_bad_batches=4")
+
+
+def test_its_own_learning_rate_reaches_a_language_models_sae(
+    language_model_comparison_yaml, tmp_path
+):
+    base = ["seeds=[0]", "architectures.gated.trained=false"]
+    slow = [*base, "architectures.batchtopk.run.lr=1e-9", "output_path=slow"]
+    compare(load_comparison(language_model_comparison_yaml, slow), 1, Ears())
+    saes = {
+        path.parent.parent.name.partition("-l0")[0]: SAE.load_from_disk(path.parent)
+        for path in (tmp_path / "slow").glob("runs/*/sae/cfg.json")
+    }
+    moved = {
+        name: (sae.W_dec - saes["untrained"].W_dec).abs().max().item() for name, sae in saes.items()
+    }
+    assert moved["batchtopk"] < 1e-5 < 1e-3 < moved["atm"]
+
+
+def test_saved_saes_are_evaluated_on_the_data_of_a_config(results, finished, comparison_yaml):
+    runs = [run for run in results.runs if (run.seed, run.l0_target) == (0, 2.0)]
+    folders = [str(finished / run.folder / "sae") for run in runs]
+    found = evaluate_saved(folders, data_of(str(comparison_yaml)))
+    for run, folder in zip(runs, folders, strict=True):
+        for name, value in found[folder].items():
+            kept = run.figures[name]
+            assert math.isnan(value) if kept is None else value == pytest.approx(kept, rel=1e-5)
+
+
+def test_saved_saes_of_a_language_model(language_model_comparison_yaml, tmp_path):
+    data = data_of(str(language_model_comparison_yaml), ["seeds=[0]"])
+    TrainingSAE.from_dict(data.run.runner.sae.to_dict()).save_inference_model(tmp_path / "sae")
+    found = evaluate_saved([str(tmp_path / "sae")], data)
+    assert {"l0", "ce_loss_score", "explained_variance"} <= found[str(tmp_path / "sae")].keys()
+
+
+def test_a_sae_of_another_width_does_not_fit(synthetic_yaml, tmp_path):
+    make_sae(d_in=8).save_model(tmp_path / "narrow")
+    with pytest.raises(SettingsError, match="narrow has d_in 8: allowed is 16"):
+        evaluate_saved([str(tmp_path / "narrow")], data_of(str(synthetic_yaml)))
+
+
+def test_kept_files_are_json(results, finished):
+    for run in results.runs:
+        for name in ("training.json", "figures.json"):
+            json.loads((finished / run.folder / name).read_text())

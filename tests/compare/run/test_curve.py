@@ -1,0 +1,171 @@
+import math
+
+import pytest
+import torch
+from sae_lens import SAETrainer, TrainingSAE
+from sae_lens.config import SAETrainerConfig
+
+from sae_lens_atm.compare.plan.l0_target import Knob, L0Controller
+from sae_lens_atm.compare.report.results import Curve
+from sae_lens_atm.compare.run.curve import (
+    History,
+    Probe,
+    curve_points,
+    feature_groups,
+    peak_resident_mib,
+    still_moving,
+)
+from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model, children_of
+
+
+def hierarchy():
+    # one root (0) with children 1 and 2, the first of which has children too
+    return build_hierarchy_model(
+        HierarchyModelConfig(hidden_dim=16, roots=1, branching=2, depth=2, lone_features=2)
+    )
+
+
+def curve(explained_variance, dead, steps=None):
+    n = len(explained_variance)
+    return Curve(
+        steps=steps or [100 * (i + 1) for i in range(n)],
+        explained_variance=explained_variance,
+        dead_latents=dead,
+        l0=[4.0] * n,
+    )
+
+
+@pytest.mark.parametrize(
+    ("explained_variance", "dead", "moving"),
+    [
+        ([0.1] * 8 + [0.8, 0.1, 0.8049], [50] * 11, False),
+        ([0.1] * 8 + [0.8, 0.8, 0.8051], [50] * 11, True),
+        ([0.8] * 11, [50] * 10 + [52], False),
+        ([0.8] * 11, [50] * 10 + [54], True),
+        ([0.8] * 10 + [None], [50] * 11, False),
+        ([0.8], [50], False),
+    ],
+)
+def test_still_moving_looks_at_the_last_tenth(explained_variance, dead, moving):
+    # of 1100 steps: from step 900 on, what was seen last before 990
+    assert still_moving(curve(explained_variance, dead), d_sae=150) is moving
+
+
+def test_still_moving_looks_at_the_end_before_the_decay():
+    values = [0.1, 0.7, 0.79, 0.8, 0.81, 0.81, 0.81, 0.81, 0.81, 0.81]
+    seen = curve(values, [0] * 10)  # of 1000 steps
+    assert not still_moving(seen, 100)
+    assert not still_moving(seen, 100, decay_steps=300)
+    assert still_moving(seen, 100, decay_steps=500)  # from step 400 to 500
+
+
+def test_points_end_with_the_last_step():
+    assert curve_points(100, 4) == [25, 50, 75, 100]
+    assert curve_points(3, 20) == [1, 2, 3]
+
+
+def test_a_probe_sees_explained_variance_by_hand():
+    sae = TrainingSAE.from_dict({"architecture": "topk", "d_in": 2, "d_sae": 2, "k": 1})
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(2))
+        sae.W_dec.copy_(torch.eye(2))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    x = torch.tensor([[3.0, 1.0], [1.0, 3.0]])
+    # reconstructed (3, 0) and (0, 3): residuals 1 and 1; about the mean (2, 2) variance 2 and 2
+    sae.train()
+    assert Probe(x).look(sae) == {"explained_variance": pytest.approx(1 - 2 / 4)}
+    assert sae.training
+
+
+def test_a_probe_with_features_sees_absorption():
+    model = hierarchy()
+    sae = TrainingSAE.from_dict({"architecture": "topk", "d_in": 16, "d_sae": 9, "k": 3})
+    torch.manual_seed(0)
+    x, features = model.sample_with_features(500)
+    with torch.no_grad():
+        vectors = model.feature_dict.feature_vectors
+        sae.W_dec.copy_(vectors)
+        sae.W_enc.copy_(torch.linalg.pinv(vectors))
+        sae.b_enc.zero_()
+        sae.b_dec.copy_(model.feature_dict.bias)
+    seen = Probe(x, features.to_dense(), model).look(sae)
+    assert seen["explained_variance"] > 0.99
+    assert seen["absorption_fraction"] < 0.02
+
+
+def trained(steps=20, architecture="atm", **fields):
+    sae = TrainingSAE.from_dict({"architecture": architecture, "d_in": 8, "d_sae": 16, **fields})
+    torch.manual_seed(0)
+    cfg = SAETrainerConfig(steps * 32, 32, lr=1e-2, lr_end=1e-3)
+    return SAETrainer(cfg, sae, (torch.randn(32, 8) for _ in range(steps)))
+
+
+def run(trainer, history):
+    step = trainer.step
+
+    def watched(batch):
+        output = step(batch)
+        history.after_step(output)
+        return output
+
+    trainer.step = watched
+    trainer.fit()
+
+
+def test_a_history_of_a_training():
+    trainer = trained(k=2, mask_warm_up_steps=2)
+    history = History(trainer, [5, 10, 20], None, None)
+    run(trainer, history)
+    seen = history.curve()
+    assert seen.steps == [5, 10, 20]
+    assert seen.l0 == [2.0, 2.0, 2.0]
+    assert seen.coefficient == []
+    assert len(seen.explained_variance) == len(seen.dead_latents) == 3
+    assert history.step_ms > 0
+    assert history.seconds > 0
+    assert math.isnan(peak_resident_mib()) or history.peak_memory_mib >= 0
+    importance = history.importance({"a": [0, 1, 2], "none": []})
+    assert importance.steps == [5, 10, 20]
+    assert importance.latents == {"a": 3}
+    final = trainer.sae.draw_mask(1).importance[:3].sort().values
+    # quartiles of three numbers: the mid-point of the lower two, the middle, of the upper two
+    expected = [(final[0] + final[1]) / 2, final[1], (final[1] + final[2]) / 2]
+    assert importance.groups["a"][-1] == pytest.approx([v.item() for v in expected])
+    assert importance.threshold[-1] == pytest.approx(trainer.sae.draw_mask(1).threshold.item())
+
+
+def test_others_have_no_importance():
+    trainer = trained(architecture="standard", l1_coefficient=0.1)
+    controller = L0Controller(trainer, Knob("l1", True), 2.0)
+    history = History(trainer, [20], None, controller)
+    run(trainer, history)
+    assert history.importance({"a": [0]}) is None
+    assert history.curve().coefficient == [pytest.approx(controller.value)]
+
+
+def test_a_history_goes_on(tmp_path):
+    trainer = trained(k=2)
+    history = History(trainer, [5, 20], None, None)
+    run(trainer, history)
+    history.save(tmp_path / "history.pt")
+    again = History(trained(k=2), [5, 20], None, None)
+    again.load(tmp_path / "history.pt")
+    assert again.curve() == history.curve()
+    assert again.importance({"a": [0, 1]}) == history.importance({"a": [0, 1]})
+    assert again.step_ms == history.step_ms
+    assert again.seconds > history.seconds - 1
+
+
+def test_groups_are_the_latents_of_roots_parents_and_children():
+    model = hierarchy()
+    children = children_of(model.hierarchy)
+    assert set(children) == {0, 1, 4}
+    decoder = torch.zeros(9, 16)
+    for latent, feature in enumerate([0, 1, 2, 3, 6, 8]):  # 4 and 5 are not learned, 8 is alone
+        decoder[latent] = 2 * model.feature_dict.feature_vectors[feature]
+    decoder[6:] = torch.randn(3, 16).abs() * 1e-6 + 1e-9
+    groups = feature_groups(model, decoder)
+    assert groups["roots"] == [0]
+    assert groups["parents below a root"] == [1]
+    assert sorted(groups["last children"]) == [2, 3, 4]

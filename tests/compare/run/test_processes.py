@@ -1,0 +1,98 @@
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_lens_atm.compare.run.processes import Job, StepCounter, run_jobs
+from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.training.watch import StopFlag
+
+
+class Ears:
+    def __init__(self, stop=None):
+        self.heard = []
+        self.steps = {}
+        self.stop = stop
+
+    def started(self, job):
+        self.heard.append(("started", job.label))
+
+    def advanced(self, job, steps):
+        self.steps[job.label] = self.steps.get(job.label, 0) + steps
+        if self.stop is not None:
+            self.stop.request(signal.SIGTERM)
+
+    def ended(self, job, error):
+        self.heard.append(("ended", job.label, error))
+
+
+# What jobs do travels to other processes, so it is of this module.
+def write(path, on_progress, _stop):
+    on_progress(3)
+    on_progress(4)
+    path.write_text(f"{os.getpid()} {torch.get_num_threads()}")
+
+
+def fail(_on_progress, _stop):
+    raise ValueError("no\ngood")
+
+
+def die(_on_progress, _stop):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_stop(path, on_progress, stop):
+    on_progress(1)
+    start = time.monotonic()
+    while stop.signal_number is None and time.monotonic() - start < 60:
+        time.sleep(0.02)
+    path.write_text("stopped well")
+    raise Interrupted(None, stop.signal_number)
+
+
+def test_jobs_run_in_processes_of_their_own(tmp_path):
+    jobs = [Job(name, 7, partial(write, tmp_path / name)) for name in "abc"]
+    ears = Ears()
+    assert run_jobs(jobs, 2, ears, StopFlag()) == {}
+    written = [Path(tmp_path / name).read_text().split() for name in "abc"]
+    assert len({pid for pid, _ in written} | {str(os.getpid())}) == 4
+    assert {threads for _, threads in written} == {str(max((os.cpu_count() or 1) // 2, 1))}
+    assert ears.steps == dict.fromkeys("abc", 7)
+    assert ears.heard[:2] == [("started", "a"), ("started", "b")]
+    assert {heard for heard in ears.heard if heard[0] == "ended"} == {
+        ("ended", name, None) for name in "abc"
+    }
+
+
+def test_one_that_fails_takes_no_other_with_it(tmp_path):
+    jobs = [
+        Job("bad", 1, fail),
+        Job("dead", 1, die),
+        Job("good", 1, partial(write, tmp_path / "g")),
+    ]
+    ears = Ears()
+    failed = run_jobs(jobs, 1, ears, StopFlag())
+    assert failed == {"bad": "ValueError: no good", "dead": "ended with exit code -9"}
+    assert ("ended", "bad", "ValueError: no good") in ears.heard
+    assert (tmp_path / "g").exists()
+
+
+def test_a_stop_is_passed_on_and_waits_for_the_jobs_under_way(tmp_path):
+    stop = StopFlag()
+    jobs = [Job(n, 1, partial(wait_for_stop, tmp_path / n)) for n in ("one", "two", "three")]
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        run_jobs(jobs, 1, Ears(stop), stop)
+    assert (tmp_path / "one").read_text() == "stopped well"
+    assert not (tmp_path / "two").exists()
+
+
+def test_steps_are_reported_now_and_then():
+    reported = []
+    counter = StepCounter(reported.append)
+    for _ in range(60):
+        counter.count()
+    assert reported == [25, 25]

@@ -1,0 +1,531 @@
+import json
+import multiprocessing
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from sae_lens import SAE, JumpReLUSAE, SAETrainer, TrainingSAE
+from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.synthetic.training import SyntheticActivationIterator
+from sae_lens.training.activations_store import ActivationsStore
+from safetensors.torch import load_file
+
+from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, RankLostError, SettingsError
+from sae_lens_atm.method.selection import largest_positive
+from sae_lens_atm.training.checkpoints import newest_checkpoint
+from sae_lens_atm.training.parallel import _Together, together
+from sae_lens_atm.training.preflight.checks import plan
+from sae_lens_atm.training.ranks import joined, largest_of_all
+from sae_lens_atm.training.run import train
+from sae_lens_atm.training.run_file import load_run, parse_run
+from tests.conftest import CONTEXT
+from tests.helpers import load_script
+
+ROOT = Path(__file__).parents[2]
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.training.test_parallel"])
+STEPS, BATCH, D_IN, D_SAE = 10, 24, 8, 24
+
+
+def run_on(ranks, function, *arguments, lost=()):
+    """What each of some processes, which can talk to each other, returns from the function."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    answers = SERVER.Queue()
+    places = [(rank, ranks, port, str(Path.cwd())) for rank in range(ranks)]
+    processes = [
+        SERVER.Process(target=_child, args=(place, answers, function, arguments))
+        for place in places
+    ]
+    for process in processes:
+        process.start()
+    found = dict(answers.get(timeout=120) for _ in range(ranks - len(lost)))
+    for process in processes:
+        process.join(60)
+        assert process.exitcode is not None, "it does not end"
+    errors = [answer for answer in found.values() if isinstance(answer, str)]
+    assert not errors, errors[0]
+    return {rank: pickle.loads(answer) for rank, answer in found.items()}
+
+
+def _child(place, answers, function, arguments):
+    rank, ranks, port, folder = place
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    try:
+        answers.put((rank, pickle.dumps(function(*arguments))))
+    except BaseException:
+        answers.put((rank, traceback.format_exc()))
+    answers.close()
+    answers.join_thread()
+
+
+def run_of(**fields):
+    return parse_run(
+        {
+            "runner": "synthetic",
+            "hierarchy_model": {"hidden_dim": D_IN, "roots": 4, "lone_features": 4, "depth": 1},
+            "batch_size": BATCH,
+            "training_samples": STEPS * BATCH,
+            **fields,
+            "sae": {"d_in": D_IN, "d_sae": D_SAE, "dtype": "float64", **fields["sae"]},
+        }
+    )
+
+
+# --- one step on several ranks is one on one -----------------------------------------------------
+
+
+ATM = {
+    "architecture": "atm",
+    "k": 2.3,
+    "mask_warm_up_steps": 2,
+    "schedule_steps": STEPS,
+    "mask_end": 0.8,
+    "parent_start": 0.3,
+    "parent_tau": 0.2,
+    "l0_coefficient": 0.01,
+    "l1_coefficient": 0.01,
+    "jumprelu_init_threshold": 0.1,
+    "jumprelu_bandwidth": 0.5,
+}
+CASES = {
+    **{
+        f"{activation}, {schedule}": {**ATM, "activation": activation, "schedule": schedule}
+        for activation, schedule in zip(
+            ("batchtopk", "batchtopk", "batchtopk", "jumprelu", "relu"),
+            ("dual", "interleaved", "masked", "dual", "masked"),
+            strict=True,
+        )
+    },
+    "dense": {**ATM, "kernels": "dense"},
+    "mask per sample": {**ATM, "mask_granularity": "sample"},
+    "falling k": {**ATM, "k_start": 2.0},
+    "mean norm": {**ATM, "normalize_activations": "expected_average_only_in"},
+    "whitening": {**ATM, "normalize_activations": "covariance_whitening"},
+    "batchtopk": {"architecture": "batchtopk", "k": 2.3},
+    "matryoshka": {"architecture": "matryoshka_batchtopk", "k": 2, "matryoshka_widths": [6, 24]},
+    "topk": {"architecture": "topk", "k": 2},
+    "jumprelu": {"architecture": "jumprelu", "l0_coefficient": 0.1, "jumprelu_bandwidth": 0.5},
+    "standard": {"architecture": "standard"},
+    "gated": {"architecture": "gated"},
+}
+
+
+def batches(ranks):
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.linspace(0.5, 2, BATCH, dtype=torch.float64)[:, None]  # shares that differ
+    while True:
+        batch = torch.randn(BATCH, D_IN, dtype=torch.float64, generator=generator)
+        yield scale * batch if ranks is None else ranks.own_rows(scale * batch)
+
+
+def trained(fields, ranks=None, compiled=False, autocast=False):
+    """All that some steps of SAELens' trainer leave behind."""
+    torch.manual_seed(0)
+    sae = TrainingSAE.from_dict(run_of(sae=fields).runner.sae.to_dict())
+    if compiled:
+        sae.training_forward_pass = torch.compile(sae.training_forward_pass, backend="eager")
+    cfg = SAETrainerConfig(
+        n_checkpoints=0,
+        checkpoint_path=None,
+        save_final_checkpoint=False,
+        total_training_samples=STEPS * BATCH,
+        device="cpu",
+        autocast=autocast,
+        lr=1e-2,
+        lr_end=1e-3,
+        lr_scheduler_name="constant",
+        lr_warm_up_steps=2,
+        adam_beta1=0.9,
+        adam_beta2=0.999,
+        lr_decay_steps=4,
+        n_restart_cycles=1,
+        train_batch_size_samples=BATCH,
+        dead_feature_window=0,
+        feature_sampling_window=2000,
+        logger=LoggingConfig(log_to_wandb=False),
+        n_batches_for_norm_estimate=3,
+    )
+    trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=batches(ranks))
+    if ranks is None:
+        trainer.fit()
+    else:
+        with together(trainer, ranks):
+            trainer.fit()
+    moments = trainer.optimizer.state_dict()["state"]
+    return {
+        **sae.state_dict(),
+        **{f"adam {i}": moment["exp_avg_sq"] for i, moment in moments.items()},
+        "silent for": trainer.n_forward_passes_since_fired,
+        "fired": trainer.act_freq_scores,
+        "counted": torch.tensor([trainer.n_training_samples, trainer.n_frac_active_samples]),
+    }
+
+
+def trained_all(cases, **options):
+    with joined(run_of(sae=ATM)) as ranks:
+        return {name: trained(fields, ranks, **options) for name, fields in cases.items()}
+
+
+FOUR = ("batchtopk, dual", "mask per sample", "whitening")
+
+
+@pytest.fixture(scope="module")
+def on_two():
+    return run_on(2, trained_all, CASES)
+
+
+@pytest.fixture(scope="module")
+def on_four():
+    return run_on(4, trained_all, {name: CASES[name] for name in FOUR})
+
+
+def assert_all_are(alone, on_ranks, name):
+    first = on_ranks[0][name]
+    for rank in on_ranks:
+        for what, tensor in on_ranks[rank][name].items():
+            assert torch.equal(tensor, first[what]), (rank, what)
+    assert alone.keys() == first.keys()
+    for what, tensor in alone.items():
+        near = torch.testing.assert_close
+        near(first[what], tensor, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_are_one_process(on_two, name):
+    assert_all_are(trained(CASES[name]), on_two, name)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks_are_one_process(on_four, name):
+    assert_all_are(trained(CASES[name]), on_four, name)
+
+
+def test_the_cases_have_in_them_what_could_go_wrong():
+    state = trained(CASES["batchtopk, dual"])
+    assert (state["parent_tracker.parents"] >= 0).any()
+    assert (state["silent for"] > 0).any()
+    assert state["topk_threshold"] > 0
+    assert not torch.equal(trained(CASES["mask per sample"])["W_dec"], state["W_dec"])
+
+
+def compiled_and_rounded():
+    with joined(run_of(sae=ATM)) as ranks:
+        return {
+            "compiled": trained(ATM, ranks, compiled=True),
+            "autocast": trained({**ATM, "dtype": "float32"}, ranks, autocast=True),
+            "rounded": trained({**ATM, "dtype": "bfloat16"}, ranks),
+            "choices": choices(ranks),
+        }
+
+
+def choices(ranks):
+    """What this rank chooses of its share of some values."""
+    return {
+        name: largest_of_all(ranks.own_rows(values), count, ranks)
+        for name, (values, count) in values_to_choose_from().items()
+    }
+
+
+def values_to_choose_from():
+    generator = torch.Generator().manual_seed(2)
+    normal = torch.randn(64, 40, generator=generator)
+    return {
+        "float32": (normal, 100),
+        "float64": (normal.double(), 99),
+        "bfloat16, with many ties": (normal.bfloat16(), 300),
+        "whole numbers": (normal.round(), 70),
+        "all equal": (torch.ones(64, 40), 1000),
+        "none wanted": (normal, 0),
+        "more than there are": (normal, 5000),
+        "exactly what there is": (normal, int((normal > 0).sum())),
+        "nothing above 0": (-normal.abs(), 10),
+        "all in one share": (torch.cat([normal[:32] - 9, normal[32:] + 9]), 500),
+        "large and small": (normal * torch.logspace(-37, 37, 64)[:, None], 777),
+        "many": (torch.randn(64, 4000, generator=generator), 2000),
+    }
+
+
+@pytest.fixture(scope="module")
+def others():
+    return run_on(2, compiled_and_rounded)
+
+
+@pytest.mark.parametrize("name", values_to_choose_from())
+def test_the_largest_of_all_are_those_of_the_whole(others, name):
+    values, count = values_to_choose_from()[name]
+    places, kept = largest_positive(values, count)
+    half = values.numel() // 2
+    shares = [others[rank]["choices"][name] for rank in (0, 1)]
+    found = torch.cat([share[0] + rank * half for rank, share in enumerate(shares)])
+    assert torch.equal(found, places)
+    assert torch.equal(torch.cat([share[1] for share in shares]), kept)
+
+
+def test_compiled_ranks_are_one_process(others):
+    assert_all_are(trained(ATM), others, "compiled")
+
+
+@pytest.mark.parametrize("name", ["autocast", "rounded"])
+def test_ranks_agree_to_the_bit_in_low_precision(others, name):
+    for what, tensor in others[0][name].items():
+        assert torch.equal(tensor, others[1][name][what]), what
+
+
+# --- stopping, losing a rank, going on -----------------------------------------------------------
+
+
+RUN = {"sae": {k: v for k, v in ATM.items() if k != "schedule_steps"}, "run_final_eval": False}
+
+
+def files(folder):
+    return {
+        **load_file(Path(folder) / "sae_weights.safetensors"),
+        **load_file(Path(folder) / "sparsity.safetensors"),
+    }
+
+
+def losing_rank_three():
+    """Training in which one rank dies in the middle of the sixth step, between two gradients."""
+    reduce, done = _Together._reduce_gradient, []
+    gradients = 4  # parameters of the SAE
+
+    def die_there(self, parameter):
+        done.append(parameter)
+        if os.environ["RANK"] == "3" and len(done) == 5 * gradients + 3:
+            os._exit(9)
+        return reduce(self, parameter)
+
+    _Together._reduce_gradient = die_there
+    with pytest.raises(RankLostError) as caught:
+        train(run_of(**RUN, output_path="several"))
+    return str(caught.value)
+
+
+def stopping_rank_one():
+    def stop(trainer, _):
+        if trainer.n_training_steps + 1 == 8 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        train(run_of(**RUN, output_path="several"), resume="several", on_step=stop)
+    return caught.value.signal_number
+
+
+def test_a_lost_rank_a_signal_and_other_numbers_of_ranks_change_nothing(tmp_path):
+    train(run_of(**RUN, output_path="straight"))
+    messages = run_on(4, losing_rank_three, lost=[3])
+    for rank, message in messages.items():
+        assert "another process of this training is gone" in message
+        assert message.endswith("saved several/checkpoints/120") == (rank == 0)
+    assert [p.name for p in Path("several/checkpoints").iterdir()] == ["120"]
+
+    assert run_on(2, stopping_rank_one) == {0: signal.SIGTERM, 1: signal.SIGTERM}
+    assert newest_checkpoint("several").name == "192"
+
+    train(run_of(**RUN, output_path="several"), resume="several")
+    found = files("several")
+    for what, tensor in files("straight").items():
+        torch.testing.assert_close(found[what], tensor)
+    assert not list(tmp_path.glob("**/.*.partial"))
+
+
+def with_bad_batches(which, fields):
+    """Training where some batches have a NaN in their last row, which is the last rank's."""
+    batches, served = SyntheticActivationIterator.next_batch, []
+
+    def poisoned(self):
+        served.append(batches(self))
+        if len(served) in which:
+            served[-1][-1, 2] = float("nan")
+        return served[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SyntheticActivationIterator, "next_batch", poisoned)
+        try:
+            result = train(run_of(**{**RUN, **fields}))
+        except NonFiniteBatchError as error:
+            return str(error)
+        return result.skipped_batches, len(served), result.sae.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("which", "sae"),
+    [([4, 5, 8], {}), ([2, 1003], {"normalize_activations": "expected_average_only_in"})],
+)
+def test_a_bad_batch_of_one_rank_is_skipped_by_all(which, sae):
+    sae = {**RUN["sae"], **sae}
+    alone = with_bad_batches(which, {"output_path": "alone", "sae": sae})
+    assert alone[0] == len(which)
+    for found in run_on(2, with_bad_batches, which, {"output_path": "bad", "sae": sae}).values():
+        assert found[:2] == alone[:2]
+        for what, tensor in alone[2].items():
+            torch.testing.assert_close(found[2][what], tensor)
+
+
+def test_too_many_bad_batches_of_one_rank_stop_all():
+    fields = {"output_path": "bad", "max_bad_batches": 2}
+    for message in run_on(2, with_bad_batches, [3, 5, 6], fields).values():
+        assert message.startswith("2 batches in a row at step 3 hold NaN or Inf values")
+        assert message.endswith("saved bad/checkpoints/72")
+    assert newest_checkpoint("bad").name == "72"
+
+
+# --- a language model ----------------------------------------------------------------------------
+
+
+def rows_of_a_language_model(path, resume, until):
+    """The first tokens of the rows that this rank trains on: which rows they are."""
+    rows = []
+    with pytest.MonkeyPatch.context() as patch:
+        tokens = ActivationsStore.get_batch_tokens
+
+        def listen(self, *args, **kwargs):
+            batch = tokens(self, *args, **kwargs)
+            rows.extend(batch[:, 0].tolist())
+            return batch
+
+        def stop(trainer, _):
+            if trainer.n_training_steps + 1 == until:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patch.setattr(ActivationsStore, "get_batch_tokens", listen)
+        run = load_run(path)
+        if until is None:
+            result = train(run, resume=resume)
+            return rows, result.sae.state_dict(), result.figures
+        with pytest.raises(Interrupted):
+            train(run, resume=resume, on_step=stop)
+    return rows
+
+
+def test_ranks_of_a_language_model_read_rows_of_their_own(language_model_yaml):
+    context = [[4 + (i + j) % 60 for j in range(CONTEXT - 1)] for i in range(400)]
+    rows = [{"tokens": [i % 64, *row]} for i, row in enumerate(context)][:64]
+    Dataset.from_list(rows).save_to_disk("tokens")
+    text = language_model_yaml.read_text()
+    text = re.sub("dataset_path: .*", "dataset_path: tokens", text)
+    text = text.replace("is_dataset_tokenized: false", "is_dataset_tokenized: true")
+    text = text.replace("training_tokens: 2560", "training_tokens: 640")
+    Path("run.yaml").write_text(text)
+    # Batches of 64 tokens are 4 rows of 16; a rank's store asks for 4 rows at once.
+    found = run_on(2, rows_of_a_language_model, "run.yaml", None, 4)
+    assert found[0] == list(range(0, 16, 2))
+    assert found[1] == list(range(1, 16, 2))
+    ends = run_on(4, rows_of_a_language_model, "run.yaml", "out", None)
+    for rank in range(4):
+        served, state, figures = ends[rank]
+        assert served[:4] == list(range(16 + rank, 32, 4))
+        assert (figures != {}) == (rank == 0)
+        for what, tensor in state.items():
+            assert torch.equal(tensor, ends[0][1][what]), what
+    assert type(SAE.load_from_disk("out")) is JumpReLUSAE
+
+
+# --- as it is started ----------------------------------------------------------------------------
+
+
+def workers_of(process):
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(number) for number in listed.split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="asks Linux for the workers")
+def test_torchrun_with_a_killed_worker_leaves_a_checkpoint(synthetic_yaml):
+    settings = ["training_samples=12800", "run_final_eval=false"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "sae_lens_atm", "train", str(synthetic_yaml)]
+    for setting in settings:
+        command += ["--set", setting]
+    process = subprocess.Popen(
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path.cwd(),
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("step 20/"):
+            os.kill(workers_of(process)[1], signal.SIGKILL)
+            break
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "2, with 32 of each batch" in "".join(lines)
+    told = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "another process of this training is gone" in told[0]
+    checkpoint = newest_checkpoint("out")
+    assert told[0].endswith(f"saved {checkpoint}")
+    seen = []
+    run = load_run(synthetic_yaml, ["run_final_eval=false", *settings])
+
+    def stop(trainer, _):
+        seen.append(trainer.n_training_samples)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted):
+        train(run, resume=checkpoint, on_step=stop)
+    assert seen == [int(checkpoint.name) + 64]
+
+
+def test_what_does_not_go_into_the_number_of_processes(synthetic_yaml, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SettingsError, match="batch_size is 64: allowed is a multiple of 3"):
+        plan(load_run(synthetic_yaml))
+    facts = plan(load_run(synthetic_yaml, ["batch_size=66"]))
+    assert facts["processes"] == "3, with 22 of each batch"
+    for name in ("device", "sae.device"):
+        with pytest.raises(SettingsError, match=f"{name} is 'cuda:1': allowed is 'cuda', one for"):
+            plan(load_run(synthetic_yaml, [f"{name}=cuda:1", "batch_size=66"]))
+
+
+def test_a_process_without_a_gpu_says_so(synthetic_yaml, monkeypatch):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with (
+        pytest.raises(SettingsError, match="process 3 of this machine finds no GPU: there are 2"),
+        joined(load_run(synthetic_yaml, ["device=cuda"])),
+    ):
+        pass
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scaling():
+    return load_script("benchmarks/scaling.py")
+
+
+def test_the_tables_are_those_of_the_figures(scaling):
+    page = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "docs/scale/scaling.json").read_text())
+    for name in ("table", "sharded", "carried"):
+        marked = f"<!-- {name}: docs/scale/scaling.json -->\n\n{getattr(scaling, name)(found)}\n\n"
+        assert marked + "<!-- end -->" in page
+
+
+def test_the_traffic_counted_is_that_of_the_formula(scaling):
+    found = json.loads((ROOT / "docs/scale/scaling.json").read_text())
+    for shape, (_, *sizes) in scaling.SHAPES.items():
+        for name, cfg in scaling.contenders(*sizes).items():
+            assert found[f"{shape}, {name}"]["bytes"] == scaling.traffic(cfg)
