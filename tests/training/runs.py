@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
+from sae_lens_atm.training.run_file import parse_run
 from tests.helpers import PRESETS, state_equal
 
 PRESET_SETTINGS = {
@@ -16,6 +17,38 @@ PRESET_SETTINGS = {
     for name, fields in PRESETS.items()
 }
 """The two presets, as settings of a run file."""
+
+
+RUN = {
+    "runner": "synthetic",
+    "seed": 3,
+    "hierarchy_model": {"hidden_dim": 16, "roots": 4, "lone_features": 4, "depth": 1},
+    "sae": {
+        "architecture": "atm",
+        "d_in": 16,
+        "d_sae": 32,
+        "k": 2,
+        "schedule_steps": 40,
+        "mask_warm_up_steps": 5,
+    },
+    "training_samples": 2560,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "lr_warm_up_steps": 5,
+    "lr_decay_steps": 10,
+    "run_final_eval": False,
+}
+
+
+def synthetic_run(output, **settings):
+    """A run of 40 steps on a small hierarchy, with other values for some settings.
+
+    Names of fields of the SAE start with "sae.".
+    """
+    sae = {name[4:]: value for name, value in settings.items() if name.startswith("sae.")}
+    run = {name: value for name, value in settings.items() if not name.startswith("sae.")}
+    content = {**RUN, **run, "output_path": str(output)}
+    return parse_run({**content, "sae": {**content["sae"], **sae}})
 
 
 def stop_after(steps, stop, how=None):
