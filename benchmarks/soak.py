@@ -170,7 +170,7 @@ def main(
     ] = None,
     report_path: Annotated[
         Path | None,
-        typer.Option("--report", help="Replace the table between two marks of this page."),
+        typer.Option("--report", help="Replace the table of counts in this page."),
     ] = None,
 ) -> None:
     """Stop runs in many ways, and count the states that were lost."""

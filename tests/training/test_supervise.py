@@ -69,7 +69,7 @@ def test_every_attribute_is_restored_also_after_an_exception(compiled):
     before, step, forward = attributes(trainer), trainer.step, trainer.sae.training_forward_pass
 
     class Failing(Hook):
-        def after_step(self, output):
+        def after_step(self, _output):
             raise KeyboardInterrupt
 
     with supervise(trainer, all_hooks(trainer)):
@@ -89,10 +89,10 @@ def test_nothing_is_left_if_a_hook_cannot_be_attached():
     before = attributes(trainer)
 
     class Failing(Hook):
-        def attach(self, undo):
+        def attach(self, _undo):
             raise ValueError
 
-    with pytest.raises(ValueError), supervise(trainer, [*all_hooks(trainer), Failing()]):  # noqa: PT011, PT012
+    with pytest.raises(ValueError), supervise(trainer, [*all_hooks(trainer), Failing()]):  # noqa: PT011
         pass
     assert attributes(trainer) == before
 

@@ -19,7 +19,7 @@ from sae_lens_atm.compare.run.comparison import summarise
 from sae_lens_atm.compare.run.language_model import _GroupRunner, train_group
 from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, SettingsError
 from sae_lens_atm.metrics import stability
-from sae_lens_atm.training.watch import StopFlag
+from sae_lens_atm.training.hooks import StopFlag
 from tests.helpers import make_sae
 
 
