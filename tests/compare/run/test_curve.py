@@ -99,8 +99,8 @@ def test_absorption_of_a_held_out_batch():
 
 
 def trained(steps=20, architecture="atm", **fields):
-    sae = TrainingSAE.from_dict({"architecture": architecture, "d_in": 8, "d_sae": 16, **fields})
     torch.manual_seed(0)
+    sae = TrainingSAE.from_dict({"architecture": architecture, "d_in": 8, "d_sae": 16, **fields})
     cfg = SAETrainerConfig(steps * 32, 32, lr=1e-2, lr_end=1e-3)
     return SAETrainer(cfg, sae, (torch.randn(32, 8) for _ in range(steps)))
 
