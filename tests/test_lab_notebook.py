@@ -1,4 +1,4 @@
-"""The study's script, and that docs/study.md says what the committed results say."""
+"""The study's scripts, and that the tables in the docs are drawn from the committed results."""
 
 import json
 import re
@@ -13,10 +13,14 @@ from sae_lens_atm.compare.report.results import Entry, Results, Row, Spread
 from sae_lens_atm.compare.report.tables import markdown
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
 from sae_lens_atm.method.importance import Signals
+from sae_lens_atm.metrics.figures import figure
 from tests.helpers import load_script
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks/study"
+RESULTS = STUDY / "results"
+RECORDS = ROOT / "docs/lab-notebook"
+NOTEBOOK = (ROOT / "docs/lab-notebook.md").read_text("utf-8")
 
 
 def load(name):
@@ -94,14 +98,14 @@ def test_its_files_are_valid_comparisons(path):
 
 
 MARKED = re.compile(r"<!-- (table|targets): (\S+) -->\n\n(.*?)\n\n<!-- end -->", re.DOTALL)
-PAGES = ("README.md", "docs/results.md", "docs/study.md")
+OTHERS = re.compile(r"<!-- (?!end)(\w+) -->\n\n(.*?)\n\n<!-- end -->", re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_its_tables_are_those_of_the_committed_results(page):
+@pytest.mark.parametrize("page", ["docs/results.md", "docs/lab-notebook.md"])
+def test_tables_are_drawn_from_the_committed_results(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     found = MARKED.findall(text)
-    assert len(found) == text.count("<!-- end -->")
+    assert len(found) + len(OTHERS.findall(text)) == text.count("<!-- end -->")
     for kind, path, shown in found:
         results = read_results(ROOT / path)
         assert not results.quick
@@ -109,20 +113,119 @@ def test_its_tables_are_those_of_the_committed_results(page):
         assert shown == (markdown(results).strip() if kind == "table" else targets.table(results))
 
 
-def test_the_study_shows_all_its_results():
-    shown = {path for _, path, _ in MARKED.findall((ROOT / "docs/study.md").read_text("utf-8"))}
-    committed = {f"benchmarks/study/results/{p.name}" for p in STUDY.glob("results/*.json")}
-    others = {
-        f"benchmarks/study/results/{name}.json" for name in ("exploratory", "ceiling", "implied")
+def test_the_notebook_shows_all_results_of_the_study():
+    shown = {ROOT / path for _, path, _ in MARKED.findall(NOTEBOOK)}
+    special = {RESULTS / f"{name}.json" for name in ("exploratory", "ceiling", "implied")}
+    assert set(RESULTS.glob("*.json")) - special <= shown
+    assert {ROOT / f"docs/sister-{name}/results.json" for name in "ab"} <= shown
+
+
+def test_every_section_of_the_notebook_has_the_same_parts():
+    sections = re.split(r"^## (\d+)\. .*$", NOTEBOOK, flags=re.MULTILINE)[1:]
+    numbers, texts = [int(n) for n in sections[::2]], sections[1::2]
+    assert numbers == list(range(1, len(numbers) + 1))
+    for number, text in list(zip(numbers, texts, strict=True))[:-1]:  # the last: what is not done
+        for part in ("**Question.**", "**Conclusion.**"):
+            assert part in text, (number, part)
+
+
+def test_records_name_the_commit_at_which_they_run():
+    """They hold removed options, so they are not comparisons of this version."""
+    records = sorted(RECORDS.glob("*.yaml"))
+    assert [path.stem for path in records] == [
+        "ablations",
+        "choices",
+        "schedules-b",
+        "tune-a",
+        "tune-b",
+    ]
+    for path in records:
+        (commit,) = re.findall(r"Runs at commit (\w{7}),", path.read_text("utf-8"))
+        assert f"(lab-notebook/{path.name})" in NOTEBOOK
+        assert f"`{commit}`" in NOTEBOOK
+        assert not (STUDY / path.name).exists()
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
+def test_links_lead_somewhere(page):
+    anchors = {
+        path: {
+            re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)$", path.read_text("utf-8"), re.MULTILINE)
+        }
+        for path in (ROOT / "docs").glob("*.md")
     }
-    assert committed - others <= shown
-    assert {"docs/sister-a/results.json", "docs/sister-b/results.json"} <= shown
+    links = re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", page.read_text("utf-8"))
+    assert links or page.stem == "splicing"
+    for target, anchor in links:
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors[path], (target, anchor)
 
 
-def test_links_of_the_study_lead_somewhere():
-    text = (ROOT / "docs/study.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / "docs" / target).exists(), target
+def ceiling_table():
+    def mean(name, runs):
+        return sum(run[name] for run in runs) / len(runs)
+
+    names = ("explained_variance", "mcc", "f1", "absorption_full", "absorption_fraction")
+    true = json.loads((RESULTS / "ceiling.json").read_text("utf-8"))["runs"]
+    rows = read_results(ROOT / "docs/sister-a/results.json").rows
+    ours = next(row for row in rows if row.entry == "atm")
+    lines = [
+        f"| | {' | '.join(figure(name).label for name in names)} |",
+        "|---|--:|--:|--:|--:|--:|",
+        f"| true dictionary, {len(true)} seeds | "
+        + " | ".join(f"{mean(name, true):.4f}" for name in names)
+        + " |",
+        f"| ATM, {len(ours.seeds)} seeds | "
+        + " | ".join(f"{ours.figures[name].mean:.4f}" for name in names)
+        + " |",
+    ]
+    return "\n".join(lines)
+
+
+def implied_table():
+    runs = json.loads((RESULTS / "implied.json").read_text("utf-8"))["runs"]
+    lines = [
+        "| L0 | rule | true pairs | false pairs | energy charged, true pairs | false pairs |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    for l0 in (4, 8):
+        for reading in ("own lift", "mean activation"):
+            found = [run["readings"][reading] for run in runs if run["l0"] == l0]
+            assert len(found) == 3
+            mean = {name: sum(f[name] for f in found) / 3 for name in found[0]}
+            pairs = [f"{mean[f'pairs, {kind}']:.0f}" for kind in ("true", "others")]
+            energy = [f"{mean[f'energy, {kind}']:.4f}" for kind in ("true", "others")]
+            lines.append(f"| {l0} | {reading} | {' | '.join(pairs + energy)} |")
+    return "\n".join(lines)
+
+
+def test_tables_of_the_scripts_are_drawn_from_the_committed_figures():
+    shown = dict(OTHERS.findall(NOTEBOOK))
+    assert shown == {"ceiling": ceiling_table(), "implied": implied_table()}
+
+
+def spelling_table():
+    results = read_results(ROOT / "docs/spelling-lm/results.json")
+    lines = ["| L0 | ATM | best baseline | p |", "|--:|--:|--:|--:|"]
+    for test in results.tests:
+        if test.figure == "absorption_fraction" and test.candidate == "atm":
+            means = {
+                row.entry: row.figures["absorption_fraction"].mean
+                for row in results.rows
+                if row.l0_target == test.l0_target
+            }
+            lines.append(
+                f"| {test.l0_target:g} | {means['atm']:.3f} "
+                f"| {means[test.baseline]:.3f} {test.baseline} | {test.p:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def test_the_table_of_the_spelling_models_is_drawn_from_the_committed_results():
+    text = (ROOT / "docs/results.md").read_text("utf-8")
+    assert dict(OTHERS.findall(text)) == {"spelling": spelling_table()}
 
 
 @pytest.fixture
@@ -158,22 +261,6 @@ def test_the_script_counts_implied_pairs_of_every_seed_at_every_l0(tmp_path, sma
             assert sum(n for name, n in counts.items() if name.startswith("pairs")) > 0
 
 
-def test_the_table_of_implied_pairs_is_that_of_the_committed_counts():
-    text = (ROOT / "docs/study.md").read_text("utf-8")
-    shown = re.findall(r"^\|[^|]*\| (own lift|mean activation) \|(.*)\|$", text, flags=re.MULTILINE)
-    runs = json.loads((STUDY / "results/implied.json").read_text("utf-8"))["runs"]
-    expected = []
-    for l0 in (4, 8):
-        for reading in ("own lift", "mean activation"):
-            found = [run["readings"][reading] for run in runs if run["l0"] == l0]
-            assert len(found) == 3
-            mean = {name: sum(f[name] for f in found) / 3 for name in found[0]}
-            pairs = [f"{mean[f'pairs, {kind}']:.0f}" for kind in ("true", "others")]
-            energy = [f"{mean[f'energy, {kind}']:.4f}"[1:] for kind in ("true", "others")]
-            expected.append((reading, pairs + energy))
-    assert [(name, [c.strip() for c in cells.split("|")]) for name, cells in shown] == expected
-
-
 def test_pairs_and_their_energy_by_hand():
     implied = load("implied")
     model = build_hierarchy_model(HierarchyModelConfig(20, roots=4, lone_features=4, depth=1))
@@ -204,9 +291,9 @@ def test_pairs_and_their_energy_by_hand():
 
 def test_the_picture_is_drawn_from_the_committed_results(tmp_path):
     picture = load("picture")
-    picture.main(tmp_path / "study.png")
-    assert (tmp_path / "study.png").stat().st_size > 20_000
-    paths = {f"benchmarks/study/results/{p.name}" for p in STUDY.glob("results/held-out-*.json")}
+    picture.main(tmp_path / "results.png")
+    assert (tmp_path / "results.png").stat().st_size > 20_000
+    paths = {f"benchmarks/study/results/{p.name}" for p in RESULTS.glob("held-out-*.json")}
     assert paths <= set(picture.PANELS.values())
 
 
