@@ -146,6 +146,29 @@ def test_records_name_the_commit_at_which_they_run():
         assert not (STUDY / path.name).exists()
 
 
+def test_the_metrics_example_runs(capsys):
+    """With an SAE of three latents that detects a parent and its two children ideally."""
+
+    class Ideal:
+        W_dec = torch.eye(3, 4)
+
+        def encode(self, x):
+            return x[:, :3]
+
+    features = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    scope = {
+        "sae": Ideal(),
+        "feature_vectors": torch.eye(3, 4),
+        "x": torch.nn.functional.pad(features, (0, 1)),
+        "true_features": features,
+        "decoders_of_other_seeds": [torch.eye(3, 4), torch.eye(3, 4)[[2, 0, 1]]],
+    }
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(source, scope)
+    assert capsys.readouterr().out.split() == ["0.0", "1.0"]
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.stem)
 def test_links_lead_somewhere(page):
     anchors = {

@@ -1,6 +1,6 @@
 """Draw explained variance against the absorbed fraction, one panel for each kind of data.
 
-    python benchmarks/study/picture.py docs/results.png
+python benchmarks/study/picture.py docs/results.png
 """
 
 from pathlib import Path
