@@ -33,6 +33,17 @@ def test_the_tables_are_drawn_from_the_committed_figures(step_time):
     assert kinds == drawn.keys()
 
 
+def test_the_targets_are_compared_with_the_committed_figures():
+    found = json.loads((ROOT / "docs/performance/shape-c.json").read_text())
+    default = found["steps"]["atm, default schedule"]
+    for name, reached in (
+        ("step time, default schedule", f"{default['time']:.2f}"),
+        ("peak memory, default schedule", f"{default['memory']:.2f}"),
+        ("threshold, mask and statistics", f"{found['bookkeeping']:.1%}"),
+    ):
+        assert re.search(rf"^\| {name} \| ≤ [^|]+ \| {reached} \|$", PAGE, re.MULTILINE), name
+
+
 def test_every_contender_takes_steps_and_is_timed(step_time):
     shape = step_time.Shape(32, 8, 64, 4)
     named = step_time.contenders(shape)
@@ -52,7 +63,8 @@ def test_the_phases_match_their_names(step_time):
         "atm, masks and pressure": (True, True),
         "atm, pressure": (False, True),
         "atm, neither": (False, False),
-        "atm, dual": (True, False),
+        "atm, masks, dense": (True, False),
+        "atm, paper preset": (True, False),
     }
     batches = step_time.make_batches(shape, "cpu")
     for name, (masks, presses) in expected.items():
