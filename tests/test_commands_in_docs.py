@@ -96,7 +96,7 @@ def test_compare_report_and_evaluate(comparison_yaml, tmp_path):
 
 @pytest.mark.parametrize("line", lines_of("sweep"), ids=" ".join)
 def test_sweep(line):
-    run(*line, "--set", "training_samples=4096", "--dry-run")
+    run(*line, "--set", "training_samples=4096", "--set", "sweep.points=2", "--dry-run")
 
 
 def test_inspect_and_push(tmp_path):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sae_lens_atm.cli.main import app
 from tests.conftest import CONTEXT
-from tests.helpers import load_script, make_sae, train
+from tests.helpers import make_sae, train
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -102,13 +102,3 @@ def test_the_error_shown_is_the_error_given(synthetic_yaml):
     (shown,) = blocks("text")
     arguments = ["train", str(synthetic_yaml), "--set", "sae.mask_rat=1"]
     assert CliRunner().invoke(app, arguments).stderr == shown
-
-
-def test_the_table_is_drawn_from_the_committed_results():
-    (shown,) = re.findall(r"<!-- summary -->\n\n(.*?)\n\n<!-- end -->", README, re.DOTALL)
-    assert shown == load_script("benchmarks/study/targets.py").summary_table()
-
-
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
