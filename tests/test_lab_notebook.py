@@ -36,8 +36,8 @@ def row(entry, matched=True, **figures):
 def results(*rows, not_ranked=()):
     roles = {"atm": "candidate", "control": "control"}
     entries = {
-        r.entry: Entry.model_construct(
-            architecture=r.entry, role=roles.get(r.entry, "baseline"), settings={}
+        r.entry: Entry(
+            architecture=r.entry, role=roles.get(r.entry, "baseline"), l0_parameter="k", settings={}
         )
         for r in rows
     }
