@@ -165,24 +165,24 @@ def _process(rank: int, port: int, repeats: int, path: str) -> None:
 def table(found: dict[str, Any]) -> str:
     """Return ratios to a step of one process with the whole batch."""
     lines = [
-        "| | two, half each: time | CPU time of each | one, half: CPU time | MB told | formula |",
+        "| | two, half each: time | CPU time of each | one, half: CPU time | MB exchanged | formula |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name, f in found.items():
         ratio = f["together"] / f["whole"]
         cpu = [f[f"{n}, CPU"] / f["whole, CPU"] for n in ("together", "share")]
-        told, formula = (f"{f[key] / 1e6:.2f}" for key in ("bytes", "expected_bytes"))
-        lines.append(f"| {name} | {ratio:.2f} | {cpu[0]:.2f} | {cpu[1]:.2f} | {told} | {formula} |")
+        exchanged, formula = (f"{f[key] / 1e6:.2f}" for key in ("bytes", "expected_bytes"))
+        lines.append(f"| {name} | {ratio:.2f} | {cpu[0]:.2f} | {cpu[1]:.2f} | {exchanged} | {formula} |")
     return "\n".join(lines)
 
 
 def sharded(found: dict[str, Any]) -> str:
     """Return the traffic with all latents on each rank, and with a share of the latents on each."""
-    lines = ["| | MB told | two decoded batches, MB | ratio |", "|---|--:|--:|--:|"]
+    lines = ["| | MB exchanged | two decoded batches, MB | ratio |", "|---|--:|--:|--:|"]
     for shape, (batch, d_in, _, _) in SHAPES.items():
-        told = found[f"{shape}, atm, masks and pressure"]["bytes"] / 1e6
+        exchanged = found[f"{shape}, atm, masks and pressure"]["bytes"] / 1e6
         decoded = 2 * 4 * batch * d_in / 1e6
-        lines.append(f"| {shape} | {told:.2f} | {decoded:.2f} | {told / decoded:.1f} |")
+        lines.append(f"| {shape} | {exchanged:.2f} | {decoded:.2f} | {exchanged / decoded:.1f} |")
     return "\n".join(lines)
 
 
@@ -191,7 +191,7 @@ def carried(_: Any = None, batch: int = 4096) -> str:
     gib = 2**30
     lines = [
         "| latents | state, GiB | gradients and inputs, GiB | PFLOP a step | s on one A100 | "
-        + "GB told a step | "
+        + "GB exchanged a step | "
         + " | ".join(f"s at {name}" for name in LINKS)
         + " |",
         "|--:|--:|--:|--:|--:|--:|" + "--:|" * len(LINKS),
@@ -201,11 +201,11 @@ def carried(_: Any = None, batch: int = 4096) -> str:
         size = sae_size(cfg)
         passing = size.parameters + 4 * cfg.d_in * d_sae
         work = products(cfg, batch) * 2 * batch * cfg.d_in * d_sae
-        told = traffic(cfg)
-        links = " | ".join(f"{2 * told / rate:.2f}" for rate in LINKS.values())
+        exchanged = traffic(cfg)
+        links = " | ".join(f"{2 * exchanged / rate:.2f}" for rate in LINKS.values())
         lines.append(
             f"| {d_sae:,} | {size.resident / gib:.1f} | {passing / gib:.1f} | {work / 1e15:.2f} | "
-            f"{work / SHARE / PEAK[torch.bfloat16]:.2f} | {told / 1e9:.1f} | {links} |"
+            f"{work / SHARE / PEAK[torch.bfloat16]:.2f} | {exchanged / 1e9:.1f} | {links} |"
         )
     return "\n".join(lines)
 
