@@ -172,7 +172,9 @@ def table(found: dict[str, Any]) -> str:
         ratio = f["together"] / f["whole"]
         cpu = [f[f"{n}, CPU"] / f["whole, CPU"] for n in ("together", "share")]
         exchanged, formula = (f"{f[key] / 1e6:.2f}" for key in ("bytes", "expected_bytes"))
-        lines.append(f"| {name} | {ratio:.2f} | {cpu[0]:.2f} | {cpu[1]:.2f} | {exchanged} | {formula} |")
+        lines.append(
+            f"| {name} | {ratio:.2f} | {cpu[0]:.2f} | {cpu[1]:.2f} | {exchanged} | {formula} |"
+        )
     return "\n".join(lines)
 
 
