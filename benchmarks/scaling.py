@@ -165,16 +165,16 @@ def _process(rank: int, port: int, repeats: int, path: str) -> None:
 def table(found: dict[str, Any]) -> str:
     """Return ratios to a step of one process with the whole batch."""
     lines = [
-        "| | two, half each: time | CPU time of each | one, half: CPU time | MB exchanged | formula |",
+        "| | two, half each: time | CPU time of each | one, half: CPU time | MB exchanged "
+        "| formula |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name, f in found.items():
         ratio = f["together"] / f["whole"]
         cpu = [f[f"{n}, CPU"] / f["whole, CPU"] for n in ("together", "share")]
-        exchanged, formula = (f"{f[key] / 1e6:.2f}" for key in ("bytes", "expected_bytes"))
-        lines.append(
-            f"| {name} | {ratio:.2f} | {cpu[0]:.2f} | {cpu[1]:.2f} | {exchanged} | {formula} |"
-        )
+        megabytes = [f[key] / 1e6 for key in ("bytes", "expected_bytes")]
+        cells = " | ".join(f"{value:.2f}" for value in (ratio, *cpu, *megabytes))
+        lines.append(f"| {name} | {cells} |")
     return "\n".join(lines)
 
 
