@@ -47,6 +47,10 @@ MAY_CHANGE_ON_RESUME = (
 They are where the run is stored and computed, what is logged, saved and evaluated.
 `max_bad_batches` may change, too. All other settings must be equal.
 """
+ESTIMATED_SCALES = ("expected_average_only_in", "covariance_whitening")
+"""Values of normalize_activations for which SAELens estimates a scale before training."""
+CHANGED_BY_FOLDING = ("normalize_activations", "rescale_acts_by_decoder_norm")
+"""Fields of the SAE that SAELens changes when it folds the scale into the weights, at the end."""
 # ATM's config had these fields in 0.1. Only activation "jumprelu", which was removed, used them.
 _UNUSED_IN_0_1 = {field.name for field in fields(JumpReLUTrainingSAEConfig)}
 _REQUIRED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME)
@@ -259,14 +263,17 @@ def check_resumable(folder: Path, run: Run) -> None:
             raise CheckpointError(f"cannot resume {folder}: {error}") from error
         known = cfg.to_dict().keys()
         saved = {k: v for k, v in saved.items() if k in known or k not in _UNUSED_IN_0_1}
-    _compare(folder, _comparable(cfg), saved, ignored=("metadata", "device"))
+    ignored = ["metadata", "device"]
+    if folder.name.startswith("final_") and cfg.normalize_activations in ESTIMATED_SCALES:
+        ignored += CHANGED_BY_FOLDING
+    _compare(folder, _comparable(cfg), saved, ignored)
     for key in saved.keys() - cfg.to_dict().keys():
         raise CheckpointError(
             f"cannot resume: {folder} has {key} = {saved[key]!r}, a setting that this version of "
             f"{architecture!r} does not have"
         )
     config = json.loads(json.dumps(run_config(run)))
-    _compare(folder, config, stored_run, ignored=("sae", *MAY_CHANGE_ON_RESUME))
+    _compare(folder, config, stored_run, ["sae", *MAY_CHANGE_ON_RESUME])
     with reading(folder):
         with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as tensors:
             shape = tuple(tensors.get_slice("W_dec").get_shape())
@@ -292,7 +299,7 @@ def check_resumable(folder: Path, run: Run) -> None:
 
 
 def _compare(
-    folder: Path, wanted: dict[str, Any], saved: dict[str, Any], ignored: tuple[str, ...]
+    folder: Path, wanted: dict[str, Any], saved: dict[str, Any], ignored: list[str]
 ) -> None:
     for key, value in wanted.items():
         # A setting that a newer version has added is not in the file.

@@ -7,11 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_lens import SAETrainer, TrainingSAE
+from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_atm.data.random_state import load_random_state
 from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, RankLostError
-from sae_lens_atm.files import to_json, write_text
-from sae_lens_atm.training.checkpoints import Checkpointer, run_config, skipped_batches
+from sae_lens_atm.files import read_json, to_json, write_text
+from sae_lens_atm.training.checkpoints import (
+    CHANGED_BY_FOLDING,
+    Checkpointer,
+    run_config,
+    skipped_batches,
+)
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
 from sae_lens_atm.training.hooks import (
     CollapseWarning,
@@ -88,6 +94,13 @@ def fit(
             ranks.wait_for_others()  # torchrun may kill the others when one process ends
         return Path(trainer.cfg.checkpoint_path or "") / str(trainer.n_training_samples)
 
+    if checkpoint is not None and _is_finished(trainer):
+        saved = read_json(checkpoint / SAE_CFG_FILENAME)
+        for name in CHANGED_BY_FOLDING:
+            if name in saved:
+                setattr(trainer.sae.cfg, name, saved[name])
+        trainer.set_final_sae_metadata()
+        return guard.skipped
     with supervise(trainer, supervision):
         try:
             trainer.fit()
@@ -110,6 +123,17 @@ def _finish_resuming(trainer: SAETrainer[Any, Any]) -> None:
     samples = trainer.n_training_samples
     trainer.n_training_steps = samples // trainer.cfg.train_batch_size_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= samples]
+
+
+def _is_finished(trainer: SAETrainer[Any, Any]) -> bool:
+    """Return whether the trainer was loaded from the checkpoint after the last step.
+
+    SAELens has folded the scale of the activations into the weights by then, and `trainer.fit`
+    would estimate it and fold it again.
+    """
+    scaler, total = trainer.activation_scaler, trainer.cfg.total_training_samples
+    is_folded = scaler.scaling_factor is None and scaler.whitening is None
+    return trainer.n_training_samples >= total and is_folded
 
 
 class RunContext(NamedTuple):

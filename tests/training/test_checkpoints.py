@@ -15,8 +15,8 @@ from sae_lens_atm.files import MANIFEST_FILENAME, manifest_mismatch
 from sae_lens_atm.training.checkpoints import Checkpointer, check_resumable, newest_checkpoint
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
-from tests.helpers import load_script
-from tests.training.runs import synthetic_run
+from tests.helpers import load_script, state_equal
+from tests.training.runs import synthetic_run, trained_files
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["1088", "1600", "2112", "576"]
@@ -311,6 +311,19 @@ def test_each_file_of_a_checkpoint_is_hashed_once(out, monkeypatch):
         train(synthetic_run(out), resume=out, stop=stop)
     listed = json.loads((out / "checkpoints/2112" / MANIFEST_FILENAME).read_text())["files"]
     assert sum(hashed) == sum(entry["bytes"] for entry in listed.values())
+
+
+@pytest.mark.parametrize("scale", ["none", "expected_average_only_in", "covariance_whitening"])
+def test_a_final_checkpoint_is_not_trained_or_rescaled_again(tmp_path, scale):
+    fields = {"sae.normalize_activations": scale, "n_batches_for_norm_estimate": 5}
+    run = synthetic_run("out", save_final_checkpoint=True, **fields)
+    train(run)
+    expected = trained_files("out"), (tmp_path / "out/cfg.json").read_text()
+    for name in ("cfg.json", "sae_weights.safetensors"):  # as if the run had died before saving
+        (tmp_path / "out" / name).unlink()
+    train(run, resume="out/checkpoints/final_2560")
+    assert state_equal(trained_files("out"), expected[0])
+    assert (tmp_path / "out/cfg.json").read_text() == expected[1]
 
 
 def run_of_0_1():

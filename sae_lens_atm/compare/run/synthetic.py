@@ -35,6 +35,7 @@ from sae_lens_atm.errors import CheckpointError
 from sae_lens_atm.evaluation.synthetic import evaluate_closely
 from sae_lens_atm.files import saved_at_once, write_json
 from sae_lens_atm.training.checkpoints import (
+    ESTIMATED_SCALES,
     check_pickles,
     newest_checkpoint,
     reading,
@@ -45,7 +46,6 @@ from sae_lens_atm.training.fit import fit
 from sae_lens_atm.training.hooks import OnStep, StepCallback, StepTimer, StopFlag
 from sae_lens_atm.training.run_file import SyntheticRun
 
-_ESTIMATED = ("expected_average_only_in", "covariance_whitening")
 _HELD_OUT_SAMPLES = 2048
 _MAP_SIDE = 256  # features, and latents, that a cosine map shows at most
 
@@ -116,7 +116,7 @@ def _fit(
     served = 0  # batches that the run has read before
     if checkpoint is not None:
         served = samples_of(checkpoint) // cfg.batch_size + skipped_batches(checkpoint)
-        if sae.cfg.normalize_activations in _ESTIMATED:
+        if sae.cfg.normalize_activations in ESTIMATED_SCALES:
             served += trainer_cfg.n_batches_for_norm_estimate
     pool = pool_of(planned, folder)
     is_stored = pool.path.exists()

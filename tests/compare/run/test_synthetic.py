@@ -1,5 +1,4 @@
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from sae_lens_atm.compare import load_comparison
@@ -7,6 +6,7 @@ from sae_lens_atm.compare.run.batch_pool import Pool, synthetic_model
 from sae_lens_atm.compare.run.synthetic import train_one
 from sae_lens_atm.errors import Interrupted, NonFiniteBatchError
 from sae_lens_atm.training.hooks import StopFlag
+from tests.helpers import state_equal
 
 
 @pytest.fixture
@@ -53,18 +53,23 @@ def test_the_limit_of_bad_batches_is_the_run_files(train_atm, spoil):
     assert train_atm("max_bad_batches=4").is_dir()
 
 
-def test_a_run_resumes_from_a_final_checkpoint(train_atm, tmp_path, monkeypatch):
+@pytest.mark.parametrize("scale", ["none", "expected_average_only_in", "covariance_whitening"])
+def test_a_run_resumes_from_a_final_checkpoint(train_atm, tmp_path, monkeypatch, scale):
+    settings = [f"sae.normalize_activations={scale}", "n_batches_for_norm_estimate=5"]
+    expected = weights_of(train_atm(*settings, "output_path=straight"))
+
     def full_disk(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("sae_lens_atm.compare.run.synthetic.write_json", full_disk)
         with pytest.raises(OSError, match="No space"):
-            train_atm("save_final_checkpoint=true")
+            train_atm("save_final_checkpoint=true", *settings)
     (checkpoint,) = (tmp_path / "out/runs").glob("*/checkpoints/*")
     assert checkpoint.name == "final_1280"
-    home = train_atm("save_final_checkpoint=true")
+    home = train_atm("save_final_checkpoint=true", *settings)
     assert (home / "training.json").exists()
+    assert state_equal(weights_of(home), expected)
 
 
 def test_a_stopped_run_ends_as_one_that_was_not_stopped(train_atm):
@@ -72,7 +77,7 @@ def test_a_stopped_run_ends_as_one_that_was_not_stopped(train_atm):
     with pytest.raises(Interrupted):
         train_atm("output_path=stopped", until=7)
     found = weights_of(train_atm("output_path=stopped"))
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert state_equal(expected, found)
 
 
 def weights_of(home):
