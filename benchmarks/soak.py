@@ -29,7 +29,7 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from sae_lens_atm.compare.run.processes import silence_saelens
+from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.errors import CheckpointError, Interrupted
 from sae_lens_atm.training.checkpoints import newest_checkpoint, samples_of
 from sae_lens_atm.training.preflight.checks import plan

@@ -35,7 +35,7 @@ def results(*rows, not_ranked=()):
     roles = {"atm": "candidate", "control": "control"}
     entries = {
         r.entry: Entry(
-            architecture=r.entry, role=roles.get(r.entry, "baseline"), l0_knob="k", settings={}
+            architecture=r.entry, role=roles.get(r.entry, "baseline"), l0_parameter="k", settings={}
         )
         for r in rows
     }

@@ -24,7 +24,6 @@ from sae_lens_atm.cli.terminal import (
     exit_with,
     facts_table,
 )
-from sae_lens_atm.compare.run.processes import silence_saelens
 from sae_lens_atm.data.spelling.model import (
     HOOK,
     TOKENS,
@@ -38,6 +37,7 @@ from sae_lens_atm.hub.push import prepare
 from sae_lens_atm.hub.push import push as push_to_hub
 from sae_lens_atm.metrics.first_letter import PROBE_F1
 from sae_lens_atm.training.preflight.checks import plan
+from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.ranks import rank
 from sae_lens_atm.training.run import Result, train
 from sae_lens_atm.training.run_file import LanguageModelRun, apply_overrides, load_run, parse_fields

@@ -25,8 +25,18 @@ from sae_lens_atm.compare.report.charts import (
     parents_panel,
     pareto_panel,
 )
-from sae_lens_atm.compare.report.results import Results, Row, Run, Spread, Test, write_text
+from sae_lens_atm.compare.report.pictures import draw_pictures
+from sae_lens_atm.compare.report.results import (
+    PairedTest,
+    Results,
+    Row,
+    Run,
+    Spread,
+    write_results,
+    write_text,
+)
 from sae_lens_atm.compare.report.summary import best_rows
+from sae_lens_atm.compare.report.tables import markdown
 from sae_lens_atm.compare.report.wording import (
     P_BOUND,
     clean,
@@ -64,7 +74,7 @@ class Glance(NamedTuple):
     l0: float
     candidate: str
     marks: list[str]
-    tests: list[Test]
+    tests: list[PairedTest]
     better: int
     worse: int
 
@@ -102,7 +112,7 @@ def table(results: Results, holders: Sequence[Row] | Sequence[Run]) -> list[Line
     return lines
 
 
-def verdict(test: Test) -> tuple[str, str]:
+def verdict(test: PairedTest) -> tuple[str, str]:
     """Symbol and words. These are of the direction alone; a filled symbol has p below `P_BOUND`."""
     if clean(test.difference) is None:
         return "\N{EN DASH}", "not comparable with"
@@ -116,7 +126,7 @@ def verdict(test: Test) -> tuple[str, str]:
 def glances(results: Results) -> list[Glance]:
     """The tests by L0 and candidate, in the order of the tables."""
     order = list(FIGURES)
-    grouped: dict[tuple[float, str], list[Test]] = {}
+    grouped: dict[tuple[float, str], list[PairedTest]] = {}
     for test in results.tests:
         grouped.setdefault((test.l0_target, test.candidate), []).append(test)
     found: list[Glance] = []
@@ -180,5 +190,17 @@ def report_html(results: Results) -> str:
 
 
 def write_report(results: Results, path: Path) -> Path:
-    """Write the report, to the side first."""
+    """Write the HTML report, and return its path."""
     return write_text(path, report_html(results))
+
+
+def write_all(results: Results, folder: Path) -> list[Path]:
+    """Write results, report, tables and pictures, and return their paths."""
+    return [*write_results(results, folder), *draw_all(results, folder)]
+
+
+def draw_all(results: Results, folder: Path) -> list[Path]:
+    """Write report, tables and pictures, and return their paths."""
+    table = write_text(folder / "tables.md", markdown(results))
+    report = write_report(results, folder / "report.html")
+    return [report, table, *draw_pictures(results, folder)]

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 from scipy import stats
 
-from sae_lens_atm.compare.report.results import Entry, Results, Row, Run, Spread, Test
+from sae_lens_atm.compare.report.results import Entry, PairedTest, Results, Row, Run, Spread
 from sae_lens_atm.metrics.figures import FIGURES, figure
 
 _ROUNDING = 1e-12  # a spread below this is none
@@ -113,7 +113,7 @@ def make_tests(
     rows: Sequence[Row],
     entries: Mapping[str, Entry],
     not_ranked: Collection[str] = (),
-) -> list[Test]:
+) -> list[PairedTest]:
     """Every candidate against the best baseline, figure by figure and L0 by L0.
 
     Runs of one seed see the same batches, so they are compared seed by seed; where there are
@@ -121,7 +121,7 @@ def make_tests(
     best baseline is another one for each figure, chosen after the fact: that makes it hard for the
     candidate.
     """
-    tests: list[Test] = []
+    tests: list[PairedTest] = []
     for row in rows:
         if entries[row.entry].role != "candidate" or not row.matched:
             continue
@@ -150,7 +150,7 @@ def _better_off_target(baselines: Iterable[Row], best: Row, name: str) -> list[s
     ]
 
 
-def _test(runs: Sequence[Run], row: Row, best: Row, name: str) -> Test:
+def _test(runs: Sequence[Run], row: Row, best: Row, name: str) -> PairedTest:
     def by_seed(entry: str) -> dict[int, float]:
         found: dict[int, list[float]] = {}
         for run in runs:
@@ -172,7 +172,7 @@ def _test(runs: Sequence[Run], row: Row, best: Row, name: str) -> Test:
     if len(differences) > 1 and stdev(differences) > _ROUNDING:
         result: Any = stats.ttest_1samp(differences, 0.0)
         p = float(result.pvalue)
-    return Test(
+    return PairedTest(
         candidate=row.entry,
         l0_target=row.l0_target,
         figure=name,

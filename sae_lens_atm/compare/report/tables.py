@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from sae_lens_atm.compare.report.results import Results, Row, Test
+from sae_lens_atm.compare.report.results import PairedTest, Results, Row
 from sae_lens_atm.compare.report.summary import best_rows, ranked
 from sae_lens_atm.compare.report.wording import P_BOUND, show_p, show_spread
 from sae_lens_atm.metrics.figures import ARROWS, figure
@@ -139,7 +139,7 @@ def test_table(results: Results) -> Table | None:
     return table
 
 
-def _test_cells(test: Test) -> tuple[str | Text, ...]:
+def _test_cells(test: PairedTest) -> tuple[str | Text, ...]:
     sure = test.p is not None and test.p < P_BOUND
     better, worse = Text("better", "green" if sure else ""), Text("worse", "red" if sure else "")
     verdict = {True: better, False: worse, None: Text("equal")}

@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_atm.compare.plan.l0_target import L0Controller
-from sae_lens_atm.compare.plan.planned_run import TRAINER_FIELDS, Planned
+from sae_lens_atm.compare.plan.planned_run import TRAINER_FIELDS, PlannedRun
 from sae_lens_atm.compare.run.curve import HISTORY, History, curve_points
 from sae_lens_atm.compare.run.stored_run import (
     TRAINING,
@@ -47,7 +47,7 @@ from sae_lens_atm.training.watch import OnStep, StopFlag
 class _GroupRunner(MultiSAETrainingRunner):
     """SAELens' runner of several SAEs, watched run by run, and stopped between steps."""
 
-    planned: dict[str, Planned]
+    planned: dict[str, PlannedRun]
     histories: dict[str, History]
     stopped: Path
     """Where the state of a group that was stopped is kept."""
@@ -65,8 +65,8 @@ class _GroupRunner(MultiSAETrainingRunner):
         for name, planned in self.planned.items():
             inner = _with_own_settings(trainer.trainers[name], planned)
             trainer.trainers[name] = inner
-            knob = planned.knob
-            controller = L0Controller(inner, knob, planned.l0) if knob.steered else None
+            knob = planned.l0_parameter
+            controller = L0Controller(inner, knob, planned.l0) if knob.controlled else None
             history = self.histories[name] = History(inner, self.points, None, controller)
             self._watch(inner, history)
         if self.cfg.resume_from_checkpoint is not None:
@@ -132,7 +132,7 @@ class _GroupRunner(MultiSAETrainingRunner):
         trainer.step = watched  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _with_own_settings(trainer: SAETrainer[Any, Any], planned: Planned) -> SAETrainer[Any, Any]:
+def _with_own_settings(trainer: SAETrainer[Any, Any], planned: PlannedRun) -> SAETrainer[Any, Any]:
     """A trainer with the learning rate and so on of its own entry: SAELens gives all the same."""
     cfg = planned.run.runner
     own = {name: getattr(cfg, name) for name in TRAINER_FIELDS if hasattr(cfg, name)}
@@ -140,7 +140,7 @@ def _with_own_settings(trainer: SAETrainer[Any, Any], planned: Planned) -> SAETr
 
 
 def train_group(
-    group: Sequence[Planned], folder: Path, points: int, on_step: OnStep, stop: StopFlag
+    group: Sequence[PlannedRun], folder: Path, points: int, on_step: OnStep, stop: StopFlag
 ) -> None:
     """Train and evaluate the runs of one seed that are not kept yet.
 

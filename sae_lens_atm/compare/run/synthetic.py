@@ -16,7 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from sae_lens_atm.compare.plan.l0_target import L0Controller
-from sae_lens_atm.compare.plan.planned_run import Planned, at
+from sae_lens_atm.compare.plan.planned_run import PlannedRun, stored_in
 from sae_lens_atm.compare.run.batch_pool import Pool, batch_seed
 from sae_lens_atm.compare.run.curve import (
     HISTORY,
@@ -50,7 +50,7 @@ _PROBE_SAMPLES = 2048
 _MAP_SIDE = 256  # features, and latents, that a cosine map shows at most
 
 
-def pool_of(planned: Planned, folder: Path) -> Pool:
+def pool_of(planned: PlannedRun, folder: Path) -> Pool:
     """The pool that holds the batches of a run; runs of one seed and data share it."""
     runner = cast(SyntheticRun, planned.run).runner
     name = f"seed-{planned.seed}-{planned.data_key}.pool"
@@ -59,7 +59,7 @@ def pool_of(planned: Planned, folder: Path) -> Pool:
 
 
 def train_one(
-    planned: Planned,
+    planned: PlannedRun,
     model: SyntheticModel,
     folder: Path,
     points: int,
@@ -74,7 +74,7 @@ def train_one(
     home = folder / planned.folder
     if is_trained(planned, folder):
         return
-    planned = at(planned, home)
+    planned = stored_in(planned, home)
     assert isinstance(planned.run, SyntheticRun)
     cfg, steps = planned.run.runner, planned.run.runner.total_training_steps
     home.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def train_one(
 
 
 def _fit(
-    planned: Planned,
+    planned: PlannedRun,
     sae: TrainingSAE[Any],
     model: SyntheticModel,
     folder: Path,
@@ -129,7 +129,11 @@ def _fit(
     trainer: SAETrainer[Any, Any] = SAETrainer(
         trainer_cfg, sae, batches, save_checkpoint_fn=keep_history
     )
-    controller = L0Controller(trainer, planned.knob, planned.l0) if planned.knob.steered else None
+    controller = (
+        L0Controller(trainer, planned.l0_parameter, planned.l0)
+        if planned.l0_parameter.controlled
+        else None
+    )
     with temporary_seed(batch_seed(planned.seed, -1)):
         probe = Probe(*_dense(model.sample_with_features(_PROBE_SAMPLES)), model)
     history = History(trainer, points, probe, controller)
@@ -155,7 +159,7 @@ def _newest(folder: Path) -> Path | None:
         return None
 
 
-def evaluate_one(planned: Planned, model: SyntheticModel, folder: Path, with_map: bool) -> None:
+def evaluate_one(planned: PlannedRun, model: SyntheticModel, folder: Path, with_map: bool) -> None:
     """Evaluate a kept SAE as its users will load it, and keep the figures."""
     home = folder / planned.folder
     if is_evaluated(planned, folder, with_map):

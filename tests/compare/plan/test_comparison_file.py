@@ -3,8 +3,8 @@ import re
 import pytest
 
 from sae_lens_atm.compare import load_comparison
-from sae_lens_atm.compare.plan.l0_target import Knob
-from sae_lens_atm.compare.plan.planned_run import at
+from sae_lens_atm.compare.plan.l0_target import L0Parameter
+from sae_lens_atm.compare.plan.planned_run import stored_in
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.run_file import shipped_config
 
@@ -26,8 +26,11 @@ def test_what_is_shared_and_what_is_not(comparison_yaml):
     assert {p.run.runner.sae.d_sae for p in planned.values()} == {32}
     assert (topk.run.runner.lr, jumprelu.run.runner.lr) == (1e-2, 3e-3)
     assert atm.run.runner.sae.k == topk.run.runner.sae.k == 3
-    assert (atm.knob, topk.knob) == (Knob("k", False), Knob("k", False))
-    assert jumprelu.knob == Knob("l0", True)
+    assert (atm.l0_parameter, topk.l0_parameter) == (
+        L0Parameter("k", False),
+        L0Parameter("k", False),
+    )
+    assert jumprelu.l0_parameter == L0Parameter("l0", True)
     assert atm.run.seed == 1
     assert atm.run.runner.sae.mask_seed == 1  # what an architecture draws itself varies too
 
@@ -35,11 +38,11 @@ def test_what_is_shared_and_what_is_not(comparison_yaml):
 def test_jumprelus_quadratic_loss_is_told_its_l0(comparison_yaml):
     quadratic = "architectures.jumprelu.sae.jumprelu_sparsity_loss_mode=quadratic"
     comparison = load_comparison(
-        comparison_yaml, ["architectures.jumprelu.l0_knob=target_l0", quadratic]
+        comparison_yaml, ["architectures.jumprelu.l0_parameter=target_l0", quadratic]
     )
     found = [p for p in comparison.planned if p.entry == "jumprelu"]
     assert {p.run.runner.sae.target_l0 == p.l0 for p in found} == {True}
-    assert {p.knob for p in found} == {Knob("target_l0", False)}
+    assert {p.l0_parameter for p in found} == {L0Parameter("target_l0", False)}
 
 
 def test_a_shared_field_goes_to_those_that_have_it(comparison_yaml):
@@ -131,7 +134,7 @@ def test_runs_of_one_seed_share_their_batches(comparison_yaml):
 
 def test_a_run_is_placed_without_touching_the_plan(comparison_yaml, tmp_path):
     planned = load_comparison(comparison_yaml).planned[0]
-    placed = at(planned, tmp_path / "here")
+    placed = stored_in(planned, tmp_path / "here")
     assert placed.run.runner.output_path == str(tmp_path / "here/sae")
     assert planned.run.runner.output_path == "out"
     assert placed.training_key == planned.training_key
@@ -154,7 +157,7 @@ def test_a_run_is_placed_without_touching_the_plan(comparison_yaml, tmp_path):
         ),
         ("architectures.atm.architecture=amt", "architectures.atm: sae.architecture is 'amt'"),
         ("architectures.atm.sae.c_rampsteps=1", "architectures.atm: sae.c_rampsteps: unknown key"),
-        ("architectures.topk.l0_knob=nope", "architectures.topk: l0_knob is 'nope'"),
+        ("architectures.topk.l0_parameter=nope", "architectures.topk: l0_parameter is 'nope'"),
         ("sae.d_saee=3", "architectures.atm: sae.d_saee: unknown key"),
         ("sae=3", "sae is 3: allowed is a mapping"),
         ("eval_samples=0", "eval_samples is 0: allowed is more than 0"),

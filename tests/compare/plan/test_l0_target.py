@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from sae_lens import SAETrainer, TrainingSAE, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
-from sae_lens_atm.compare.plan.l0_target import Knob, L0Controller, find_knob, is_matched, mean_l0
+from sae_lens_atm.compare.plan.l0_target import (
+    L0Controller,
+    L0Parameter,
+    find_l0_parameter,
+    is_matched,
+    mean_l0,
+)
 from sae_lens_atm.errors import SettingsError
 
 
@@ -20,31 +26,35 @@ def config(architecture, **fields):
 @pytest.mark.parametrize(
     ("architecture", "fields", "knob"),
     [
-        ("topk", {"k": 2}, Knob("k", False)),
-        ("batchtopk", {"k": 2}, Knob("k", False)),
-        ("matryoshka_batchtopk", {"k": 2, "matryoshka_widths": [4, 16]}, Knob("k", False)),
-        ("abstopk", {"k": 2}, Knob("k", False)),
-        ("matching_pursuit", {"decoder_init_norm": 1.0}, Knob("max_iterations", False)),
-        ("standard", {}, Knob("l1", True)),
-        ("gated", {}, Knob("l1", True)),
-        ("jumprelu", {}, Knob("l0", True)),
-        ("atm", {"k": 2}, Knob("k", False)),
-        ("atm", {"k": 2, "activation": "jumprelu"}, Knob("l0", True)),
-        ("atm", {"k": 2, "activation": "relu"}, Knob("l1", True)),
+        ("topk", {"k": 2}, L0Parameter("k", False)),
+        ("batchtopk", {"k": 2}, L0Parameter("k", False)),
+        ("matryoshka_batchtopk", {"k": 2, "matryoshka_widths": [4, 16]}, L0Parameter("k", False)),
+        ("abstopk", {"k": 2}, L0Parameter("k", False)),
+        ("matching_pursuit", {"decoder_init_norm": 1.0}, L0Parameter("max_iterations", False)),
+        ("standard", {}, L0Parameter("l1", True)),
+        ("gated", {}, L0Parameter("l1", True)),
+        ("jumprelu", {}, L0Parameter("l0", True)),
+        ("atm", {"k": 2}, L0Parameter("k", False)),
+        ("atm", {"k": 2, "activation": "jumprelu"}, L0Parameter("l0", True)),
+        ("atm", {"k": 2, "activation": "relu"}, L0Parameter("l1", True)),
     ],
 )
 def test_what_sets_the_l0(architecture, fields, knob):
-    assert find_knob(config(architecture, **fields)) == knob
+    assert find_l0_parameter(config(architecture, **fields)) == knob
 
 
 def test_what_is_asked_for_comes_first():
     cfg = config("matching_pursuit", decoder_init_norm=1.0)
-    assert find_knob(cfg, "residual_threshold") == Knob("residual_threshold", True)
-    assert find_knob(cfg, "max_iterations") == Knob("max_iterations", False)
+    assert find_l0_parameter(cfg, "residual_threshold") == L0Parameter("residual_threshold", True)
+    assert find_l0_parameter(cfg, "max_iterations") == L0Parameter("max_iterations", False)
     quadratic = {"jumprelu_sparsity_loss_mode": "quadratic", "target_l0": 3.0}
-    assert find_knob(config("jumprelu", **quadratic), "target_l0") == Knob("target_l0", False)
-    with pytest.raises(SettingsError, match=r"l0_knob is 'x'.*max_iterations.*residual_threshold"):
-        find_knob(cfg, "x")
+    assert find_l0_parameter(config("jumprelu", **quadratic), "target_l0") == L0Parameter(
+        "target_l0", False
+    )
+    with pytest.raises(
+        SettingsError, match=r"l0_parameter is 'x'.*max_iterations.*residual_threshold"
+    ):
+        find_l0_parameter(cfg, "x")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +84,7 @@ def follow(l0s, start=0.1, target=4.0, lrs=None, warm_up=0):
         optimizer=SimpleNamespace(param_groups=[group]),
         cfg=SimpleNamespace(lr=1.0),
     )
-    controller = L0Controller(trainer, Knob("l1", True), target)
+    controller = L0Controller(trainer, L0Parameter("l1", True), target)
     values = []
     for i, l0 in enumerate(l0s):
         group["lr"] = 1.0 if lrs is None else lrs[i]
@@ -110,7 +120,7 @@ def test_more_active_latents_than_asked_for_raise_it(l0):
 def test_it_waits_for_the_warm_up():
     scheduler = SimpleNamespace(final_value=0.1, current_value=0.0, current_step=3, warm_up_steps=9)
     trainer = SimpleNamespace(coefficient_schedulers={"l1": scheduler})
-    controller = L0Controller(trainer, Knob("l1", True), 4)
+    controller = L0Controller(trainer, L0Parameter("l1", True), 4)
     controller.after_step(SimpleNamespace(feature_acts=torch.ones(2, 20), metrics={}))
     assert (scheduler.current_value, scheduler.final_value) == (0.0, 0.1)
 
@@ -128,7 +138,7 @@ def test_the_l0_of_real_training_comes_to_the_target(architecture, fields):
     cfg = config(architecture, **{"d_sae": 24, **fields})
     sae = TrainingSAE.from_dict(cfg.to_dict())
     trainer = trainer_of(sae, 1500, lr=1e-2, batch=128)
-    controller = L0Controller(trainer, find_knob(cfg), 3.0)
+    controller = L0Controller(trainer, find_l0_parameter(cfg), 3.0)
     seen = []
     step = trainer.step
 
@@ -148,7 +158,7 @@ def test_a_number_of_the_config_is_steered_too():
     cfg = config("matching_pursuit", decoder_init_norm=1.0, residual_threshold=3.0)
     sae = TrainingSAE.from_dict(cfg.to_dict())
     trainer = trainer_of(sae, 1)
-    controller = L0Controller(trainer, Knob("residual_threshold", True), 1.0)
+    controller = L0Controller(trainer, L0Parameter("residual_threshold", True), 1.0)
     assert controller.value == 3.0
     controller.after_step(SimpleNamespace(feature_acts=torch.ones(4, 16), metrics={}))
     assert sae.cfg.residual_threshold > 3.0
@@ -158,11 +168,11 @@ def test_its_state_goes_on_in_the_warm_up():
     cfg = config("standard", l1_coefficient=0.1, l1_warm_up_steps=10)
     sae = TrainingSAE.from_dict(cfg.to_dict())
     straight, halting = trainer_of(sae, 1), trainer_of(sae, 1)
-    first = L0Controller(straight, Knob("l1", True), 2.0)
+    first = L0Controller(straight, L0Parameter("l1", True), 2.0)
     for trainer in (straight, halting):
         for _ in range(3):
             trainer.coefficient_schedulers["l1"].step()
-    second = L0Controller(halting, Knob("l1", True), 2.0)
+    second = L0Controller(halting, L0Parameter("l1", True), 2.0)
     second.load_state_dict(first.state_dict())
     expected = straight.coefficient_schedulers["l1"].current_value
     assert expected == pytest.approx(0.03)
@@ -172,11 +182,11 @@ def test_its_state_goes_on_in_the_warm_up():
 def test_its_state_goes_on():
     sae = TrainingSAE.from_dict(config("standard").to_dict())
     one, other = trainer_of(sae, 1), trainer_of(sae, 1)
-    first = L0Controller(one, Knob("l1", True), 2.0)
+    first = L0Controller(one, L0Parameter("l1", True), 2.0)
     output = SimpleNamespace(feature_acts=torch.ones(4, 16), metrics={})
     for _ in range(3):
         first.after_step(output)
-    second = L0Controller(other, Knob("l1", True), 2.0)
+    second = L0Controller(other, L0Parameter("l1", True), 2.0)
     second.load_state_dict(first.state_dict())
     assert second.value == first.value
     first.after_step(output)

@@ -18,7 +18,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from sae_lens_atm.cli.main import app
 from sae_lens_atm.compare import load_comparison, read_results
 from sae_lens_atm.compare.evaluate_saved import data_of
-from sae_lens_atm.compare.plan.sweep_file import Range, load_sweep, points_of
+from sae_lens_atm.compare.plan.sweep_file import load_sweep
+from sae_lens_atm.compare.plan.sweep_points import Range, sweep_points
 from sae_lens_atm.compare.report.summary import ranked
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.preflight.checks import plan
@@ -54,17 +55,17 @@ def in_words(command, *args):
 
 def test_a_grid_is_every_combination_once():
     axes = {"a": [1, 2, 2], "b": ["x", "y"], "c": [None]}
-    found = [tuple(point.values()) for point in points_of(axes, None, 0)]
+    found = [tuple(point.values()) for point in sweep_points(axes, None, 0)]
     assert found == list(product([1, 2], ["x", "y"], [None]))
 
 
 def test_more_points_or_fields_leave_the_others_as_they_are():
     axes = {"a": Range(low=0.0, high=1.0), "b": ["x", "y"], "c": Range(low=1, high=10**6)}
-    few, many = points_of(axes, 5, 3), points_of(axes, 9, 3)
+    few, many = sweep_points(axes, 5, 3), sweep_points(axes, 9, 3)
     assert many[:5] == few
     assert len(many) == 9
-    assert points_of(axes, 5, 4) != few
-    alone = points_of({"c": axes["c"]}, 5, 3)
+    assert sweep_points(axes, 5, 4) != few
+    alone = sweep_points({"c": axes["c"]}, 5, 3)
     assert [point["c"] for point in alone] == [point["c"] for point in few]
 
 
@@ -72,14 +73,14 @@ def test_more_points_or_fields_leave_the_others_as_they_are():
 def test_what_is_drawn_is_in_its_range(low, width, log, whole):
     ends = (low, low + width) if whole else (low / 7, (low + width) / 7)
     axis = Range(low=ends[0], high=ends[1], log=log)
-    for point in points_of({"x": axis}, 20, 0):
+    for point in sweep_points({"x": axis}, 20, 0):
         assert ends[0] <= point["x"] <= ends[1]
         assert isinstance(point["x"], int) == whole
 
 
 def test_draws_are_even_or_even_in_their_logarithm():
     def drawn(**kwargs):
-        return [point["x"] for point in points_of({"x": Range(**kwargs)}, 4000, 0)]
+        return [point["x"] for point in sweep_points({"x": Range(**kwargs)}, 4000, 0)]
 
     # standard errors: 0.5 and 0.01
     assert fmean(drawn(low=0.0, high=100.0)) == pytest.approx(50, abs=2)
@@ -88,7 +89,7 @@ def test_draws_are_even_or_even_in_their_logarithm():
     )
     for log in (False, True):
         axis = {"x": Range(low=2, high=5, log=log)}
-        assert {point["x"] for point in points_of(axis, 200, 0)} == {2, 3, 4, 5}
+        assert {point["x"] for point in sweep_points(axis, 200, 0)} == {2, 3, 4, 5}
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_a_sweep_from_the_command_line_is_kept_and_goes_on(sweep_yaml):
     assert in_words("sweep", sweep_yaml, "--dry-run")[0] == 0
 
 
-def test_points_of_other_batches_run_side_by_side(sweep_yaml):
+def test_sweep_points_other_batches_run_side_by_side(sweep_yaml):
     over = "sweep.over={batch_size: [32, 64], training_samples: [640, 1280]}"
     code, _, errors = in_words("sweep", sweep_yaml, "--set", over, "--jobs", 2)
     assert code == 0, errors
@@ -281,7 +282,7 @@ def test_a_pool_is_shared_by_runs_of_any_length(sweep_yaml):
 
 def test_paths_are_whole_for_processes_elsewhere(sweep_yaml, tmp_path):
     assert load_sweep(sweep_yaml).output == Path("out")
-    found = load_sweep(sweep_yaml, elsewhere=True)
+    found = load_sweep(sweep_yaml, absolute_paths=True)
     assert found.output == tmp_path / "out"
     assert found.content["output_path"] == "out"
 
@@ -361,10 +362,10 @@ def test_wandbs_agent_trains_what_the_file_says(synthetic_yaml):
 def test_wandb_is_told_of_one_architecture_at_a_set_l0(sweep_yaml):
     code, _, errors = as_wandb(sweep_yaml)
     assert (code, errors) == (2, "error: --wandb: allowed is a sweep of one architecture\n")
-    steered = "architectures={standard: {sae: {l1_coefficient: 0.1}}}"
-    code, _, errors = as_wandb(sweep_yaml, steered, "sweep.over={lr: [0.1]}")
+    controlled = "architectures={standard: {sae: {l1_coefficient: 0.1}}}"
+    code, _, errors = as_wandb(sweep_yaml, controlled, "sweep.over={lr: [0.1]}")
     assert code == 2
-    assert "l1 of 'standard' is steered to the L0" in errors
+    assert "l1 of 'standard' is controlled to the L0" in errors
 
 
 def test_several_seeds_and_l0s_are_wandbs_to_vary(sweep_yaml):

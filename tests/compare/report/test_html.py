@@ -16,7 +16,7 @@ VOID = {"meta", "link", "img", "br", "path", "rect", "input"}
 
 
 def _test(difference=0.1, better=True, p=0.5):
-    return results.Test(
+    return results.PairedTest(
         candidate="atm",
         l0_target=4.0,
         figure="mcc",

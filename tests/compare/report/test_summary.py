@@ -8,7 +8,7 @@ from sae_lens_atm.compare.report.summary import best_row, best_rows, make_rows, 
 
 ROLES = {"atm": "candidate", "a": "baseline", "b": "baseline", "off": "control"}
 ENTRIES = {
-    name: Entry(architecture="topk", role=role, l0_knob="k", settings={})
+    name: Entry(architecture="topk", role=role, l0_parameter="k", settings={})
     for name, role in ROLES.items()
 }
 

@@ -1,7 +1,7 @@
 from rich.console import Console
 
 from sae_lens_atm.compare.report import tables
-from sae_lens_atm.compare.report.results import Entry, Results, Run, Test
+from sae_lens_atm.compare.report.results import Entry, PairedTest, Results, Run
 from sae_lens_atm.compare.report.summary import make_rows
 from sae_lens_atm.compare.report.tables import markdown, row_tables
 from tests.compare.sample import sample
@@ -24,7 +24,7 @@ def small():
     ]
     roles = {"atm": "candidate", "topk": "baseline", "gated": "baseline", "off": "control"}
     entries = {
-        name: Entry(architecture="topk", role=role, l0_knob="k", settings={})
+        name: Entry(architecture="topk", role=role, l0_parameter="k", settings={})
         for name, role in roles.items()
     }
     test = {"candidate": "atm", "l0_target": 4, "figure": "mcc", "baseline": "topk", "n": 2}
@@ -37,7 +37,7 @@ def small():
         entries=entries,
         runs=runs,
         rows=make_rows(runs, {}),
-        tests=[Test(**test, difference=0.15, better=True, p=0.2)],
+        tests=[PairedTest(**test, difference=0.15, better=True, p=0.2)],
     )
 
 

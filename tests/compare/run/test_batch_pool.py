@@ -7,7 +7,7 @@ from sae_lens_atm.compare.run.batch_pool import (
     Pool,
     batch_seed,
     draw_batch,
-    kept_model,
+    model_folder,
     synthetic_model,
 )
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
@@ -88,7 +88,7 @@ def test_a_model_that_takes_long_to_make_is_kept_as_it_was(tmp_path):
     run = load_comparison(path).planned[0].run
     assert isinstance(run, SyntheticRun)
     made = build_synthetic_model(run)
-    kept = kept_model(run, tmp_path)
+    kept = model_folder(run, tmp_path)
     for _ in range(2):  # made and kept, then read
         again = synthetic_model(run, tmp_path)
         assert torch.equal(draw_batch(again, 64, 0, 0), draw_batch(made, 64, 0, 0))
@@ -97,4 +97,4 @@ def test_a_model_that_takes_long_to_make_is_kept_as_it_was(tmp_path):
 
 
 def test_hierarchies_of_ours_are_built_anew(comparison_yaml, tmp_path):
-    assert kept_model(load_comparison(comparison_yaml).planned[0].run, tmp_path) is None
+    assert model_folder(load_comparison(comparison_yaml).planned[0].run, tmp_path) is None

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sae_lens_atm.compare import compare, dry_run, load_comparison, planned_jobs, read_results
 from sae_lens_atm.compare.evaluate_saved import data_of, evaluate_saved
-from sae_lens_atm.compare.report.output import write_all
+from sae_lens_atm.compare.report.html import write_all
 from sae_lens_atm.compare.run.comparison import summarise
 from sae_lens_atm.compare.run.language_model import _GroupRunner, train_group
 from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, SettingsError
@@ -89,10 +89,10 @@ def test_everything_is_there(results, finished):
 
 def test_settings_seeds_and_versions_are_recorded(results):
     atm = results.entries["atm"]
-    assert (atm.role, atm.l0_knob, atm.architecture) == ("candidate", "k", "atm")
+    assert (atm.role, atm.l0_parameter, atm.architecture) == ("candidate", "k", "atm")
     assert atm.settings["sae"]["mask_rate"] == 1.0
     assert results.entries["jumprelu"].settings["trainer"]["lr"] == 3e-3
-    assert results.entries["jumprelu"].l0_knob == "l0, steered"
+    assert results.entries["jumprelu"].l0_parameter == "l0, controlled"
     assert {"sae-lens", "sae-lens-atm", "torch", "python"} == results.versions.keys()
     assert results.config["seeds"] == [0, 1]
 

@@ -5,7 +5,7 @@ import torch
 from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 
-from sae_lens_atm.compare.plan.l0_target import Knob, L0Controller
+from sae_lens_atm.compare.plan.l0_target import L0Controller, L0Parameter
 from sae_lens_atm.compare.report.results import Curve
 from sae_lens_atm.compare.run.curve import (
     History,
@@ -137,7 +137,7 @@ def test_a_history_of_a_training():
 
 def test_others_have_no_importance():
     trainer = trained(architecture="standard", l1_coefficient=0.1)
-    controller = L0Controller(trainer, Knob("l1", True), 2.0)
+    controller = L0Controller(trainer, L0Parameter("l1", True), 2.0)
     history = History(trainer, [20], None, controller)
     run(trainer, history)
     assert history.importance({"a": [0]}) is None

@@ -110,7 +110,7 @@ def test_seeds_of_one_model_are_no_evidence_about_others():
     runs += [run("topk", *unit, 0.5) for unit in gains]
     roles = {"atm": "candidate", "topk": "baseline"}
     entries = {
-        name: Entry(architecture=name, role=role, l0_knob="k", settings={})
+        name: Entry(architecture=name, role=role, l0_parameter="k", settings={})
         for name, role in roles.items()
     }
     rows = make_rows(runs, {})

@@ -1,0 +1,20 @@
+"""Silence SAELens' progress bars and warnings."""
+
+import warnings
+from typing import Any
+
+from sae_lens.synthetic import feature_dictionary
+from sae_lens.training import activation_scaler, multi_sae_trainer, sae_trainer
+from tqdm.auto import tqdm
+
+
+def _no_bar(*args: Any, **kwargs: Any) -> Any:
+    return tqdm(*args, **{**kwargs, "disable": True})
+
+
+def silence_saelens() -> None:
+    """No bars and warnings of SAELens' in between: many processes write to one terminal."""
+    for module in (sae_trainer, multi_sae_trainer, activation_scaler, feature_dictionary):
+        setattr(module, "tqdm", _no_bar)  # noqa: B010
+    warnings.filterwarnings("ignore", module=r"sae_lens\.")
+    warnings.filterwarnings("ignore", message=".*decoder_init_norm must be set.*")
