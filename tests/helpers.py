@@ -8,13 +8,16 @@ from sae_lens.saes.sae import TrainStepInput
 
 from sae_lens_atm import ATMTrainingSAEConfig
 
-ACTIVATIONS = ("batchtopk", "jumprelu", "relu")
-SCHEDULES = ("dual", "interleaved", "masked")
-GRANULARITIES = ("step", "sample")
+ACTIVATIONS = ("batchtopk", "relu")
+# The fields in which the presets differ.
+PRESETS = {
+    "default": {},
+    "paper": {"activation": "relu", "masked_weight": 1.0, "mask_end": 1.0, "parent_weight": 0.0},
+}
 
 
 def load_script(path):
-    """A script of the repository as a module."""
+    """Import a script of the repository."""
     path = Path(__file__).parent.parent / path
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
@@ -32,7 +35,7 @@ def make_sae(d_in=8, d_sae=24, k=3, **fields):
 
 
 def step_input(x, dead=None, step=0, logging=False):
-    """The one place that knows SAELens' fields, which grow now and then."""
+    """Make SAELens' input of a step. New versions of SAELens add fields, here alone."""
     return TrainStepInput(
         sae_in=x,
         coefficients={"l0": 0.1, "l1": 0.1},

@@ -3,14 +3,17 @@ import sys
 
 import pytest
 import sae_lens
+import torch
 from sae_lens.registry import (
     SAE_CLASS_REGISTRY,
     SAE_TRAINING_CLASS_REGISTRY,
     get_sae_class,
     get_sae_training_class,
 )
+from safetensors.torch import save_file
 
 import sae_lens_atm
+from tests.helpers import make_sae, train
 
 
 def test_importing_registers_both_classes():
@@ -43,5 +46,26 @@ import sae_lens_atm
 new = {name for name in set(sys.modules) - before if not name.startswith("sae_lens_atm")}
 assert not new, new
 assert torch.equal(torch.get_rng_state(), state)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_saved_sae_loads_in_a_process_that_never_imports_the_plugin(tmp_path):
+    sae = train(make_sae(), 40).eval()
+    sae.save_inference_model(tmp_path)
+    x = torch.randn(16, 8)
+    save_file({"x": x, "out": sae(x), "acts": sae.encode(x)}, tmp_path / "expected.safetensors")
+    code = f"""
+import sys, torch
+from pathlib import Path
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
+from sae_lens import SAE
+sae = SAE.load_from_disk({str(tmp_path)!r})
+expected = load_file(Path({str(tmp_path)!r}) / "expected.safetensors")
+assert torch.equal(sae(expected["x"]), expected["out"])
+assert torch.equal(sae.encode(expected["x"]), expected["acts"])
+assert sae.cfg.metadata.training_architecture == "atm"
+assert not any(name.startswith("sae_lens_atm") for name in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,35 +1,32 @@
-"""How much each latent matters: three signals, their moving averages, one score.
+"""Importance of latents: three signals, their moving averages, one score.
 
-Notation follows the paper where it has any: latent ``i`` has activation ``a_i`` and decoder row
-``d_i``; ``e = x - xhat`` is the residual. The mathematics is in pure functions; the one module,
-`ImportanceTracker`, only remembers the moving averages.
+Latent ``i`` has activation ``a_i`` and decoder row ``d_i``; ``e = x - xhat`` is the residual. Pure
+functions compute the signals and the score. `ImportanceTracker` stores the moving averages.
 """
 
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
-Combine = Literal["sum", "geometric"]
+from sae_lens_atm.method.buffers import ExactBuffers
 
 
 class Signals(NamedTuple):
     """The three signals of every latent, each of shape ``(d_sae,)``."""
 
     magnitude: Tensor
-    """``M_i = |d_i| E[a_i]``, the mean length that the latent adds to the reconstruction."""
+    """``M_i = |d_i| E[a_i]``: mean length of the latent's part of the reconstruction."""
     frequency: Tensor
     """``F_i = P(a_i > 0)``."""
     contribution: Tensor
-    """``R_i = E[|e + a_i d_i|^2 - |e|^2]``, the squared error that leaving the latent out adds."""
+    """``R_i = E[|e + a_i d_i|^2 - |e|^2]``: increase of the squared error without the latent."""
 
 
 def batch_signals(acts: Tensor, decoder: Tensor, residual: Tensor) -> Signals:
-    """Measure the three signals on one batch.
+    """Compute the three signals of one batch.
 
-    With ``xhat = acts @ decoder + bias`` the leave-one-out increase of the squared error is exact:
+    With ``xhat = acts @ decoder + bias`` the leave-one-out increase of the squared error is exact::
 
         R_i = E[|x - (xhat - a_i d_i)|^2 - |x - xhat|^2] = E[2 a_i <d_i, e>] + |d_i|^2 E[a_i^2]
 
@@ -40,7 +37,7 @@ def batch_signals(acts: Tensor, decoder: Tensor, residual: Tensor) -> Signals:
     """
     wide = torch.promote_types(acts.dtype, torch.float32)
     length = decoder.to(wide).norm(dim=-1)
-    # A bfloat16 SAE may be trained on float32 activations, and the residual is float32 then.
+    # A bfloat16 SAE may be trained on float32 activations. The residual is then float32.
     aligned = residual.to(decoder.dtype) @ decoder.T
     return Signals(
         magnitude=length * acts.mean(0, dtype=wide),
@@ -50,20 +47,16 @@ def batch_signals(acts: Tensor, decoder: Tensor, residual: Tensor) -> Signals:
     )
 
 
-def spread(values: Tensor, places: Tensor, size: int) -> Tensor:
-    """Values of some latents among all: rows at these places, 0 elsewhere."""
-    return values.new_zeros(size, *values.shape[1:]).index_copy(0, places, values)
-
-
 def moving_average(old: Tensor, new: Tensor, decay: float, where: Tensor) -> Tensor:
-    """``decay * old + (1 - decay) * new`` where asked, ``old`` elsewhere."""
+    """Return ``decay * old + (1 - decay) * new`` where ``where`` is true, else ``old``."""
     return torch.where(where, decay * old + (1 - decay) * new, old)
 
 
 def normalize(signal: Tensor) -> Tensor:
-    """``max(s_i, 0) / mean_j max(s_j, 0)``: free of units; all zero where the mean is zero.
+    """Return ``max(s_i, 0) / mean_j max(s_j, 0)``, or zeros if the mean is zero.
 
-    A negative contribution (the reconstruction is better without the latent) counts as none.
+    A negative contribution means that the reconstruction is better without the latent. It counts
+    as zero.
     """
     positive = signal.clamp(min=0)
     mean = positive.mean()
@@ -71,63 +64,41 @@ def normalize(signal: Tensor) -> Tensor:
 
 
 def combine_signals(
-    signals: Signals,
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    combine: Combine = "sum",
+    signals: Signals, weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
 ) -> Tensor:
-    """``Importance_i``: the weighted mean of the three normalised signals, shape ``(d_sae,)``.
+    """Return ``Importance_i = sum_s w_s s_i / sum_s w_s`` over the normalized signals ``s``.
 
-    ``"sum"`` is the arithmetic mean ``sum_s w_s s_i / sum_s w_s``, ``"geometric"`` the geometric
-    one ``prod_s s_i^(w_s / sum_s w_s)``. Both are unchanged when activations are rescaled.
+    The result has shape ``(d_sae,)``. It does not change when activations are rescaled.
     """
     total = sum(weights)
-    parts = [(weight / total, normalize(s)) for weight, s in zip(weights, signals, strict=True)]
-    if combine == "geometric":
-        return torch.stack([s.pow(w) for w, s in parts]).prod(0)
-    return torch.stack([w * s for w, s in parts]).sum(0)
+    parts = [weight / total * normalize(s) for weight, s in zip(weights, signals, strict=True)]
+    return torch.stack(parts).sum(0)
 
 
 def effective_latents(importance: Tensor) -> Tensor:
-    """``(sum_i I_i)^2 / sum_i I_i^2``: how many latents share the importance; 1 where one has it
-    all, ``d_sae`` where all have the same or none has any."""
+    """Return ``(sum_i I_i)^2 / sum_i I_i^2``, the effective number of important latents.
+
+    It is 1 if one latent has all importance, and ``d_sae`` if all latents have the same.
+    """
     largest = importance.max()
     share = torch.where(largest > 0, importance / largest, 1.0)
     return share.sum().square() / share.square().sum()
 
 
-class ExactBuffers(nn.Module):
-    """A module whose buffers in ``exact_buffers`` keep their dtype when the module is cast.
-
-    ``sae.to(torch.bfloat16)`` would otherwise round statistics and thresholds for good.
-    """
-
-    exact_buffers: ClassVar[tuple[str, ...]] = ()
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = {name: self._buffers.get(name) for name in self.exact_buffers}
-        result = super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = self._buffers.get(name)
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return result
-
-
 class ImportanceTracker(ExactBuffers):
-    """Bias-corrected moving averages of the three signals, per latent, in float32.
+    """Bias-corrected moving averages of the three signals of each latent, in float32.
 
-    A latent that a step did not see (it was masked) keeps its averages: `weight` is the share of
-    the average that has been filled, ``1 - decay^n`` after ``n`` sightings, so each latent is
-    corrected by its own history and one without any is never divided by zero.
+    A masked latent keeps its averages. Each latent therefore has its own bias correction: after
+    ``n`` updates its ``weight`` is ``1 - decay^n``.
     """
 
     magnitude: Tensor
     frequency: Tensor
     contribution: Tensor
     weight: Tensor
+    """Sum of the weights of all updates of a latent's averages, shape ``(d_sae,)``."""
     steps: Tensor
-    """Training steps so far: the clock of every schedule."""
+    """Number of training steps so far. All schedules depend on it."""
     exact_buffers = (*Signals._fields, "weight", "steps")
 
     def __init__(
@@ -135,42 +106,45 @@ class ImportanceTracker(ExactBuffers):
     ) -> None:
         super().__init__()
         self.decay = decay
-        self._read = (-1, -1, 0)  # the tensor that `steps` was read from, its version, its value
+        # The tensor `steps` that `clock` has read, its version, its value.
+        self._read: tuple[Tensor | None, int, int] = (None, -1, 0)
         for name in (*Signals._fields, "weight"):
             self.register_buffer(name, torch.zeros(d_sae, dtype=torch.float32, device=device))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
 
     @torch.no_grad()
-    def update(self, signals: Signals, exposure: Tensor) -> None:
-        """Take in one batch.
+    def update(self, signals: Signals, measured: Tensor) -> None:
+        """Update the averages with one batch and increase ``steps`` by one.
 
         Args:
-            signals: means over the whole batch, a masked latent counted as silent.
-            exposure: share of the batch in which each latent was kept, shape ``(d_sae,)``; the
-                means are divided by it, and latents at 0 keep what they had. So do latents whose
-                signals are not finite: one bad batch must not poison the averages.
+            signals: means over the batch.
+            measured: true for the latents to update, shape ``(d_sae,)``. A latent whose signals
+                are not finite is not updated either.
         """
-        per_sighting = [s.float() / exposure.clamp(min=1e-12) for s in signals]
-        seen = (exposure > 0) & torch.stack(per_sighting).isfinite().all(0)
-        for name, new in zip(Signals._fields, per_sighting, strict=True):
+        new = [signal.float() for signal in signals]
+        where = measured & torch.stack(new).isfinite().all(0)
+        for name, signal in zip(Signals._fields, new, strict=True):
             old = self.get_buffer(name)
-            old.copy_(moving_average(old, new, self.decay, seen))
+            old.copy_(moving_average(old, signal, self.decay, where))
         self.weight.copy_(
-            moving_average(self.weight, torch.ones_like(self.weight), self.decay, seen)
+            moving_average(self.weight, torch.ones_like(self.weight), self.decay, where)
         )
         now = None if torch.compiler.is_compiling() else self.clock()
         self.steps += 1
         if now is not None:
-            self._read = (id(self.steps), self.steps._version, now + 1)
+            self._read = (self.steps, self.steps._version, now + 1)
 
     def clock(self) -> int:
-        """`steps`, read from the device only where something else than `update` has set it: a read
-        makes the host wait for the device."""
-        if self._read[:2] != (id(self.steps), self.steps._version):
-            self._read = (id(self.steps), self.steps._version, int(self.steps))
+        """Return ``steps`` as an int.
+
+        The device is read only if something other than `update` has changed ``steps``: each read
+        makes the host wait for the device.
+        """
+        if self._read[0] is not self.steps or self._read[1] != self.steps._version:
+            self._read = (self.steps, self.steps._version, int(self.steps))
         return self._read[2]
 
     def averages(self) -> Signals:
-        """The bias-corrected averages; zero for a latent that was never seen."""
+        """Return the bias-corrected averages; zeros for a latent without any update."""
         filled = torch.where(self.weight > 0, self.weight, 1.0)
         return Signals(*(self.get_buffer(name) / filled for name in Signals._fields))

@@ -1,8 +1,8 @@
-"""Which latents a step goes without: threshold, probability, draw, schedule. Pure functions.
+"""The mask of a training step: threshold, probabilities, random draw. Pure functions.
 
-Everything random here is a function of ``(seed, stream, step, index)`` and nothing else. A step's
-mask can thus be drawn again anywhere: after a resume, on another device, on every rank, inside
-``torch.compile``. There is no generator state to save, and no global one is touched.
+All random numbers are a function of ``(seed, stream, step, index)``. The same mask can therefore be
+drawn after a resume, on another device, on every rank and inside ``torch.compile``. No generator
+state is saved, and the global generator is not used.
 """
 
 from typing import NamedTuple, TypeVar
@@ -15,31 +15,30 @@ _Word = TypeVar("_Word", int, Tensor)
 
 
 class Mask(NamedTuple):
-    """One step's mask, and what it was drawn from."""
+    """The mask of one step, and the quantities that it was drawn from."""
 
     keep: Tensor
-    """True where a latent is kept: ``(d_sae,)``, or ``(batch, d_sae)`` with a mask per sample."""
+    """True for the latents that are kept, shape ``(d_sae,)``."""
     probability: Tensor
-    """``p_i`` in force, schedule included."""
+    """``p_i``, the probability of masking at this step, shape ``(d_sae,)``."""
     threshold: Tensor
     """``theta_t``."""
     importance: Tensor
-    """``Importance_i(t)``."""
+    """``Importance_i(t)``, shape ``(d_sae,)``."""
     c: Tensor
-    """``c`` in force."""
+    """``c`` at this step."""
 
 
 def importance_threshold(importance: Tensor, c: float | Tensor) -> Tensor:
-    """The paper's ``theta_t = mu_t + c * sigma_t`` over the latents (population deviation)."""
+    """Return ``theta_t = mu_t + c * sigma_t`` (the paper's), with the population deviation."""
     return importance.mean() + c * importance.std(correction=0)
 
 
 def mask_probability(importance: Tensor, threshold: Tensor, r: float) -> Tensor:
-    """The paper's ``p_i = 1 - exp(-r (theta - Importance_i) / theta)`` below ``theta``, else 0.
+    """Return ``p_i = 1 - exp(-r (theta - Importance_i) / theta)`` (the paper's), 0 above ``theta``.
 
-    Importances are not negative, so nothing lies below a ``theta <= 0`` and nothing is masked. With
-    a large ``c`` every latent lies below; the most important (all that are equal to it) is never
-    masked.
+    If ``theta <= 0`` all probabilities are 0. The most important latents have probability 0 also
+    where a large ``c`` puts ``theta`` above them.
     """
     maskable = (threshold > 0) & (importance < importance.max())
     gap = (threshold - importance).clamp(min=0) / torch.where(threshold > 0, threshold, 1.0)
@@ -47,21 +46,24 @@ def mask_probability(importance: Tensor, threshold: Tensor, r: float) -> Tensor:
 
 
 def ramp(step: Tensor, start: int, length: int) -> Tensor:
-    """0 up to step ``start``, then linearly to 1 within ``length`` steps; a jump if that is 0."""
+    """Return 0 up to step ``start``, then a linear rise to 1 over ``length`` steps.
+
+    If ``length`` is 0 it is 1 from step ``start`` on.
+    """
     return ((step - start) / max(length, 1)).clamp(0, 1) if length else (step >= start).float()
 
 
 def sample_mask(probability: Tensor, uniform: Tensor) -> Tensor:
-    """Keep latent ``i`` with probability ``1 - p_i``: a boolean, True where kept.
+    """Keep latent ``i`` with probability ``1 - p_i``. Return a bool tensor, true where kept.
 
-    A draw that would mask every latent masks none.
+    If no latent would be kept, all are.
     """
     kept = uniform >= probability
     return kept | ~kept.any(-1, keepdim=True)
 
 
 def uniform_at(step: Tensor, seed: int, stream: int, shape: tuple[int, ...]) -> Tensor:
-    """Uniform float32 numbers in ``[0, 1)`` that depend on the arguments alone."""
+    """Return uniform float32 numbers in ``[0, 1)`` that depend on the arguments only."""
     key = _hash(_hash(_hash(seed & _UINT32) ^ stream) ^ (step & _UINT32))
     index = torch.arange(torch.Size(shape).numel(), device=step.device).view(shape)
     # The top 24 bits fill a float32 mantissa exactly, so that nothing is rounded up to 1.0.
@@ -69,9 +71,9 @@ def uniform_at(step: Tensor, seed: int, stream: int, shape: tuple[int, ...]) -> 
 
 
 def _hash(x: _Word) -> _Word:
-    """C. Wellons' 32-bit integer hash (``16 21f0aaad 15 735a2d97 15``), of an int or an int64.
+    """Return C. Wellons' 32-bit integer hash (``16 21f0aaad 15 735a2d97 15``) of an int or int64.
 
-    Both multipliers are below ``2^31``, so no product leaves int64.
+    Both multipliers are below ``2^31``, so that no product overflows int64.
     """
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _UINT32
     x = ((x ^ (x >> 15)) * 0x735A2D97) & _UINT32

@@ -1,31 +1,32 @@
-"""Which latents imply which, and a pressure that keeps a child's decoder off its parents'.
+"""Pressure on children: a loss that keeps the decoder of a child off those of its parents.
 
-This part is ours, not the paper's. A mask makes parents work beside a silent child; it does nothing
-against the child that carries its parent along, and the reward for that (one active latent instead
-of two) remains. Here the child pays for what it carries.
+This part is ours, not the paper's. It removes the reward for absorption: one active latent, the
+child, can replace two, the parent and the child.
 
-Latent ``j`` *implies* a more important latent ``i`` if the inputs on which ``j`` fires hold as much
-of ``i``'s direction as those on which ``i`` fires. That is read off the inputs and not off the
-activations, so it holds whether the parent's latent fires beside the child or was absorbed by it,
-and two features that merely overlap in a crowded space do not pass for parent and child.
+Latent ``j`` *implies* a more important latent ``i`` if the inputs on which ``j`` fires contain
+``i``'s direction about as much as the inputs on which ``i`` fires. Then ``i`` is a parent of ``j``.
+The test uses inputs and not activations. It therefore also finds a parent that was absorbed and
+does not fire beside its child. Two features whose directions merely overlap do not pass it.
 """
 
 import torch
 from torch import Tensor
 
-from sae_lens_atm.method.importance import ExactBuffers
+from sae_lens_atm.method.buffers import ExactBuffers
 from sae_lens_atm.method.sparse import Pattern, dots_at, sparse_products_are_fast
 
 _TINY = 1e-12
 
 
 def lift(inputs: Tensor, magnitude: Tensor, mean_input: Tensor, decoder: Tensor) -> Tensor:
-    """``L_ji = <E[a_j x] / E[a_j] - E[x], d_i / |d_i|>``: how much more of ``i``'s direction an
-    input holds when latent ``j`` fires (weighted by how strongly) than it does on average.
+    """Return ``L_ji = <E[a_j x] / E[a_j] - E[x], d_i / |d_i|>``, shape ``(latents, d_sae)``.
+
+    It is how much more of ``i``'s direction an input contains when latent ``j`` fires than on
+    average. Inputs are weighted by the activation of ``j``.
 
     Args:
         inputs: ``E[a_j x]`` of some latents, shape ``(latents, d_in)``.
-        magnitude: ``E[a_j]`` of them, shape ``(latents,)``.
+        magnitude: ``E[a_j]`` of the same latents, shape ``(latents,)``.
         mean_input: ``E[x]``, shape ``(d_in,)``.
         decoder: rows ``d_i`` of any length, shape ``(d_sae, d_in)``.
     """
@@ -37,15 +38,14 @@ def lift(inputs: Tensor, magnitude: Tensor, mean_input: Tensor, decoder: Tensor)
 def implied_parents(
     lift: Tensor, own_lift: Tensor, importance: Tensor, rows: Tensor, tau: float, most: int
 ) -> Tensor:
-    """The latents ``i`` that each latent ``rows[j]`` implies, shape ``(rows, most)``, -1 where
-    there are fewer:
+    """Return the parents ``i`` of each latent ``rows[j]``, shape ``(rows, most)``, padded with -1::
 
         L_ji >= tau L_ii   and   Importance_i > Importance_j
 
-    Measured by its own lift ``L_ii``, a latent that often fires weakly, with whatever is near, is
-    not taken for a parent of all that overlaps with it. Latents without a lift of their own, as
-    those that never fired, imply nothing and are implied by nothing. Of more than ``most`` the most
-    clearly implied are told.
+    Dividing by the parent's own lift ``L_ii`` excludes latents that often fire weakly: those would
+    pass for parents of every latent that overlaps with them. Latents without a positive lift, for
+    example those that never fired, have no parents and no children. If there are more than ``most``
+    parents, those with the largest ``L_ji / L_ii`` are returned.
     """
     lifts = own_lift > 0
     implied = lift >= tau * own_lift
@@ -56,20 +56,20 @@ def implied_parents(
 
 
 def carried_energy(decoder: Tensor, parents: Tensor, energy: Tensor) -> Tensor:
-    """``sum_j E[a_j^2] sum_i max(cos(d_j, d_i), 0)^2`` over the parents ``i`` that ``j`` implies:
-    the energy that children add along their parents' directions, in units of the squared error.
+    """Return ``sum_j E[a_j^2] sum_i max(cos(d_j, d_i), 0)^2`` over the parents ``i`` of ``j``.
 
-    Its gradient reaches the children's rows alone.
+    It is the energy that children add along their parents' directions, in units of the squared
+    error. Only the children's rows get a gradient.
 
     Args:
         decoder: rows ``d_j`` of any length, shape ``(d_sae, d_in)``.
-        parents: of `implied_parents`, for all latents, shape ``(d_sae, most)``.
+        parents: result of `implied_parents` for all latents, shape ``(d_sae, most)``.
         energy: ``E[(a_j |d_j|)^2]``, shape ``(d_sae,)``.
     """
     length = decoder.norm(dim=-1).clamp(min=_TINY)
     energy = energy.to(decoder.dtype)
     if not sparse_products_are_fast(decoder):
-        return _carried_densely(decoder / length.unsqueeze(1), parents, energy)
+        return _dense_carried_energy(decoder / length.unsqueeze(1), parents, energy)
     child, place = (parents >= 0).nonzero(as_tuple=True)
     parent = parents[child, place]
     pattern = Pattern(child, parent, (len(decoder), len(decoder)))
@@ -78,9 +78,12 @@ def carried_energy(decoder: Tensor, parents: Tensor, energy: Tensor) -> Tensor:
     return cosine.clamp(min=0).square() @ energy[child]
 
 
-def _carried_densely(unit: Tensor, parents: Tensor, energy: Tensor) -> Tensor:
-    """The same of unit rows, without sparse products. Its gradient, ``2 E[a_j^2] sum_i cos u_i``,
-    is summed up on the way, so that the backward pass needs no row of a parent."""
+def _dense_carried_energy(unit: Tensor, parents: Tensor, energy: Tensor) -> Tensor:
+    """Return `carried_energy` of unit rows, without sparse products.
+
+    The gradient ``2 E[a_j^2] sum_i cos u_i`` is summed in the forward pass, so that the backward
+    pass does not need the parents' rows.
+    """
     with torch.no_grad():
         carried, gradient = unit.new_zeros(()), torch.zeros_like(unit)
         for parent in parents.T:
@@ -93,11 +96,10 @@ def _carried_densely(unit: Tensor, parents: Tensor, energy: Tensor) -> Tensor:
 
 
 class ParentTracker(ExactBuffers):
-    """Moving averages of the inputs on which each latent fires, in float32, and the parents that
-    each implies by them.
+    """Moving averages of the inputs on which each latent fires, and the parents found with them.
 
-    Only ratios of the averages are used, which need no bias correction. A latent that a step did
-    not see keeps its own.
+    The averages are float32. Only their ratios are used, which need no bias correction. A masked
+    latent keeps its averages.
     """
 
     inputs: Tensor
@@ -107,12 +109,11 @@ class ParentTracker(ExactBuffers):
     mean_input: Tensor
     """``E[x]``, shape ``(d_in,)``."""
     weight: Tensor
-    """How much of `mean_input` has been filled."""
+    """Sum of the weights of all updates of `mean_input`."""
     own_lift: Tensor
-    """``L_ii`` of `lift`, as it was when the latent's parents were last looked for, shape
-    ``(d_sae,)``; 0 before that."""
+    """``L_ii`` of `lift` at the last search for the latent's parents, shape ``(d_sae,)``."""
     parents: Tensor
-    """Of `implied_parents`, as they were last looked for, shape ``(d_sae, most)``."""
+    """Result of `implied_parents` at the last search, shape ``(d_sae, most)``."""
     exact_buffers = ("inputs", "magnitude", "mean_input", "weight", "own_lift", "parents")
 
     def __init__(
@@ -133,41 +134,41 @@ class ParentTracker(ExactBuffers):
 
     @torch.no_grad()
     def update(
-        self, inputs: Tensor, magnitude: Tensor, mean_input: Tensor, exposure: Tensor
+        self, inputs: Tensor, magnitude: Tensor, mean_input: Tensor, measured: Tensor
     ) -> None:
-        """Take in one batch.
+        """Update the averages with one batch.
 
         Args:
-            inputs: means of ``a_j |d_j| x`` over the whole batch, a masked latent counted as
-                silent, shape ``(d_sae, d_in)``.
-            magnitude: means of ``a_j |d_j|``, likewise, shape ``(d_sae,)``.
+            inputs: means of ``a_j |d_j| x``, shape ``(d_sae, d_in)``.
+            magnitude: means of ``a_j |d_j|``, shape ``(d_sae,)``.
             mean_input: mean of ``x``, shape ``(d_in,)``.
-            exposure: share of the batch in which each latent was kept; 0 leaves its averages
-                alone, and so does a batch that is not finite.
+            measured: true for the latents to update, shape ``(d_sae,)``. Latents whose means are
+                not finite are not updated either.
         """
-        share = exposure.float().clamp(min=_TINY)
-        inputs, magnitude = inputs.float() / share.unsqueeze(1), magnitude.float() / share
-        # Of a row that is not finite neither is its sum.
-        seen = (exposure > 0) & inputs.sum(1).isfinite() & magnitude.isfinite()
-        finite = mean_input.isfinite().all() & seen.any()
+        inputs, magnitude = inputs.float(), magnitude.float()
+        # If a row is not finite, its sum is not finite either.
+        where = measured & inputs.sum(1).isfinite() & magnitude.isfinite()
+        finite = mean_input.isfinite().all() & where.any()
         one = torch.ones_like(self.weight)
-        for old, new, where in (
-            (self.inputs, inputs, seen.unsqueeze(1)),
-            (self.magnitude, magnitude, seen),
+        for old, new, updated in (
+            (self.inputs, inputs, where.unsqueeze(1)),
+            (self.magnitude, magnitude, where),
             (self.mean_input, mean_input.float(), finite),
             (self.weight, one, finite),
         ):
-            old.lerp_(new.where(where, old), 1 - self.decay)
+            old.lerp_(new.where(updated, old), 1 - self.decay)
 
     @torch.no_grad()
-    def look_for_parents(
-        self, rows: Tensor, decoder: Tensor, importance: Tensor, tau: float
-    ) -> None:
-        """Look for the parents of some latents again."""
+    def update_parents(self, rows: Tensor, decoder: Tensor, importance: Tensor, tau: float) -> None:
+        """Search again for the parents of the latents ``rows``.
+
+        The search depends on the averages, decoder and importance at the start of a step only. A
+        step that is rejected and repeated therefore finds the same parents.
+        """
         mean_input = self.mean_input / self.weight.clamp(min=_TINY)
-        found = lift(self.inputs[rows], self.magnitude[rows], mean_input, decoder)
-        own = found.gather(1, rows[:, None]).squeeze(1)
+        lifts = lift(self.inputs[rows], self.magnitude[rows], mean_input, decoder)
+        own = lifts.gather(1, rows[:, None]).squeeze(1)
         self.own_lift[rows] = own.where(self.magnitude[rows] > _TINY, 0.0)
         most = self.parents.shape[1]
-        implied = implied_parents(found, self.own_lift, importance, rows, tau, most)
+        implied = implied_parents(lifts, self.own_lift, importance, rows, tau, most)
         self.parents[rows, : implied.shape[1]] = implied

@@ -1,20 +1,20 @@
-"""The largest activations of a batch: what BatchTopK keeps, found without sorting all of it."""
+"""The largest activations of a batch, as BatchTopK keeps them, without sorting the batch."""
 
 from torch import Tensor
 
-_SAMPLED = 61  # one value in so many is looked at; prime, so that every latent is among them
-_MARGIN = 1.2  # how many more than needed the guess should let through
+_STRIDE = 61  # one value in so many is sampled; a prime, so that all latents are sampled
+_MARGIN = 1.2  # ratio of the number of candidates aimed at to the number needed
 
 
 def largest_positive(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Which of the values SAELens' BatchTopK keeps: the `count` largest of those above 0.
+    """Return the `count` largest positive values, those that SAELens' BatchTopK keeps.
 
-    A sorted sample bounds from below what the smallest of them can be, and only what lies above the
-    bound is sorted. The bound is checked, so the result is exact whatever the sample was. Of equal
-    values at the border the first are kept; `torch.topk` leaves open which.
+    A sorted sample gives a lower bound of the smallest value to keep, and only the values above the
+    bound are sorted. The bound is verified, so that the result is exact. Of equal values at the
+    border the first are kept; `torch.topk` leaves this open.
 
     Returns:
-        Their places in ``values.flatten()``, ascending, and their values.
+        Indices into ``values.flatten()``, ascending, and the values there.
     """
     flat = values.flatten()
     above = candidates(flat, count)
@@ -32,14 +32,14 @@ def largest_positive(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def candidates(flat: Tensor, count: int) -> Tensor:
-    """Places, ascending, of values above 0 that the `count` largest of them are among."""
+    """Return ascending indices of positive values that include the `count` largest ones."""
     above = (flat > _lower_bound(flat, count)).nonzero().squeeze(1)
     return above if above.numel() >= count else (flat > 0).nonzero().squeeze(1)
 
 
 def _lower_bound(flat: Tensor, count: int) -> Tensor:
-    """A value that rather more than `count` of the values exceed, and at least 0."""
-    sample = flat[::_SAMPLED]
+    """Return a value, at least 0, that probably somewhat more than `count` values exceed."""
+    sample = flat[::_STRIDE]
     expected = count * sample.numel() / max(flat.numel(), 1)
     rank = int(_MARGIN * expected + 4 * expected**0.5) + 1
     if rank >= sample.numel():

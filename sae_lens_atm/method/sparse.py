@@ -1,8 +1,8 @@
-"""Products with the few activations that are not 0, and their gradients.
+"""Matrix products with sparse activations, and their gradients.
 
-Of the products of a training step (encode, decode, the gradients of the activations, of the
-decoder, of the encoder, and those of the statistics) only the first needs every latent. The others
-need the active ones alone, ``k`` of ``d_sae``: there each is a sparse product.
+A training step has a product for encoding, one for decoding, three for gradients and some for
+statistics. Only encoding needs all latents. The others need the active latents, ``k`` of ``d_sae``
+in a row. This module computes them as sparse products.
 """
 
 import warnings
@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.autograd import Function
 from typing_extensions import override
 
-with warnings.catch_warnings():  # PyTorch says once that CSR is in beta; nobody here can act on it
+with warnings.catch_warnings():  # PyTorch warns once that CSR is in beta
     warnings.simplefilter("ignore")
     torch.zeros(1, 1).to_sparse_csr()
 
 
 def sparse_products_are_fast(like: Tensor) -> bool:
-    """Whether sparse products beat dense ones here: with MKL, in the precisions that it has.
+    """Return whether sparse products are faster than dense ones for tensors like this one.
 
-    On a GPU they were not measured, so dense ones are used there.
+    They are on a CPU with MKL, in float32 and float64. They have not been measured on a GPU.
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(like.device.type):
         return False
@@ -33,7 +33,7 @@ def sparse_products_are_fast(like: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Pattern:
-    """Where the entries of a sparse matrix are, ascending by row."""
+    """Rows and columns of the entries of a sparse matrix, ascending by row."""
 
     rows: Tensor
     columns: Tensor
@@ -41,7 +41,7 @@ class Pattern:
 
     @cached_property
     def starts(self) -> Tensor:
-        """Where each row begins."""
+        """Index of the first entry of each row, shape ``(rows + 1,)``."""
         edges = torch.arange(self.shape[0] + 1, device=self.rows.device)
         return torch.searchsorted(self.rows, edges)
 
@@ -52,25 +52,25 @@ class Pattern:
         return order, Pattern(self.columns[order], self.rows[order], (width, height))
 
     def matrix(self, values: Tensor) -> Tensor:
-        """The matrix that has these values there, in CSR."""
+        """Return the CSR matrix with these values at the entries."""
         return torch.sparse_csr_tensor(
             self.starts, self.columns, values, self.shape, check_invariants=False
         )
 
     def transposed_matrix(self, values: Tensor) -> Tensor:
-        """Its transpose, in CSR."""
+        """Return the transpose of `matrix`, in CSR."""
         order, pattern = self._transposed
         return pattern.matrix(values[order])
 
     def coo(self, values: Tensor) -> Tensor:
-        """The matrix in COO, which SAELens' trainer knows."""
+        """Return the matrix in COO, the sparse format that SAELens' trainer accepts."""
         places = torch.stack([self.rows, self.columns])
         return torch.sparse_coo_tensor(
             places, values, self.shape, is_coalesced=True, check_invariants=False
         )
 
     def sum_of_columns(self, values: Tensor) -> Tensor:
-        """The sum of each column, shape ``(columns,)``."""
+        """Return the sum of each column, shape ``(columns,)``."""
         return values.new_zeros(self.shape[1]).index_add(0, self.columns, values)
 
 
@@ -138,9 +138,9 @@ def dots_at(
     bias: Tensor | None = None,
     known: Tensor | None = None,
 ) -> Tensor:
-    """``<left_r, right_c> + bias_c`` at each entry ``(r, c)`` of the pattern.
+    """Return ``<left_r, right_c> + bias_c`` at each entry ``(r, c)`` of the pattern.
 
-    `known` is the result, where a product of all has been made already.
+    If `known` is given, it is the result, and only the gradients are computed.
     """
     return _DotsAt.apply(left, right, bias, pattern, known)  # pyright: ignore[reportReturnType]
 
@@ -148,12 +148,12 @@ def dots_at(
 def squared_error(
     x: Tensor, values: Tensor, rows: Tensor, bias: Tensor, pattern: Pattern
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``E |x - S rows - bias|^2`` over the rows of ``x``, ``S`` the sparse matrix of the values.
+    """Compute ``E |x - S rows - bias|^2`` over the rows of ``x``; ``S`` holds the values.
 
     Returns:
-        It; ``S rows + bias``; and ``<e_r, rows_c>`` at each entry ``(r, c)`` of the pattern, with
-        ``e`` the residual. That is the gradient of the values but for a factor, and what the
-        statistics need: one product serves both. The last two have no gradient.
+        The mean squared error; the reconstruction ``S rows + bias``; and ``<e_r, rows_c>`` at each
+        entry ``(r, c)`` of the pattern, with ``e`` the residual. The last is both the gradient of
+        the values, up to a factor, and an input of the statistics. Only the first has a gradient.
     """
     return _SquaredError.apply(x, values, rows, bias, pattern)  # pyright: ignore[reportReturnType]
 

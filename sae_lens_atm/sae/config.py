@@ -1,4 +1,4 @@
-"""The configuration of an ATM SAE, checked field by field when it is made."""
+"""The configuration of an ATM SAE. Its fields are validated when it is made."""
 
 import math
 from dataclasses import dataclass
@@ -7,98 +7,68 @@ from typing import Any, Literal, get_args
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     JumpReLUSAEConfig,
-    JumpReLUTrainingSAEConfig,
     SAEConfig,
     StandardTrainingSAEConfig,
 )
 from sae_lens.constants import DTYPE_MAP
 from typing_extensions import Self, override
 
-from sae_lens_atm.method.importance import Combine
+from sae_lens_atm.sae.removed import drop_removed
 
-Activation = Literal["batchtopk", "jumprelu", "relu"]
-Schedule = Literal["dual", "interleaved", "masked"]
-Granularity = Literal["step", "sample"]
-Course = Literal["uniform", "ramp"]
-Draw = Literal["independent", "coherent"]
-Choice = Literal["again", "inherited"]
+Activation = Literal["batchtopk", "relu"]
 Kernels = Literal["auto", "dense"]
 
 
 @dataclass
-class ATMTrainingSAEConfig(
-    BatchTopKTrainingSAEConfig, JumpReLUTrainingSAEConfig, StandardTrainingSAEConfig
-):
-    """Configuration of an `ATMTrainingSAE`: a SAELens SAE trained under Adaptive Temporal Masking.
+class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig):
+    """Configuration of an `ATMTrainingSAE`: an SAE trained with Adaptive Temporal Masking.
 
-    The fields of SAELens' `batchtopk`, `jumprelu` and `standard` training configurations are
-    inherited; those of the activation in use apply, the others are ignored.
+    The fields of SAELens' `batchtopk` and `standard` training configurations are inherited. Those
+    of the activation in use apply; the others are ignored.
 
     Args:
-        activation: the activation under the mask, SAELens' own: "batchtopk" (field `k`),
-            "jumprelu" (`l0_coefficient` and the `jumprelu_*` fields) or "relu" (`l1_coefficient`,
-            `lp_norm`; the paper's "reconstruction error plus a sparsity penalty").
-        schedule: what a training step minimises, with L the loss of the ordinary, full SAE and
-            L' that of the masked one. "dual": (1 - w) L + w L'. "interleaved": L' with
-            probability q, else L. "masked": L' (the paper's reading).
-        masked_weight: w of the dual schedule, in [0, 1].
-        masked_probability: q of the interleaved schedule, in [0, 1].
-        mask_granularity: one mask for the whole batch ("step") or one per sample ("sample").
-        mask_draw: each latent by a number of its own ("independent", the paper's), or all by one
-            ("coherent"), so that latents fall in the order of their importance.
-        masked_choice: under `batchtopk`, the masked view of the dual schedule chooses its k "again"
-            among the kept latents, or has "inherited" from the full view what that chose of them.
-        k_start: k at the first step as a multiple of `k`, to which it falls linearly by `mask_end`.
+        activation: the activation function, SAELens' own. "batchtopk" uses the field `k`. "relu"
+            uses `l1_coefficient` and `lp_norm` (the paper's "sparsity penalty").
+        masked_weight: w in the loss (1 - w) L_full + w L_masked, in [0, 1]. At 1, the paper's
+            reading, the averages are also measured in the masked pass.
         importance_decay: decay of the moving averages of the three signals, in [0, 1).
         magnitude_weight: weight in the importance of M_i = |d_i| E[a_i].
         frequency_weight: weight in the importance of F_i = P(a_i > 0).
         contribution_weight: weight in the importance of R_i = E[2 a_i <d_i, e>] + |d_i|^2 E[a_i^2],
-            the squared error that leaving latent i out would add.
-        importance_combine: weighted arithmetic ("sum") or geometric ("geometric") mean of the
-            signals, each divided by its mean over the latents.
-        schedule_steps: the number of training steps, over which the schedule is laid out. An SAE
-            is never told it: give yours. Run files fill it in.
-        c_course: how c goes, in theta_t = mu_t + c * sigma_t: linearly from `c_start` at the first
-            step to `c_end` at the end of masking ("ramp"), or drawn anew for each step, evenly
-            between the two ("uniform").
-        c_start: c at the first step.
-        c_end: c at the end of masking.
-        mask_end: share of `schedule_steps` after which nothing is masked any more, in [0, 1].
-        mask_rate: r in p_i = 1 - exp(-r * (theta_t - Importance_i) / theta_t). 0 masks nothing.
+            the increase of the squared error without latent i.
+        schedule_steps: the number of training steps, which an SAE does not know. Run files fill it
+            in; set it yourself elsewhere.
+        c_start: c in theta_t = mu_t + c * sigma_t at the first step.
+        c_end: c at the end of masking. It changes linearly from `c_start`.
+        mask_end: share of `schedule_steps` after which nothing is masked, in [0, 1]. At 1 masking
+            does not end.
+        mask_rate: r in p_i = 1 - exp(-r * (theta_t - Importance_i) / theta_t). At 0 nothing is
+            masked.
         mask_warm_up_steps: steps at the start without masking, while the averages fill.
-        mask_ramp_steps: steps after those over which p_i grows linearly to its full value.
-        mask_seed: seed of the masks' random numbers, which depend on it and the step alone.
-        parent_weight: weight of the pressure that keeps the decoder of a latent off those of the
-            more important latents that it implies (ours, not the paper's; see `parents`). 0: none.
-        parent_tau: how much of a latent's direction must be in the inputs on which another fires
-            for the other to imply it, in (0, 1]; 1 is as much as where the latent itself fires.
-        parent_start: share of `schedule_steps` at which that pressure begins, in [0, 1].
-        parent_rows: latents whose parents are looked for in a step, in turn; bounds its cost.
-        kernels: "auto" computes with activations that are not 0 alone where that is faster (see
-            `sparse`), "dense" with all, as SAELens does. The results are the same up to rounding.
+        mask_seed: seed of the masks' random numbers, which depend on it and the step only.
+        parent_weight: weight of the loss that keeps the decoder of a latent off those of its
+            parents (ours, not the paper's; see `method.parents`). At 0 it is off.
+        parent_tau: share of a latent's own lift that the inputs of another latent must have for
+            the first to be a parent of the second, in (0, 1].
+        parent_start: share of `schedule_steps` at which that loss begins, in [0, 1].
+        parent_rows: number of latents, in turn, whose parents are searched in a step. It bounds
+            the cost of the search.
+        kernels: "auto" uses sparse products where they are faster (see `method.sparse`), "dense"
+            always dense ones, as SAELens does. The results are equal up to rounding.
     """
 
     activation: Activation = "batchtopk"
-    schedule: Schedule = "dual"
     masked_weight: float = 0.5
-    masked_probability: float = 0.5
-    mask_granularity: Granularity = "step"
-    mask_draw: Draw = "independent"
-    masked_choice: Choice = "again"
-    k_start: float = 1.0
     importance_decay: float = 0.99
     magnitude_weight: float = 1.0
     frequency_weight: float = 1.0
     contribution_weight: float = 1.0
-    importance_combine: Combine = "sum"
-    c_course: Course = "ramp"
     c_start: float = 0.0
     c_end: float = 1.0
     schedule_steps: int = 10_000
     mask_end: float = 0.6
     mask_rate: float = 1.0
     mask_warm_up_steps: int = 100
-    mask_ramp_steps: int = 0
     mask_seed: int = 0
     parent_weight: float = 1.0
     parent_tau: float = 0.45
@@ -113,19 +83,25 @@ class ATMTrainingSAEConfig(
 
     @classmethod
     def paper(cls, d_in: int, d_sae: int, **overrides: Any) -> Self:
-        """The literal reading of the paper: ReLU, an L1 penalty, every step masked, nothing else.
+        """Return the literal reading of the paper: ReLU, an L1 penalty, only the masked loss.
 
-        What the paper leaves open (see the README) keeps this project's defaults, but for c,
-        which is constant. Any field can be overridden.
+        ``c`` is constant and masking does not end. Everything else that the paper leaves open has
+        this project's defaults. Any field can be overridden.
         """
         literal: dict[str, Any] = {
             "activation": "relu",
-            "schedule": "masked",
+            "masked_weight": 1.0,
             "c_end": 0.0,
             "mask_end": 1.0,
             "parent_weight": 0.0,
         }
         return cls(d_in=d_in, d_sae=d_sae, **{**literal, **overrides})
+
+    @override
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any]) -> Self:
+        """Make the configuration from a dictionary. Removed fields raise ValueError."""
+        return super().from_dict(drop_removed(config_dict))
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
@@ -137,12 +113,12 @@ class ATMTrainingSAEConfig(
 
     @property
     def mask_end_step(self) -> int:
-        """The first step that masks nothing any more. If `mask_end` is 1 masking never ends."""
+        """The first step without masking. If `mask_end` is 1 masking does not end."""
         return round(self.mask_end * self.schedule_steps)
 
     @property
     def parent_start_step(self) -> int:
-        """The first step with pressure on the children."""
+        """The first step with the loss that keeps children off their parents."""
         return round(self.parent_start * self.schedule_steps)
 
     @override
@@ -159,12 +135,11 @@ class ATMTrainingSAEConfig(
         for name in _WHOLE:
             self._require(name, isinstance(getattr(self, name), int), "a whole number")
         self._require("importance_decay", self.importance_decay < 1, "in [0, 1)")
-        self._require("k_start", self.k_start > 0, "above 0")
         self._require("parent_tau", self.parent_tau > 0, "in (0, 1]")
         if sum(self.signal_weights) == 0:
             raise ValueError(
-                "magnitude_weight, frequency_weight and contribution_weight are all 0: "
-                "allowed are weights of which at least one is above 0"
+                "magnitude_weight, frequency_weight and contribution_weight are all 0: at least "
+                "one must be above 0"
             )
         if self.activation == "batchtopk":
             self._require("k", _is_number(self.k), "a number")
@@ -176,16 +151,10 @@ class ATMTrainingSAEConfig(
                 self.normalize_activations in supported,
                 f"one of {', '.join(supported)} with activation='batchtopk'",
             )
-        if self.activation == "jumprelu" and self.jumprelu_sparsity_loss_mode == "quadratic":
-            self._require(
-                "target_l0",
-                _is_number(self.target_l0) and 0 < (self.target_l0 or 0) <= self.d_sae,
-                f"in (0, d_sae = {self.d_sae}] with jumprelu_sparsity_loss_mode='quadratic'",
-            )
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)!r}: allowed is {allowed}")
+            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
 
 def _is_number(value: object) -> bool:
@@ -194,14 +163,7 @@ def _is_number(value: object) -> bool:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "activation": get_args(Activation),
-    "schedule": get_args(Schedule),
-    "mask_granularity": get_args(Granularity),
-    "mask_draw": get_args(Draw),
-    "masked_choice": get_args(Choice),
-    "c_course": get_args(Course),
-    "importance_combine": get_args(Combine),
     "kernels": get_args(Kernels),
-    "jumprelu_sparsity_loss_mode": ("step", "tanh", "quadratic"),
     "dtype": tuple(DTYPE_MAP),
 }
 _INF = math.inf
@@ -212,19 +174,16 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "d_in": (1, _INF, "1 or more"),
     "d_sae": (1, _INF, "1 or more"),
     "masked_weight": _UNIT,
-    "masked_probability": _UNIT,
-    "k_start": (0, _INF, "above 0"),
     "importance_decay": (0, 1, "in [0, 1)"),
     "magnitude_weight": _NOT_NEGATIVE,
     "frequency_weight": _NOT_NEGATIVE,
     "contribution_weight": _NOT_NEGATIVE,
-    "c_start": (-_INF, _INF, "any finite number"),
-    "c_end": (-_INF, _INF, "any finite number"),
+    "c_start": (-_INF, _INF, "a finite number"),
+    "c_end": (-_INF, _INF, "a finite number"),
     "mask_rate": _NOT_NEGATIVE,
     "schedule_steps": _STEPS,
     "mask_end": _UNIT,
     "mask_warm_up_steps": _STEPS,
-    "mask_ramp_steps": _STEPS,
     "mask_seed": (-_INF, _INF, "a whole number"),
     "parent_weight": _NOT_NEGATIVE,
     "parent_tau": (0, 1, "in (0, 1]"),
@@ -232,12 +191,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "parent_rows": (1, _INF, "a whole number, 1 or more"),
     "topk_threshold_lr": _UNIT,
     "aux_loss_coefficient": _NOT_NEGATIVE,
-    "l0_coefficient": _NOT_NEGATIVE,
     "l1_coefficient": _NOT_NEGATIVE,
-    "jumprelu_bandwidth": (1e-12, _INF, "above 0"),
-    "jumprelu_init_threshold": _NOT_NEGATIVE,
     "lp_norm": (1e-12, _INF, "above 0"),
-    "l0_warm_up_steps": _NOT_NEGATIVE,
     "l1_warm_up_steps": _NOT_NEGATIVE,
 }
 _WHOLE = (
@@ -245,7 +200,6 @@ _WHOLE = (
     "d_sae",
     "schedule_steps",
     "mask_warm_up_steps",
-    "mask_ramp_steps",
     "mask_seed",
     "parent_rows",
 )
@@ -255,7 +209,7 @@ _WHOLE = (
 class ATMSAEConfig(JumpReLUSAEConfig):
     """Configuration of an `ATMSAE`, for inference.
 
-    How it was trained is in `metadata.training_architecture_details`.
+    `metadata.training_architecture_details` holds the training configuration.
     """
 
     @override

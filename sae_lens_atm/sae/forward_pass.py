@@ -1,96 +1,123 @@
-"""What one pass of a batch through a SAE shows, and the same SAE with fewer latents."""
+"""One pass of a batch through an SAE, by dense or by sparse products."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from sae_lens import TrainingSAE
+from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
-from sae_lens_atm.method.importance import Signals, batch_signals, spread
+from sae_lens_atm.method.sparse import Pattern, dots_at, squared_error
+from sae_lens_atm.method.statistics import BatchStatistics, dense_statistics, sparse_statistics
 
-# What SAELens keeps of each latent, and along which dimension the latents lie.
-_PER_LATENT = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "threshold": 0}
+if TYPE_CHECKING:
+    from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 
-
-class Seen(NamedTuple):
-    """One batch as the averages see it: means over it, a masked latent counted as silent."""
-
-    x: Tensor
-    signals: Signals
-    energy: Tensor
-    """``E[(a_i |d_i|)^2]``, shape ``(d_sae,)``."""
-    inputs: Callable[[], Tensor]
-    """``E[a_i |d_i| x]``, shape ``(d_sae, d_in)``; it costs a product of matrices."""
-    exposure: Tensor
-    """Share of the batch in which each latent was kept, shape ``(d_sae,)``."""
-
-    def spread(self, kept: Tensor, size: int) -> "Seen":
-        """The same of a SAE of ``size`` latents, of which these were looked at and no others."""
-        return Seen(
-            self.x,
-            Signals(*(spread(signal, kept, size) for signal in self.signals)),
-            spread(self.energy, kept, size),
-            lambda: spread(self.inputs(), kept, size),
-            spread(self.exposure, kept, size),
-        )
+# SAELens' tensors with one entry for each latent, and the dimension of the latents.
+_LATENT_DIMENSION = {"W_enc": 1, "b_enc": 0, "W_dec": 0}
+# What SAELens' run-time normalization stores on the SAE in `encode` and deletes in `decode`.
+_NORMALIZATION_STATE = ("x_norm_coeff", "ln_mu", "ln_std")
 
 
-class View(NamedTuple):
-    """One pass of a batch: of the full SAE, or of what a mask leaves of it."""
+@dataclass(frozen=True)
+class ForwardPass:
+    """The result of one pass of a batch, with all latents or under a mask."""
 
-    acts: Tensor
-    """Activations as SAELens' trainer is to see them, dense or COO."""
+    feature_acts: Tensor
+    """Activations, dense or sparse COO, shape ``(batch, d_sae)``."""
     hidden_pre: Tensor
+    """Pre-activations, shape ``(batch, d_sae)``."""
     sae_out: Tensor
+    """Reconstructions, shape ``(batch, d_in)``."""
     losses: dict[str, Tensor]
-    """Squared error, penalties, auxiliary loss."""
-    seen: Callable[[], Seen]
-    full_acts: Tensor | None = None
-    """Activations of the full SAE, where they were computed."""
+    """``"mse_loss"`` and the losses that SAELens' class adds: sparsity, dead latents."""
+    statistics: Callable[[Tensor], BatchStatistics]
+    """Compute the statistics of the batch, given which latents were kept."""
 
 
-@torch.no_grad()
-def seen_densely(
-    x: Tensor, acts: Tensor, decoder: Tensor, sae_out: Tensor, exposure: Tensor
-) -> Seen:
-    """`Seen`, of activations in the units of the reconstruction."""
-    acts, decoder = acts.detach(), decoder.detach()
-    lengths = acts * decoder.norm(dim=-1)
+def dense_pass(
+    sae: ATMTrainingSAE, step_input: TrainStepInput, acts: Tensor, hidden_pre: Tensor
+) -> ForwardPass:
+    """Decode activations with SAELens' own code, and compute the losses."""
+    x = step_input.sae_in
+    state = {name: getattr(sae, name) for name in _NORMALIZATION_STATE if hasattr(sae, name)}
+    sae_out = sae.decode(acts)
+    for name, value in state.items():  # a step may decode twice
+        setattr(sae, name, value)
 
-    def inputs() -> Tensor:
-        return lengths.T @ x.to(lengths.dtype) / len(x)
+    def statistics(keep: Tensor) -> BatchStatistics:
+        units = state.get("ln_std", 1.0) / state.get("x_norm_coeff", 1.0)
+        return dense_statistics(x, acts * units, sae.decoder_rows(), sae_out, keep)
 
-    return Seen(
-        x,
-        batch_signals(acts, decoder, x - sae_out),
-        lengths.square().mean(0),
-        inputs,
-        exposure,
+    error = sae.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
+    losses = _with_auxiliary_losses(sae, step_input, error, acts, hidden_pre, sae_out)
+    return ForwardPass(acts, hidden_pre, sae_out, losses, statistics)
+
+
+def sparse_pass(sae: ATMTrainingSAE, step_input: TrainStepInput, hidden_pre: Tensor) -> ForwardPass:
+    """Choose the k largest pre-activations of the batch, decode them by sparse products.
+
+    Args:
+        hidden_pre: pre-activations without gradient, rescaled by the decoder's norms if
+            ``cfg.rescale_acts_by_decoder_norm``; zero for masked latents.
+    """
+    target, x = step_input.sae_in, sae.process_sae_in(step_input.sae_in)
+    length = sae.get_W_dec_norm()
+    places, chosen = sae.context.largest(hidden_pre, sae.cfg.k)
+    d_sae = hidden_pre.shape[1]
+    pattern = Pattern(places // d_sae, places % d_sae, (len(x), d_sae))
+    # Activations for the decoder as it is. `chosen` are activations for rows of unit length.
+    known = chosen / length[pattern.columns] if sae.cfg.rescale_acts_by_decoder_norm else chosen
+    acts = dots_at(x, sae.W_enc.T, pattern, sae.b_enc, known)
+    error, sae_out, aligned = squared_error(target, acts, sae.W_dec, sae.b_dec, pattern)
+    shown = pattern.coo(chosen)
+    losses = _with_auxiliary_losses(sae, step_input, error, shown, hidden_pre, sae_out)
+
+    def statistics(keep: Tensor) -> BatchStatistics:
+        # NaN is never among the largest values. The error shows whether the batch has any.
+        measured = keep & error.detach().isfinite()
+        return sparse_statistics(target, acts, aligned, pattern, length, measured)
+
+    return ForwardPass(shown, hidden_pre, sae_out, losses, statistics)
+
+
+def _with_auxiliary_losses(
+    sae: ATMTrainingSAE,
+    step_input: TrainStepInput,
+    error: Tensor,
+    acts: Tensor,
+    hidden_pre: Tensor,
+    sae_out: Tensor,
+) -> dict[str, Tensor]:
+    losses = sae.calculate_aux_loss(
+        step_input=step_input, feature_acts=acts, hidden_pre=hidden_pre, sae_out=sae_out
     )
+    return {"mse_loss": error, **cast(dict[str, Tensor], losses)}
 
 
 @contextmanager
-def narrowed(sae: TrainingSAE[Any], latents: Tensor) -> Generator[None]:
-    """The SAE is one of these latents alone: SAELens' own code then computes nothing of others, and
-    their gradients come out as 0."""
-    narrow = {
+def restricted_to(sae: TrainingSAE[Any], latents: Tensor) -> Generator[None]:
+    """Temporarily give an SAE some of its latents only.
+
+    SAELens' code then computes nothing for the other latents, and they get zero gradient.
+    """
+    selected = {
         name: getattr(sae, name).index_select(dim, latents)
-        for name, dim in _PER_LATENT.items()
-        if hasattr(sae, name)
+        for name, dim in _LATENT_DIMENSION.items()
     }
-    # An instance's own attributes come before the parameters that torch.nn.Module looks up.
-    before = {name: vars(sae)[name] for name in narrow if name in vars(sae)}
-    vars(sae).update(narrow)
+    # An instance attribute takes precedence over the parameter of the same name.
+    vars(sae).update(selected)
     try:
         yield
     finally:
-        for name in narrow:
+        for name in selected:
             del vars(sae)[name]
-        vars(sae).update(before)
 
 
 def mean_l0(acts: Tensor) -> Tensor:
-    """The mean number of active latents."""
+    """Return the mean number of active latents of a sample."""
     return (acts.values() if acts.is_sparse else acts).count_nonzero() / acts.shape[0]

@@ -1,4 +1,4 @@
-"""An ATM SAE read from a training checkpoint, for inference, with its importance scores."""
+"""The inference class of "atm": an SAE loaded from a training checkpoint, with its importance."""
 
 from dataclasses import asdict
 from typing import Any, cast
@@ -9,14 +9,13 @@ from sae_lens.util import filter_valid_dataclass_fields
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_atm.method.importance import ExactBuffers
+from sae_lens_atm.method.buffers import ExactBuffers
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 from sae_lens_atm.sae.config import ATMSAEConfig, ATMTrainingSAEConfig
 
 
 class ATMSAE(ExactBuffers, JumpReLUSAE):
-    """An ATM SAE for inference, read from a training checkpoint: a JumpReLU SAE that knows how
-    important each of its latents was."""
+    """A JumpReLU SAE loaded from an ATM checkpoint, with the importance of each latent."""
 
     cfg: ATMSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
     importance: Tensor
@@ -30,7 +29,7 @@ class ATMSAE(ExactBuffers, JumpReLUSAE):
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        """Take the tensors of a training checkpoint, or of an ATMSAE saved before."""
+        """Convert the tensors of a training checkpoint, or of a saved `ATMSAE`."""
         super().process_state_dict_for_loading(state_dict)
         if "importance" in state_dict:
             state_dict["importance"] = state_dict["importance"].float()
@@ -46,9 +45,15 @@ class ATMSAE(ExactBuffers, JumpReLUSAE):
         details = self.cfg.metadata.training_architecture_details
         if not details:
             raise ValueError(
-                "this SAE's cfg.json says architecture 'atm', but its metadata lacks the "
-                "training_architecture_details that a training checkpoint holds"
+                "cfg.json has the architecture 'atm', but its metadata has no "
+                "training_architecture_details: it is not an ATM checkpoint"
             )
+        if details.get("activation") == "jumprelu":
+            raise ValueError(
+                "activation is 'jumprelu', which was removed in 0.2: load the checkpoint with "
+                "sae-lens-atm 0.1 and save it with save_inference_model"
+            )
+        # The fields of training schedules, also removed ones, have no effect on inference.
         known: dict[str, Any] = {**asdict(self.cfg), **details}
         known |= {"device": "meta", "metadata": self.cfg.metadata}
         return ATMTrainingSAEConfig(**filter_valid_dataclass_fields(known, ATMTrainingSAEConfig))

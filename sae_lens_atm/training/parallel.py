@@ -30,10 +30,9 @@ from typing_extensions import override
 
 from sae_lens_atm.errors import RankLostError
 from sae_lens_atm.method.importance import Signals
-from sae_lens_atm.method.masking import Mask
-from sae_lens_atm.sae.activations import BatchTopKATM
+from sae_lens_atm.method.statistics import BatchStatistics
+from sae_lens_atm.method.step_context import StepContext
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
-from sae_lens_atm.sae.forward_pass import Seen, View
 from sae_lens_atm.training.ranks import Ranks, largest_of_all
 from sae_lens_atm.training.replacing import replace
 
@@ -97,15 +96,10 @@ class _Together:
             choice = sae.activation_fn
             sae.activation_fn = BatchTopKOfAll(sae.cfg.k, ranks)
             undo.callback(setattr, sae, "activation_fn", choice)
-            self._replace(sae, "update_topk_threshold", self._threshold)
-        if isinstance(sae, BatchTopKATM):
-            self._replace(sae, "choose", self._choose)
+            if not isinstance(sae, ATMTrainingSAE):
+                self._replace(sae, "update_topk_threshold", self._threshold)
         if isinstance(sae, ATMTrainingSAE):
-            self._replace(sae, "draw_mask", self._draw_mask)
-            self._replace(sae, "seen_of", self._seen_of)
-            self._replace(sae.tracker, "update", self._later)
-            if sae.parent_tracker is not None:
-                self._replace(sae.parent_tracker, "update", self._later)
+            replace(sae, "context", AcrossRanks(ranks, self._kept_back), undo)
 
     def _replace(
         self, thing: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -190,41 +184,49 @@ class _Together:
 
         return update_topk_threshold
 
-    def _choose(self, _: Callable[..., Any]) -> Callable[..., Any]:
-        def choose(pre: Tensor) -> tuple[Tensor, Tensor]:
-            count = int(self._trainer.sae.k * len(pre) * self._ranks.size)
-            return largest_of_all(pre, count, self._ranks)
 
-        return choose
+class AcrossRanks(StepContext):
+    """Reduces over the ranks, and queues updates until the step is complete."""
 
-    def _draw_mask(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def draw_mask(batch_size: int) -> Mask:
-            mask = method(batch_size * self._ranks.size)
-            one = mask.keep.dim() == 1
-            return mask if one else mask._replace(keep=self._ranks.own_rows(mask.keep))
+    def __init__(self, ranks: Ranks, queue: list[Callable[[], object]]) -> None:
+        self._ranks, self._queue = ranks, queue
 
-        return draw_mask
+    @override
+    @torch.compiler.disable
+    def average(self, statistics: BatchStatistics) -> BatchStatistics:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *signals, energy = (*statistics.signals, statistics.energy)
+        measured = statistics.measured.float()
+        parts = [*signals, energy, measured, statistics.mean_input]
+        dtype = torch.promote_types(energy.dtype, torch.float32)
+        whole = self._ranks.mean(torch.cat([part.to(dtype) for part in parts]))
+        means = [
+            values.to(part.dtype)
+            for values, part in zip(whole.split([len(p) for p in parts]), parts, strict=True)
+        ]
+        return BatchStatistics(
+            signals=Signals(*means[:3]),
+            energy=means[3],
+            measured=means[4] == 1,
+            mean_input=means[5],
+            inputs=lambda: self._ranks.mean(statistics.inputs()),
+        )
 
-    def _seen_of(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def seen_of(view: View) -> Seen:
-            seen: Seen = method(view)
-            mean_input = seen.x.mean(0, dtype=torch.float32)
-            parts = [*seen.signals, seen.energy, seen.exposure, mean_input]
-            dtype = torch.promote_types(seen.energy.dtype, torch.float32)
-            whole = self._ranks.mean(torch.cat([part.to(dtype) for part in parts]))
-            told = [
-                values.to(part.dtype)
-                for values, part in zip(whole.split([len(p) for p in parts]), parts, strict=True)
-            ]
-            return Seen(
-                x=told[5].unsqueeze(0),
-                signals=Signals(*told[:3]),
-                energy=told[3],
-                inputs=lambda: self._ranks.mean(seen.inputs()),
-                exposure=told[4],
-            )
+    @override
+    @torch.compiler.disable
+    def minimum(self, values: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        positive = values.where(values > 0, torch.inf).flatten()
+        least = torch.cat([positive, positive.new_full((1,), torch.inf)]).amin(0, keepdim=True)
+        self._ranks.total(least, ReduceOp.MIN)
+        return least[least.isfinite()]
 
-        return seen_of
+    @override
+    @torch.compiler.disable
+    def largest(self, values: Tensor, per_row: float) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return largest_of_all(values, int(per_row * len(values) * self._ranks.size), self._ranks)
+
+    @override
+    def after_step(self, update: Callable[[], None]) -> None:
+        self._queue.append(update)
 
 
 class BatchTopKOfAll(BatchTopK):

@@ -382,7 +382,8 @@ def _build(cls: Any, where: str = "", **values: Any) -> Any:
     except (ValueError, TypeError, KeyError) as error:
         message = f"missing key {error}" if isinstance(error, KeyError) else _one_line(error)
         # Our own configs' messages start with the field, the others' with whatever they like.
-        joint = "." if " is " in message and message.split(" is ")[0].isidentifier() else ": "
+        named = any(message.split(verb)[0].isidentifier() for verb in (" must be ", " is "))
+        joint = "." if named else ": "
         raise SettingsError(f"{where}{joint}{message}" if where else message) from error
 
 

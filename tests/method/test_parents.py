@@ -89,10 +89,10 @@ def parent_and_child(absorbed: bool, samples: int = 20_000):
 def test_a_child_implies_its_parent_absorbed_or_not(absorbed):
     x, acts, directions = parent_and_child(absorbed)
     tracker = ParentTracker(3, 3, decay=0.0)
-    take_in(tracker, acts, x, torch.ones(3))
+    update(tracker, acts, x, torch.ones(3, dtype=torch.bool))
     rows = torch.arange(3)
     importance = torch.tensor([3.0, 1.0, 2.0])
-    tracker.look_for_parents(rows, directions, importance, 0.5)
+    tracker.update_parents(rows, directions, importance, 0.5)
     # and the overlapping feature implies nothing and is not implied
     assert tracker.parents[:, 0].tolist() == [-1, 0, -1]
     assert (tracker.parents[:, 1:] == -1).all()
@@ -111,8 +111,8 @@ def test_a_latent_that_also_fires_weakly_is_no_parent_of_what_overlaps_with_it()
     acts = torch.tensor([[1.0, 0.0]] * 10 + [[0.05, 1.0]] * 20 + [[0.05, 0.0]] * 70)
     directions = torch.stack([p, o])
     tracker = ParentTracker(2, 2, decay=0.0)
-    take_in(tracker, acts, x, torch.ones(2))
-    tracker.look_for_parents(torch.arange(2), directions, torch.tensor([2.0, 1.0]), 0.5)
+    update(tracker, acts, x, torch.ones(2, dtype=torch.bool))
+    tracker.update_parents(torch.arange(2), directions, torch.tensor([2.0, 1.0]), 0.5)
     assert (tracker.parents == -1).all()
     # L_00 by hand: (.1 * 1 + .2 * .05 * .3) / .145 of its direction, less .1 + .2 * .3 on average
     assert_close(tracker.own_lift[0], torch.tensor(0.103 / 0.145 - 0.16))
@@ -128,30 +128,30 @@ def test_a_latent_that_never_fired_has_no_parents_and_is_none():
     tracker = ParentTracker(2, 3, decay=0.0)
     acts = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     x = torch.tensor([[1.0, 1.0], [1.0, -5.0]])  # the last latent's direction is away from the mean
-    take_in(tracker, acts, x, torch.ones(3))
+    update(tracker, acts, x, torch.ones(3, dtype=torch.bool))
     directions = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    tracker.look_for_parents(torch.arange(3), directions, torch.tensor([2.0, 1.0, 3.0]), 1e-6)
+    tracker.update_parents(torch.arange(3), directions, torch.tensor([2.0, 1.0, 3.0]), 1e-6)
     assert tracker.own_lift[2] == 0
     assert (tracker.parents != 2).all()
     assert (tracker.parents[2] == -1).all()
 
 
-def take_in(tracker, acts, x, exposure):
-    """A batch, as the SAE hands it over."""
-    tracker.update(acts.T @ x / len(x), acts.mean(0), x.mean(0), exposure)
+def update(tracker, acts, x, measured):
+    """Update with the means of a batch."""
+    tracker.update(acts.T @ x / len(x), acts.mean(0), x.mean(0), measured)
 
 
 def test_tracker_against_brute_force():
     torch.manual_seed(0)
     tracker = ParentTracker(2, 3, decay=0.9)
     acts, x = torch.rand(20, 8, 3), torch.randn(20, 8, 2)
-    exposure = (torch.rand(20, 3) < 0.7).float()
+    measured = torch.rand(20, 3) < 0.7
     inputs, magnitude, mean = torch.zeros(3, 2), torch.zeros(3), torch.zeros(2)
     for t in range(20):
-        take_in(tracker, acts[t] * exposure[t], x[t], exposure[t])
+        update(tracker, acts[t] * measured[t], x[t], measured[t])
         mean = 0.9 * mean + 0.1 * x[t].mean(0)
         for j in range(3):
-            if exposure[t, j]:
+            if measured[t, j]:
                 inputs[j] = 0.9 * inputs[j] + 0.1 * (acts[t, :, j, None] * x[t]).mean(0)
                 magnitude[j] = 0.9 * magnitude[j] + 0.1 * acts[t, :, j].mean()
     assert_close(tracker.inputs, inputs)
@@ -159,23 +159,14 @@ def test_tracker_against_brute_force():
     assert_close(tracker.mean_input / tracker.weight, mean / (1 - 0.9**20))
 
 
-def test_exposure_per_sample_is_divided_out():
-    tracker = ParentTracker(1, 1, decay=0.0)
-    # kept for one sample of the two
-    acts, x = torch.tensor([[3.0], [0.0]]), torch.tensor([[2.0], [5.0]])
-    take_in(tracker, acts, x, torch.tensor([0.5]))
-    assert_close(tracker.inputs, torch.tensor([[6.0]]))
-    assert_close(tracker.magnitude, torch.tensor([3.0]))
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_batch_that_is_not_finite_leaves_no_trace(bad):
     tracker = ParentTracker(2, 3, decay=0.9)
-    take_in(tracker, torch.rand(4, 3), torch.randn(4, 2), torch.ones(3))
+    update(tracker, torch.rand(4, 3), torch.randn(4, 2), torch.ones(3, dtype=torch.bool))
     before = {name: b.clone() for name, b in tracker.named_buffers()}
     x = torch.randn(4, 2)
     x[1, 0] = bad
-    take_in(tracker, torch.rand(4, 3), x, torch.ones(3))
+    update(tracker, torch.rand(4, 3), x, torch.ones(3, dtype=torch.bool))
     for name, buffer in tracker.named_buffers():
         assert torch.equal(buffer, before[name]), name
 

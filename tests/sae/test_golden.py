@@ -12,6 +12,11 @@ from tests.sae import golden
 def test_training_is_as_recorded(preset):
     expected = load_file(golden.FOLDER / f"{preset}.safetensors")
     result = golden.run(golden.config(preset))
+    if preset == "paper":
+        # Recorded when a masked step had no full pass: its losses are the masked ones now.
+        for name in ("mse_loss", "l1_loss"):
+            masked = result.pop(f"losses/masked_{name}")
+            result[f"losses/{name}"] = masked.where(masked != 0, result[f"losses/{name}"])
     assert result.keys() == expected.keys()
     for name, tensor in expected.items():
         # The averages are kept in float32.

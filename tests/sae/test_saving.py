@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from sae_lens import SAE, JumpReLUSAE, TrainingSAE, upload_saes_to_huggingface
 from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.training import upload_saes_to_huggingface as upload_module
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from sae_lens_atm import ATMSAE, ATMTrainingSAE
 from tests.helpers import ACTIVATIONS, make_sae, state_equal, train
@@ -65,26 +63,6 @@ def test_inference_weights_hold_no_training_state(sae, tmp_path):
     assert details["activation"] == sae.cfg.activation
     quantiles = saved["metadata"]["importance_quantiles"]
     assert quantiles["1.0"] == pytest.approx(sae.importance.max().item())
-
-
-def test_loads_in_a_process_that_never_imports_the_plugin(sae, tmp_path):
-    sae.save_inference_model(tmp_path)
-    x = torch.randn(16, 8)
-    save_file({"x": x, "out": sae(x), "acts": sae.encode(x)}, tmp_path / "expected.safetensors")
-    code = f"""
-import sys, torch
-from pathlib import Path
-from huggingface_hub.errors import LocalEntryNotFoundError
-from safetensors.torch import load_file
-from sae_lens import SAE
-sae = SAE.load_from_disk({str(tmp_path)!r})
-expected = load_file(Path({str(tmp_path)!r}) / "expected.safetensors")
-assert torch.equal(sae(expected["x"]), expected["out"])
-assert torch.equal(sae.encode(expected["x"]), expected["acts"])
-assert sae.cfg.metadata.training_architecture == "atm"
-assert not any(name.startswith("sae_lens_atm") for name in sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @every_activation
@@ -185,16 +163,6 @@ def test_meta_device(sae):
     assert all(t.is_meta for t in meta.state_dict().values())
     meta.load_state_dict(sae.state_dict(), assign=True)
     assert state_equal(meta.state_dict(), sae.state_dict())
-
-
-def test_checkpoints_of_earlier_versions_are_read_for_inference(tmp_path):
-    sae = train(make_sae(), 20)
-    sae.save_model(tmp_path)
-    weights = tmp_path / "sae_weights.safetensors"
-    state = load_file(weights)
-    del state["parent_tracker.parents"], state["parent_tracker.own_lift"]
-    save_file(state, weights)
-    assert torch.equal(SAE.load_from_disk(tmp_path).importance, sae.importance)
 
 
 def test_parents_that_were_rounded_are_found_again(tmp_path):

@@ -125,7 +125,7 @@ class History:
         for name, value in seen.items():
             self._seen.setdefault(name, []).append(value)
         if isinstance(sae, ATMTrainingSAE):
-            mask = sae.draw_mask(1)
+            mask = sae.draw_mask()
             self._importance.append(mask.importance.detach().cpu())
             self._thresholds.append(mask.threshold.item())
         if sae.device.type == "cuda":

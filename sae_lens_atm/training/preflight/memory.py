@@ -72,7 +72,7 @@ def products(cfg: Any, batch: int) -> float:
         count += 3  # decoding dead latents, and back
     if isinstance(cfg, ATMTrainingSAEConfig):
         count += 1  # the contribution
-        if cfg.schedule == "dual" and cfg.mask_rate > 0:
+        if cfg.mask_rate > 0:
             count += 3 * cfg.mask_end  # decoding the masked view, and back
         if cfg.parent_weight > 0:
             rows = min(cfg.parent_rows, cfg.d_sae) / batch
