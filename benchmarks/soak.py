@@ -29,10 +29,10 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.errors import CheckpointError, Interrupted
 from sae_lens_atm.training.checkpoints import newest_checkpoint, samples_of
 from sae_lens_atm.training.preflight.checks import plan
+from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import parse_run
 

@@ -1,11 +1,13 @@
-"""What a folder should hold, written into it last: sizes and checksums of its files.
-
-A folder with a manifest that agrees is whole, whatever happened to the machine meanwhile.
-"""
+"""Files that are complete or absent: writing aside and renaming, JSON, manifests with checksums."""
 
 import json
+import math
 import os
+import re
+import shutil
 import zlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +15,84 @@ MANIFEST_FILENAME = "manifest.json"
 _CHUNK = 2**20
 
 
+# --- writing aside -------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file under a hidden name, then rename it. Return its path."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    return partial.replace(path)
+
+
+@contextmanager
+def saved_at_once(folder: Path, last: str = "cfg.json") -> Generator[Path]:
+    """Yield a hidden folder, and move the files written there into `folder` at the end.
+
+    Args:
+        folder: where the files go. It must exist.
+        last: the file that is moved last. Without it `folder` does not count as complete.
+    """
+    partial = folder / ".sae.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    for file in sorted(partial.iterdir(), key=lambda f: f.name == last):
+        file.replace(folder / file.name)
+    partial.rmdir()
+
+
+# --- JSON ----------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file, or an empty dictionary if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file aside and rename it, with `to_json(content, compact_lists=True)`."""
+    write_text(path, to_json(content, compact_lists=True))
+
+
+def to_json(value: Any, compact_lists: bool = False) -> str:
+    """Return JSON text in which NaN is null, since JSON has no NaN.
+
+    Args:
+        value: any value of plain Python types.
+        compact_lists: write lists of numbers in one line, and numbers with six digits.
+    """
+    if not compact_lists:
+        return json.dumps(_without_nan(value), indent=2)
+    text = json.dumps(_without_nan(_rounded(value)), indent=1)
+    return re.sub(r"\[[-+\d.e,\snul]*\]", lambda m: " ".join(m[0].split()), text)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(v) for key, v in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_rounded(v) for v in cast(list[Any], value)]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(v) for key, v in cast(dict[str, Any], value).items()}
+    if isinstance(value, list):
+        return [_without_nan(v) for v in cast(list[Any], value)]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# --- manifests -----------------------------------------------------------------------------------
+
+
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """Put the files of a folder on the disk, and say there what they are, with some facts."""
+    """Flush the files of a folder to disk, and list their sizes and checksums in a manifest.
+
+    Args:
+        folder: the folder. Files in its subfolders are not listed.
+        facts: more entries of the manifest.
+    """
     files = {
         path.name: {"bytes": path.stat().st_size, "crc32": _checksum(path, sync=True)}
         for path in sorted(folder.iterdir())
@@ -26,10 +104,10 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a folder, if there is one.
+    """Return the manifest of a folder, or None if it has none.
 
     Raises:
-        ValueError: there is something else in its place.
+        ValueError: the file is not a manifest.
     """
     path = folder / MANIFEST_FILENAME
     if not path.is_file():
@@ -44,8 +122,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return cast(dict[str, Any], content)
 
 
-def what_is_wrong(folder: Path, closely: bool = True) -> str | None:
-    """In what a folder differs from its manifest, if it has one; `closely` reads all of it."""
+def manifest_mismatch(folder: Path, checksums: bool = True) -> str | None:
+    """Return how a folder differs from its manifest. None if it does not, or has no manifest.
+
+    Args:
+        folder: the folder.
+        checksums: also read every file and compare its checksum.
+    """
     try:
         manifest = read_manifest(folder)
         for name, entry in (manifest or {"files": {}})["files"].items():
@@ -53,9 +136,9 @@ def what_is_wrong(folder: Path, closely: bool = True) -> str | None:
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
-            if closely and _checksum(path) != entry["crc32"]:
-                return f"{name} is not what was written"
+                return f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}"
+            if checksums and _checksum(path) != entry["crc32"]:
+                return f"{name} does not match its checksum"
     except (OSError, ValueError) as error:
         return " ".join(str(error).split())
     return None

@@ -17,8 +17,8 @@ from sae_lens_atm.compare.report.results import (
     SCHEMA_VERSION,
     Results,
     results_json,
-    write_text,
 )
+from sae_lens_atm.files import write_text
 
 
 def migrate(content: dict[str, Any], summary_only: bool = False) -> dict[str, Any]:

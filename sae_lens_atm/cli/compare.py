@@ -37,7 +37,7 @@ from sae_lens_atm.compare.report.tables import (
     test_table,
 )
 from sae_lens_atm.errors import Interrupted
-from sae_lens_atm.evaluation.synthetic import to_json
+from sae_lens_atm.files import to_json
 from sae_lens_atm.training.quiet import silence_saelens
 
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")]

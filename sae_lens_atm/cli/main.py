@@ -31,7 +31,7 @@ from sae_lens_atm.data.spelling.model import (
     make_spelling_lm,
 )
 from sae_lens_atm.evaluation.first_letters import SMALL_MODEL, look_at_first_letters
-from sae_lens_atm.evaluation.synthetic import to_json
+from sae_lens_atm.files import to_json
 from sae_lens_atm.hub.loading import describe, load_sae
 from sae_lens_atm.hub.push import prepare
 from sae_lens_atm.hub.push import push as push_to_hub

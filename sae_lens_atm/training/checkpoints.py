@@ -26,7 +26,8 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors import safe_open
 
 from sae_lens_atm.errors import CheckpointError
-from sae_lens_atm.files import read_manifest, what_is_wrong, write_manifest
+from sae_lens_atm.files import manifest_mismatch as what_is_wrong
+from sae_lens_atm.files import read_manifest, write_manifest
 
 RANDOM_STATE_FILENAME = "random_state.pt"
 _NEEDED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME)

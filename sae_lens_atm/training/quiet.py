@@ -1,4 +1,4 @@
-"""Silence SAELens' progress bars and warnings."""
+"""Silence SAELens' progress bars and warnings, where the command line shows its own progress."""
 
 import warnings
 from typing import Any
@@ -8,13 +8,13 @@ from sae_lens.training import activation_scaler, multi_sae_trainer, sae_trainer
 from tqdm.auto import tqdm
 
 
-def _no_bar(*args: Any, **kwargs: Any) -> Any:
-    return tqdm(*args, **{**kwargs, "disable": True})
-
-
 def silence_saelens() -> None:
-    """No bars and warnings of SAELens' in between: many processes write to one terminal."""
+    """Disable SAELens' progress bars and hide its warnings, in this process."""
     for module in (sae_trainer, multi_sae_trainer, activation_scaler, feature_dictionary):
-        setattr(module, "tqdm", _no_bar)  # noqa: B010
+        setattr(module, "tqdm", _disabled_bar)  # noqa: B010
     warnings.filterwarnings("ignore", module=r"sae_lens\.")
     warnings.filterwarnings("ignore", message=".*decoder_init_norm must be set.*")
+
+
+def _disabled_bar(*args: Any, **kwargs: Any) -> Any:
+    return tqdm(*args, **{**kwargs, "disable": True})

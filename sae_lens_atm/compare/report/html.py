@@ -33,7 +33,6 @@ from sae_lens_atm.compare.report.results import (
     Run,
     Spread,
     write_results,
-    write_text,
 )
 from sae_lens_atm.compare.report.summary import best_rows
 from sae_lens_atm.compare.report.tables import markdown
@@ -48,6 +47,7 @@ from sae_lens_atm.compare.report.wording import (
     show_p,
     show_spread,
 )
+from sae_lens_atm.files import write_text
 from sae_lens_atm.metrics.figures import FIGURES, figure
 
 

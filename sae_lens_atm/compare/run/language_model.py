@@ -25,7 +25,6 @@ from sae_lens_atm.compare.run.stored_run import (
     TRAINING,
     is_evaluated,
     is_trained,
-    write_json,
 )
 from sae_lens_atm.data.language_model import check_hook, saved_dataset
 from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, SettingsError
@@ -38,6 +37,7 @@ from sae_lens_atm.evaluation.language_model import (
     hold_out,
     make_store,
 )
+from sae_lens_atm.files import write_json
 from sae_lens_atm.training.checkpoints import load_random_state, save_random_state
 from sae_lens_atm.training.run import saved_at_once
 from sae_lens_atm.training.run_file import LanguageModelRun

@@ -1,6 +1,5 @@
 """The files that a comparison stores for each run. A stored run is not trained again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
-from sae_lens_atm.compare.report.results import write_text
-from sae_lens_atm.evaluation.synthetic import to_json
+from sae_lens_atm.files import read_json
 
 TRAINING, FIGURES, MEASURED = "training.json", "figures.json", "measured.safetensors"
 
@@ -38,13 +36,3 @@ def load_decoder(planned: PlannedRun, folder: Path) -> tuple[Tensor, Tensor]:
     home = folder / planned.folder
     sae = SAE[Any].load_from_disk(home / "sae")
     return sae.W_dec.detach(), load_file(home / MEASURED)["alive"]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, or an empty dictionary if there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file under a temporary name, then rename it."""
-    write_text(path, to_json(content, compact_lists=True))

@@ -31,10 +31,10 @@ from sae_lens_atm.compare.run.stored_run import (
     TRAINING,
     is_evaluated,
     is_trained,
-    write_json,
 )
 from sae_lens_atm.errors import CheckpointError
 from sae_lens_atm.evaluation.synthetic import evaluate_closely
+from sae_lens_atm.files import write_json
 from sae_lens_atm.training.checkpoints import (
     check_pickles,
     newest_checkpoint,
