@@ -5,10 +5,9 @@ import pytest
 import yaml
 
 from sae_lens_atm.compare import load_comparison
-from sae_lens_atm.compare.evaluate_saved import data_of
 from sae_lens_atm.compare.plan.sweep_file import load_sweep
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.training.run_file import load_run, shipped_config
+from sae_lens_atm.training.run_file import load_run
 
 SWEEP = """
 sweep:
@@ -146,13 +145,6 @@ def test_a_sweep_is_neither_a_comparison_nor_a_run(sweep_yaml, synthetic_yaml):
         load_sweep(synthetic_yaml)
 
 
-@pytest.mark.parametrize("quick", [False, True])
-def test_the_shipped_sweep_is_valid(quick):
-    comparison = load_sweep(shipped_config("sweep-sister-a"), quick=quick)
-    assert {p.settings.architecture for p in comparison.planned} == {"atm", "batchtopk"}
-    assert comparison.sweep.objective == "absorption_fraction"
-
-
 def test_a_pool_is_shared_by_runs_of_any_length(sweep_yaml):
     over = "sweep.over={training_samples: [1280, 2560], batch_size: [32, 64]}"
     comparison = load_sweep(sweep_yaml, ["pool_batches=10", over])
@@ -173,10 +165,3 @@ def test_many_fields_make_long_entries_and_short_folder_names(sweep_yaml):
     comparison = load_sweep(sweep_yaml, settings)
     assert max(len(planned.entry) for planned in comparison.planned) > 130
     assert max(len(planned.name) for planned in comparison.planned) < 130
-
-
-def test_the_data_of_a_run_file_with_a_sweep(synthetic_yaml):
-    more = "sweep: {over: {lr: [0.01]}}\nl0: [3]\n"
-    synthetic_yaml.write_text(synthetic_yaml.read_text() + more)
-    run = data_of(str(synthetic_yaml)).run
-    assert (run.seed, run.runner.sae.k) == (3, 3)
