@@ -192,7 +192,7 @@ def test_pairs_and_their_energy_by_hand():
     for child, parent in ((1, 0), (2, 3), (3, 2), (17, 16)):
         tracker.inputs[child, parent] = 1.0
     falling = torch.arange(20, 0, -1.0)
-    sae.tracker.update(Signals(falling, falling, falling), torch.ones(20))
+    sae.tracker.update(Signals(falling, falling, falling), torch.ones(20, dtype=torch.bool))
     batch = torch.zeros(2, 20)
     batch[0, 1] = 3.0
     found = implied.count(sae, model, batch)["own lift"]

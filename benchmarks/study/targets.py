@@ -1,8 +1,8 @@
-"""What was aimed at, beside what was reached: tables from the results of comparisons.
+"""Print tables of the study's targets and of the figures that ATM reached.
 
     python benchmarks/study/targets.py docs/sister-a/results.json ...
 
-The best baseline is chosen for each figure on its own, among those at the target's L0 (within 5%).
+The best baseline is chosen for each figure, among the rows within 5% of the target L0.
 """
 
 from pathlib import Path
@@ -16,19 +16,21 @@ from sae_lens_atm.compare.report.wording import show_spread
 from sae_lens_atm.metrics.figures import figure
 
 SEVERAL_STEPS = ("matching_pursuit",)
-"""Baselines that do not encode in one linear map, as all others do."""
+"""Architectures whose encoder takes several steps. All others encode with one linear map."""
 MINUS = "\N{MINUS SIGN}"
 
 
 class Target(NamedTuple):
-    """ATM's mean is to be at least (of absorption and dead latents: at most) `factor` times the
-    best baseline's, plus `offset`."""
+    """A bound for ATM's mean of a figure: `factor` times the best baseline's mean, plus `offset`.
+
+    It is an upper bound for figures where lower is better, and a lower bound for the others.
+    """
 
     name: str
     factor: float = 1.0
     offset: float = 0.0
     than: str = ""
-    """An entry to measure up to; the best baseline if empty."""
+    """Entry to compare with. Empty: the best baseline."""
 
     def __str__(self) -> str:
         sign = "≤" if figure(self.name).better < 0 else "≥"
@@ -55,7 +57,7 @@ FOR_ABSORPTION = [
     Target("dead_latents"),
     Target("stability"),
 ]
-"""Of models whose parents also fire alone: sister A and its like."""
+"""Targets for models whose parents also fire alone, such as sister A."""
 FOR_DICTIONARIES = [
     Target("explained_variance", offset=-0.005),
     Target("mcc", offset=0.03),
@@ -63,7 +65,7 @@ FOR_DICTIONARIES = [
     Target("dead_latents"),
     Target("stability"),
 ]
-"""Of models in which absorption is reported and not ranked: sister B."""
+"""Targets for models on which absorption is not ranked: sister B."""
 
 
 def _digits(name: str) -> int:
@@ -71,12 +73,18 @@ def _digits(name: str) -> int:
 
 
 def _mean(row: Row, name: str) -> float | None:
-    found = row.figures.get(name)
-    return None if found is None else found.mean
+    spread = row.figures.get(name)
+    return None if spread is None else spread.mean
 
 
 def best_baseline(results: Results, name: str, one_step: bool) -> Row | None:
-    """The baseline with the best mean of a figure; only of those that encode in one step, if so."""
+    """Return the baseline with the best mean of a figure, or None.
+
+    Args:
+        results: results of a comparison.
+        name: name of the figure.
+        one_step: leave out architectures whose encoder takes several steps.
+    """
     better = figure(name).better
     rows = [
         row
@@ -90,7 +98,7 @@ def best_baseline(results: Results, name: str, one_step: bool) -> Row | None:
 
 
 def table(results: Results, candidate: str = "atm") -> str:
-    """One line for each target: what was aimed at and at whom, what was reached, whether met."""
+    """Return a Markdown table with one line for each target and baseline."""
     ours = next(row for row in results.rows if row.entry == candidate)
     targets = FOR_DICTIONARIES if "absorption_full" in results.not_ranked else FOR_ABSORPTION
     several = any(e.architecture in SEVERAL_STEPS for e in results.entries.values())
