@@ -1,6 +1,6 @@
-"""A small comparison made up for the report: everything that a real one can hold, the odd included.
+"""Results of a comparison for tests of the report, with all optional parts and some odd values.
 
-The numbers are invented. They follow the shape of real ones, so that pictures look like pictures.
+The numbers are random. They have the order of magnitude of real ones.
 """
 
 import base64
@@ -27,17 +27,17 @@ from sae_lens_atm.compare.report.results import (
 )
 
 ODD = "<b>&x"
-"""An entry's name that is not to become markup."""
+"""An entry's name that must be escaped."""
 L0S = (4.0, 8.0, 12.0)
 SEEDS = (0, 1, 2)
 STEPS = list(range(0, 9001, 500))
 
-# architecture, role, knob, how good it is (0 to 1)
+# architecture, role, L0 parameter, how good it is (0 to 1)
 _ENTRIES = {
     "atm": ("atm", "candidate", "k", 0.95),
     "topk": ("topk", "baseline", "k", 0.55),
     "batchtopk": ("batchtopk", "baseline", "k", 0.85),
-    "jumprelu": ("jumprelu", "baseline", "l0 coefficient, by controller", 0.75),
+    "jumprelu": ("jumprelu", "baseline", "l0, controlled", 0.75),
     ODD: ("matryoshka_batchtopk", "baseline", "k", 0.8),
     "masking off": ("atm", "control", "k", 0.82),
     "untrained": ("topk", "control", "k", -0.6),
@@ -74,10 +74,10 @@ def sample(language_model: bool = False, quick: bool = False) -> Results:
             name: Entry(
                 architecture=architecture,
                 role=role,
-                l0_parameter=knob,
+                l0_parameter=parameter,
                 settings={"d_in": 64, "d_sae": 256, "lr": 1e-3, "steps": STEPS[-1]},
             )
-            for name, (architecture, role, knob, _) in _ENTRIES.items()
+            for name, (architecture, role, parameter, _) in _ENTRIES.items()
         },
         runs=runs,
         rows=rows,
