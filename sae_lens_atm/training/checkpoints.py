@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written to the side and renamed, found again, checked before use.
+"""Checkpoints of a run: written aside and renamed, found again, checked before use.
 
-The contents are SAELens' own (`SAETrainer.save_checkpoint`), with the state of torch's random
-numbers and a manifest beside them.
+A checkpoint has SAELens' own files (`SAETrainer.save_checkpoint`), the configuration of the run,
+the state of torch's random numbers, and a manifest with checksums.
 """
 
 import json
@@ -11,71 +11,114 @@ import shutil
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAETrainer, TrainingSAEConfig
+from sae_lens import JumpReLUTrainingSAEConfig, SAETrainer, TrainingSAEConfig
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
+    RUNNER_CFG_FILENAME,
     SAE_CFG_FILENAME,
     SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
 )
 from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors import safe_open
+from typing_extensions import override
 
+from sae_lens_atm.data.random_state import RANDOM_STATE_FILENAME, save_random_state
 from sae_lens_atm.errors import CheckpointError
-from sae_lens_atm.files import manifest_mismatch as what_is_wrong
-from sae_lens_atm.files import read_manifest, write_manifest
+from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest, write_manifest
+from sae_lens_atm.sae.removed import drop_removed
+from sae_lens_atm.training.run_file import Run, SyntheticRun, shown
+from sae_lens_atm.training.supervise import Hook, Save
 
-RANDOM_STATE_FILENAME = "random_state.pt"
-_NEEDED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME)
+MAY_CHANGE_ON_RESUME = (
+    *("output_path", "checkpoint_path", "resume_from_checkpoint", "logger", "verbose"),
+    *("device", "llm_device", "act_store_device", "prefetch_llm_batches"),
+    *("compile_llm", "llm_compilation_mode", "compile_sae", "sae_compilation_mode"),
+    *("n_checkpoints", "save_final_checkpoint", "save_synthetic_model", "run_final_eval"),
+    *("eval_samples", "eval_frequency", "n_eval_batches", "eval_batch_size_prompts"),
+)
+"""Settings of a run that may differ between a checkpoint and the run that resumes from it.
+
+They are where the run is stored and computed, what is logged, saved and evaluated.
+`max_bad_batches` may change, too. All other settings must be equal.
+"""
+# ATM's config had these fields in 0.1. Only activation "jumprelu", which was removed, used them.
+_UNUSED_IN_0_1 = {field.name for field in fields(JumpReLUTrainingSAEConfig)}
+_REQUIRED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME)
 
 
-def save_atomically(
-    trainer: SAETrainer[Any, Any],
-    keep: int | None = None,
-    facts: Callable[[], dict[str, Any]] = dict,
-) -> None:
-    """Make every later `trainer.save_checkpoint` all or nothing.
+# --- writing -------------------------------------------------------------------------------------
 
-    A checkpoint is complete when its folder has its name. Whatever is left under a hidden name
-    was being written, or removed, when the process died.
 
-    Args:
-        keep: how many checkpoints to keep; the others are removed when a newer one is complete.
-        facts: what else the manifest is to say.
+class Checkpointer(Hook):
+    """Writes each checkpoint completely or not at all.
+
+    A checkpoint is complete when its folder has its final name. Folders with a hidden name were
+    being written or removed when a process ended.
     """
-    save = trainer.save_checkpoint
 
-    def save_checkpoint(
-        checkpoint_name: str,
-        base_path: Path | str | None = None,
-        wandb_aliases: list[str] | None = None,
+    def __init__(
+        self,
+        trainer: SAETrainer[Any, Any],
+        keep: int | None = None,
+        config: dict[str, Any] | None = None,
+        facts: Callable[[], dict[str, Any]] = dict,
+        writes: bool = True,
     ) -> None:
-        base = Path(base_path or trainer.cfg.checkpoint_path or ".")
-        partial, final = base / f".{checkpoint_name}.partial", base / checkpoint_name
-        _remove_leftovers(base)
-        provider = trainer.data_provider
-        is_ahead = isinstance(provider, PrefetchingIterator)
-        try:
-            with provider.paused() if is_ahead else nullcontext():
-                save(partial.name, base_path=base, wandb_aliases=wandb_aliases)
-                save_random_state(partial)
-            write_manifest(partial, **facts())
-        except BaseException:  # what is half written would only fill the disk
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        replaced = base / f".{checkpoint_name}.replaced"
-        if final.exists():  # saved at this very step before
-            final.rename(replaced)
-        partial.rename(final)
-        shutil.rmtree(replaced, ignore_errors=True)
-        if keep is not None:
-            _remove_older(final, keep)
+        """
+        Args:
+            trainer: whose checkpoints are written.
+            keep: number of checkpoints to keep. Older ones are removed when a newer one is
+                complete. None keeps all.
+            config: the configuration of the run, where SAELens does not store it.
+            facts: returns more entries of the manifest.
+            writes: whether this process writes checkpoints.
+        """
+        self._trainer, self._keep, self._config = trainer, keep, config
+        self._facts, self._writes = facts, writes
 
-    trainer.save_checkpoint = save_checkpoint  # pyright: ignore[reportAttributeAccessIssue]
+    @override
+    def wrap_save(self, save: Save) -> Save:
+        def save_complete(name: str, base: Path, aliases: list[str] | None) -> None:
+            if not self._writes:
+                return
+            partial, final = base / f".{name}.partial", base / name
+            _remove_leftovers(base)
+            provider = self._trainer.data_provider
+            is_ahead = isinstance(provider, PrefetchingIterator)
+            try:
+                with provider.paused() if is_ahead else nullcontext():
+                    save(partial.name, base, aliases)
+                    save_random_state(partial)
+                if self._config is not None and not (partial / RUNNER_CFG_FILENAME).exists():
+                    text = json.dumps(self._config)
+                    (partial / RUNNER_CFG_FILENAME).write_text(text, encoding="utf-8")
+                write_manifest(partial, **self._facts())
+            except BaseException:  # do not leave half a checkpoint on a full disk
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+            replaced = base / f".{name}.replaced"
+            if final.exists():  # an earlier checkpoint of the same step
+                final.rename(replaced)
+            partial.rename(final)
+            shutil.rmtree(replaced, ignore_errors=True)
+            if self._keep is not None:
+                _remove_older(final, self._keep)
+
+        return save_complete
+
+
+def run_config(run: Run) -> dict[str, Any]:
+    """Return the configuration of a run as plain values: SAELens' fields, seed and hierarchy."""
+    config: dict[str, Any] = {}
+    if isinstance(run, SyntheticRun) and run.hierarchy is not None:
+        config["hierarchy_model"] = asdict(run.hierarchy)  # SAELens' config lacks its options
+    return {**config, **run.runner.to_dict(), "seed": run.seed}
 
 
 def _remove_leftovers(base: Path) -> None:
@@ -86,7 +129,7 @@ def _remove_leftovers(base: Path) -> None:
 
 
 def _restore_replaced(base: Path) -> None:
-    """A process may have died between the two renames of a checkpoint that replaces another."""
+    """Rename a checkpoint back if the process ended between the two renames of a replacement."""
     for replaced in base.glob(".*.replaced"):
         original = base / replaced.name.removeprefix(".").removesuffix(".replaced")
         if not original.exists():
@@ -95,9 +138,9 @@ def _restore_replaced(base: Path) -> None:
 
 
 def _remove_older(newest: Path, keep: int) -> None:
-    """Of the checkpoints up to this one, leave the newest."""
+    """Remove all but the `keep` newest of the checkpoints up to this one."""
     samples = samples_of(newest)
-    with suppress(OSError):  # not everywhere can a folder be opened
+    with suppress(OSError):  # some systems cannot open a folder
         handle = os.open(newest.parent, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
@@ -107,98 +150,83 @@ def _remove_older(newest: Path, keep: int) -> None:
         if folder != newest and is_checkpoint(folder) and 0 <= samples_of(folder) <= samples
     ]
     for old in sorted(others, key=samples_of, reverse=True)[max(keep - 1, 0) :]:
-        # Under a hidden name first, so that half of it is never taken for a checkpoint.
+        # Hide it first, so that a partly removed folder is never taken for a checkpoint.
         removed = old.with_name(f".{old.name}.removed")
         old.rename(removed)
         shutil.rmtree(removed, ignore_errors=True)
 
 
-def save_nothing(trainer: SAETrainer[Any, Any]) -> None:
-    """Leave checkpoints to another process."""
-
-    def save_checkpoint(*_: Any, **__: Any) -> None:
-        return
-
-    trainer.save_checkpoint = save_checkpoint
-
-
-def save_random_state(folder: Path) -> None:
-    """Keep torch's global random state, from which synthetic data are drawn."""
-    state: dict[str, Any] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    torch.save(state, folder / RANDOM_STATE_FILENAME)
-
-
-def load_random_state(folder: Path) -> None:
-    """Undo the draws since `save_random_state`."""
-    path = folder / RANDOM_STATE_FILENAME
-    if not path.exists():
-        return
-    state = torch.load(path, weights_only=True)
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+# --- finding -------------------------------------------------------------------------------------
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a complete checkpoint that training can go on from."""
-    return not folder.name.startswith(".") and _what_is_missing(folder) is None
+    """Return whether a folder has the files and file sizes of a complete checkpoint."""
+    return not folder.name.startswith(".") and _problem(folder, checksums=False) is None
 
 
-def _what_is_missing(folder: Path, closely: bool = False) -> str | None:
-    for name in _NEEDED:
+def _problem(folder: Path, checksums: bool) -> str | None:
+    for name in _REQUIRED:
         if not (folder / name).is_file():
             return f"{name} is missing"
-    return what_is_wrong(folder, closely)
+    return manifest_mismatch(folder, checksums)
 
 
 def newest_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest whole one in a run's folder.
+    """Return the checkpoint at a path: the path itself, or the newest one in a run's folder.
 
-    Newer ones that are not whole are skipped, and a warning says so.
+    Every file is read and compared with its checksum. In a run's folder, newer checkpoints that are
+    damaged are skipped with a warning.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint, or the path is a damaged one.
     """
     folder = Path(path)
-    if is_checkpoint(folder):
-        return folder
-    inside: list[Path] = []
+    if not folder.name.startswith(".") and (samples_of(folder) >= 0 or is_checkpoint(folder)):
+        problem = _problem(folder, checksums=True)
+        if problem is None:
+            return folder
+        if any((folder / name).exists() for name in _REQUIRED):
+            raise CheckpointError(f"cannot resume: {folder} is damaged ({problem})")
+    candidates: list[Path] = []
     for base in (folder, folder / "checkpoints"):
         if base.is_dir():
             _restore_replaced(base)
-            inside += [f for f in base.iterdir() if samples_of(f) >= 0 or is_checkpoint(f)]
-    for candidate in sorted(inside, key=samples_of, reverse=True):
-        wrong = _what_is_missing(candidate, closely=True)
+            candidates += [f for f in base.iterdir() if samples_of(f) >= 0 or is_checkpoint(f)]
+    for candidate in sorted(candidates, key=samples_of, reverse=True):
+        problem = _problem(candidate, checksums=True)
         if candidate.name.startswith("."):
-            wrong = "it was being written when the run ended"
-        if wrong is None:
+            problem = "it is incomplete, the run ended while writing it"
+        if problem is None:
             return candidate
-        warnings.warn(f"{candidate} is no whole checkpoint, skipped: {wrong}", stacklevel=1)
-    if samples_of(folder) >= 0 and any((folder / name).exists() for name in _NEEDED):
-        raise CheckpointError(f"cannot resume: {folder} is damaged ({_what_is_missing(folder)})")
-    what = "holds no complete checkpoint" if folder.exists() else "does not exist"
-    raise CheckpointError(f"cannot resume: {folder} {what}")
+        warnings.warn(f"skipped the damaged checkpoint {candidate}: {problem}", stacklevel=2)
+    reason = "holds no complete checkpoint" if folder.exists() else "does not exist"
+    if (folder / SAE_CFG_FILENAME).exists():
+        reason = "holds a finished SAE, and no complete checkpoint"
+    raise CheckpointError(f"cannot resume: {folder} {reason}")
 
 
 def samples_of(checkpoint: Path) -> int:
-    """The samples trained on, which SAELens names checkpoints after (`1024`, `final_2048`), also
-    of one that is not whole; -1 of another folder."""
+    """Return the number of samples in the name of a checkpoint (`1024`, `final_2048`).
+
+    Returns -1 for other folders. Incomplete checkpoints (`.1024.partial`) count.
+    """
     name = checkpoint.name.removeprefix(".").removesuffix(".partial")
     number = name.removeprefix("final_")
     return int(number) if number.isascii() and number.isdigit() else -1
 
 
 def skipped_batches(checkpoint: Path) -> int:
-    """How many bad batches had been skipped."""
+    """Return how many bad batches the run had skipped."""
     with reading(checkpoint):
         return int((read_manifest(checkpoint) or {}).get("skipped_batches", 0))
 
 
+# --- checking ------------------------------------------------------------------------------------
+
+
 @contextmanager
 def reading(folder: Path) -> Generator[None]:
-    """Say which checkpoint is damaged, whatever it is that reading it stumbles on."""
+    """Turn any error while a checkpoint is read into a CheckpointError that names the folder."""
     try:
         yield
     except Exception as error:
@@ -206,61 +234,100 @@ def reading(folder: Path) -> Generator[None]:
         raise CheckpointError(f"cannot resume: {folder} is damaged ({reason})") from error
 
 
-def check_resumable(folder: Path, cfg: TrainingSAEConfig) -> None:
-    """Check that a checkpoint belongs to this SAE and can be read, before anything is built.
+def check_resumable(folder: Path, run: Run) -> None:
+    """Check that a run can resume from a checkpoint, before models and data are loaded.
 
-    Nothing in it is executed, though SAELens and older versions of torch would: its pickles are
-    read as plain data here, or refused.
+    Nothing in the checkpoint is executed. SAELens and older versions of torch would execute its
+    pickles; here they are read as plain data or refused.
+
+    Args:
+        folder: a checkpoint whose files match its manifest, see `newest_checkpoint`.
+        run: the run that resumes. It may differ in `MAY_CHANGE_ON_RESUME` only.
 
     Raises:
-        CheckpointError: it is of another architecture or shape, or damaged.
+        CheckpointError: the checkpoint belongs to another run, or is damaged.
     """
-    wrong = what_is_wrong(folder)
-    if wrong is not None:
-        raise CheckpointError(f"cannot resume: {folder} is damaged ({wrong})")
+    cfg = run.runner.sae
     with reading(folder):
         saved = json.loads((folder / SAE_CFG_FILENAME).read_text(encoding="utf-8"))
-        wanted = _as_saved(cfg)
-        # A field that a newer SAELens has added is not in the file, and no difference.
-        differing = [key for key, value in wanted.items() if saved.get(key, value) != value]
-    for key in differing:
+        stored_run = read_json(folder / RUNNER_CFG_FILENAME)  # checkpoints of 0.1 may lack it
+        architecture = saved.get("architecture")
+    if architecture == "atm":
+        try:
+            saved = drop_removed(saved)
+        except ValueError as error:
+            raise CheckpointError(f"cannot resume {folder}: {error}") from error
+        known = cfg.to_dict().keys()
+        saved = {k: v for k, v in saved.items() if k in known or k not in _UNUSED_IN_0_1}
+    _compare(folder, _comparable(cfg), saved, ignored=("metadata", "device"))
+    for key in saved.keys() - cfg.to_dict().keys():
         raise CheckpointError(
-            f"cannot resume: {key} is {wanted[key]!r} in this run and {saved[key]!r} in {folder}"
+            f"cannot resume: {folder} has {key} = {saved[key]!r}, a setting that this version of "
+            f"{architecture!r} does not have"
         )
+    config = json.loads(json.dumps(run_config(run)))
+    _compare(folder, config, stored_run, ignored=("sae", *MAY_CHANGE_ON_RESUME))
     with reading(folder):
         with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as tensors:
             shape = tuple(tensors.get_slice("W_dec").get_shape())
             broken = [n for n in tensors.keys() if is_broken(n, tensors.get_tensor(n))]  # noqa: SIM118
-        check_pickles(folder)
+        state = check_pickles(folder)
+        samples, steps = int(state["n_training_samples"]), int(state["n_training_steps"])
         scaler = json.loads((folder / ACTIVATION_SCALER_CFG_FILENAME).read_text(encoding="utf-8"))
         if not math.isfinite(scaler["scaling_factor"] or 1.0):
             raise ValueError(f"scaling_factor is {scaler['scaling_factor']}")
     if shape != (cfg.d_sae, cfg.d_in):
         raise CheckpointError(
-            f"cannot resume: W_dec in {folder} has shape {shape}, not {(cfg.d_sae, cfg.d_in)}"
+            f"cannot resume: W_dec in {folder} has shape {shape}, expected {(cfg.d_sae, cfg.d_in)}"
         )
     for name in broken:
         raise CheckpointError(f"cannot resume: {name} in {folder} holds NaN or Inf values")
+    # A periodic checkpoint is written before its last step is counted.
+    batch = run.runner.to_sae_trainer_config().train_batch_size_samples
+    if samples % batch or samples // batch - steps not in (0, 1):
+        raise CheckpointError(
+            f"cannot resume: the batch size is {batch} in this run, but {folder} has {samples} "
+            f"samples in {steps} steps"
+        )
 
 
-def check_pickles(folder: Path) -> None:
-    """Read what SAELens unpickles, as plain data; anything else raises."""
-    for name in (TRAINER_STATE_FILENAME, RANDOM_STATE_FILENAME):
-        if (folder / name).exists():
-            # Mapped, not read: the optimiser's state is twice as large as the SAE.
-            torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+def _compare(
+    folder: Path, wanted: dict[str, Any], saved: dict[str, Any], ignored: tuple[str, ...]
+) -> None:
+    for key, value in wanted.items():
+        # A setting that a newer version has added is not in the file.
+        if key not in ignored and saved.get(key, value) != value:
+            raise CheckpointError(
+                f"cannot resume: {key} is {shown(value)} in this run and {shown(saved[key])} in "
+                f"{folder}. Resume with the settings of the checkpoint, or train a new run"
+            )
+
+
+def _comparable(cfg: TrainingSAEConfig) -> dict[str, Any]:
+    """Return a SAE's configuration as in cfg.json, with the fields that matter most first."""
+    content = json.loads(json.dumps({**cfg.to_dict(), "metadata": None}))
+    return {"architecture": content["architecture"], "d_in": cfg.d_in, "d_sae": cfg.d_sae} | content
+
+
+def check_pickles(folder: Path) -> dict[str, Any]:
+    """Read the files that SAELens unpickles as plain data, and return the trainer's state.
+
+    Raises:
+        Exception: of any kind, if a file holds anything else.
+    """
+    if (folder / RANDOM_STATE_FILENAME).exists():
+        _load_plain(folder / RANDOM_STATE_FILENAME)
+    return _load_plain(folder / TRAINER_STATE_FILENAME)
+
+
+def _load_plain(path: Path) -> Any:
+    # Mapped, not read: the optimizer's state is twice as large as the SAE.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def is_broken(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor of a SAE cannot be used. A threshold may be infinite: never to fire."""
+    """Return whether a tensor of an SAE has NaN or Inf values. A threshold may be infinite."""
     if not tensor.is_floating_point():
         return False
     finite = not tensor.isnan().any() if "threshold" in name else tensor.isfinite().all()
     return not finite
-
-
-def _as_saved(cfg: TrainingSAEConfig) -> dict[str, Any]:
-    """What a checkpoint's cfg.json must say: everything but where the SAE is and comes from."""
-    content = json.loads(json.dumps({**cfg.to_dict(), "metadata": None}))
-    first = {"architecture": content["architecture"], "d_in": cfg.d_in, "d_sae": cfg.d_sae}
-    return {**first, **{k: v for k, v in content.items() if k not in ("metadata", "device")}}

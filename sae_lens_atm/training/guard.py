@@ -1,141 +1,192 @@
-"""Steps that a bad batch would spoil: undone before they reach the weights, and counted.
+"""Steps that are complete or have no effect: bad batches are skipped, updates are delayed."""
 
-A batch is bad if it holds NaN or Inf values, or such large ones that the loss or its gradients are
-not finite. That is only known when the backward pass is over. By then the forward pass has changed
-averages, thresholds and counts, which are copied before each step and put back. Nothing is read
-from sae_lens_atm.errors import NonFiniteBatchError
-from the device but one flag a step.
-"""
-
-from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
-from sae_lens.training.types import DataProvider
 from torch import Tensor
+from typing_extensions import override
 
-from sae_lens_atm.errors import NonFiniteBatchError
-from sae_lens_atm.training.replacing import replace
+from sae_lens_atm.errors import NonFiniteBatchError, RankLostError
+from sae_lens_atm.method.step_context import StepContext
+from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
+from sae_lens_atm.training.supervise import Forward, Hook, Step, replace_attribute
+
+MaxOverRanks = Callable[[int], int]
+"""Returns the largest of the numbers that the processes of a training pass."""
 
 
-class _Spoiled(Exception):
+class _Rejected(Exception):
     pass
 
 
-@dataclass
-class Guard:
-    """Guards the steps of a trainer while `watching`."""
+class BadBatchGuard(Hook):
+    """Skips bad batches: the step is undone, and taken with the next good batch instead.
 
-    trainer: SAETrainer[Any, Any]
-    most_in_a_row: int
-    of_all: Callable[[int], int] = int
-    """The largest of the numbers of all processes of a training, which is to skip alike."""
-    skipped: int = 0
-    batch: Tensor | None = None
-    """The last batch that a step took, good or bad."""
-    _in_a_row: int = 0
-    _loss: Tensor | None = None
-    _norms: list[Tensor] = field(default_factory=list[Tensor])
-    _copies: list[Tensor] = field(default_factory=list[Tensor])
+    A batch is bad if its loss or gradients are not finite. That is known after the backward pass,
+    where one flag is read from the device. By then the forward pass has changed:
 
-    @contextmanager
-    def watching(self) -> Generator[None]:
-        trainer, sae = self.trainer, self.trainer.sae
-        forward, scaler = sae.training_forward_pass, trainer.activation_scaler
+    - the trainer's counts and the SAE's own buffers (BatchTopK's threshold): copied before each
+      step, and restored;
+    - averages of `ATMTrainingSAE`: `DeferredUpdates` has not applied their updates yet;
+    - parents of some latents (`ParentTracker.update_parents`). They need no copy. The search
+      depends on the decoder, the averages and the step number, which a rejected step does not
+      change. The repeated step searches again for the same latents, and finds the same parents.
+    """
 
-        def watched(step_input: TrainStepInput) -> TrainStepOutput:
-            output = forward(step_input=step_input)
-            self._loss = output.loss.detach()
-            return output
-
-        with ExitStack() as undo:
-            replace(sae, "training_forward_pass", watched, undo)
-            for name in ("estimate_scaling_factor", "estimate_whitening"):
-                replace(scaler, name, self._of_good_batches(getattr(scaler, name)), undo)
-            hooks = [p.register_post_accumulate_grad_hook(self._note) for p in sae.parameters()]
-            for hook in (*hooks, trainer.optimizer.register_step_pre_hook(self._check)):
-                undo.callback(hook.remove)
-            yield
-
-    def step(self, step: Callable[[Tensor], TrainStepOutput], batch: Tensor) -> TrainStepOutput:
-        """One step, on this batch or on the first good one after it.
-
-        Raises:
-            NonFiniteBatchError: there were too many bad ones; everything is as before the first.
+    def __init__(
+        self,
+        trainer: SAETrainer[Any, Any],
+        max_bad_batches: int = 10,
+        max_over_ranks: MaxOverRanks = int,
+        skipped: int = 0,
+    ) -> None:
         """
-        trainer = self.trainer
-        while True:
-            self.batch = batch
-            counts = trainer.n_training_samples, trainer.n_frac_active_samples
-            self._copy()
-            self._norms.clear()
-            try:
-                output = step(batch)
-            except _Spoiled:
-                trainer.n_training_samples, trainer.n_frac_active_samples = counts
-                trainer.optimizer.zero_grad()
-                self._put_back()
-                self._count()
-                batch = next(trainer.data_provider)
-                continue
-            self._in_a_row = 0
-            output.metrics["skipped_batches"] = self.skipped
-            return output
+        Args:
+            trainer: the trainer to guard.
+            max_bad_batches: number of bad batches in a row at which training stops.
+            max_over_ranks: agrees on bad batches with the other processes.
+            skipped: number of batches skipped before, in a run that is resumed.
+        """
+        self.skipped = skipped
+        self.has_started = False
+        """Whether a step was taken or tried."""
+        self._trainer, self._max_bad_batches = trainer, max_bad_batches
+        self._max_over_ranks = max_over_ranks
+        self._in_a_row = 0
+        self._loss = torch.zeros(())
+        self._norms: list[Tensor] = []
+        self._copies: list[Tensor] = []
 
-    def _changing(self) -> list[Tensor]:
-        """What a forward pass changes: averages, thresholds, and what the trainer counts."""
-        trainer = self.trainer
-        counted = (trainer.act_freq_scores, trainer.n_forward_passes_since_fired)
-        return [*trainer.sae.buffers(), *counted]
+    @override
+    def attach(self, undo: ExitStack) -> None:
+        for parameter in self._trainer.sae.parameters():
+            undo.callback(parameter.register_post_accumulate_grad_hook(self._add_norm).remove)
 
-    def _copy(self) -> None:
-        if not self._copies:
-            self._copies = [torch.empty_like(tensor) for tensor in self._changing()]
-        for copy, tensor in zip(self._copies, self._changing(), strict=True):
-            copy.copy_(tensor)
-
-    def _put_back(self) -> None:
-        for copy, tensor in zip(self._copies, self._changing(), strict=True):
-            tensor.copy_(copy)
-
-    def _count(self) -> None:
-        self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self.most_in_a_row:
-            raise NonFiniteBatchError(
-                f"{self._in_a_row} batches in a row at step {self.trainer.n_training_steps} hold "
-                "NaN or Inf values, or values too large to compute with"
-            )
-
-    def _note(self, parameter: Tensor) -> None:
-        """The norm of a gradient, before it is clipped: clipping makes 0 or NaN of infinity."""
+    def _add_norm(self, parameter: Tensor) -> None:
+        # Before gradients are clipped, which turns infinity into 0 or NaN.
         if parameter.grad is not None:
             dtype = torch.promote_types(parameter.dtype, torch.float32)
             self._norms.append(torch.linalg.vector_norm(parameter.grad, dtype=dtype))
 
-    def _check(self, *_: object) -> None:
-        total = torch.linalg.vector_norm(torch.stack(self._norms))
-        finite = total.isfinite()
-        if self._loss is not None:
-            finite = finite & self._loss.isfinite()
-        if self.of_all(int(not finite)):
-            raise _Spoiled
+    @override
+    def wrap_forward(self, forward: Forward) -> Forward:
+        def forward_and_keep_loss(step_input: TrainStepInput) -> TrainStepOutput:
+            output = forward(step_input)
+            self._loss = output.loss.detach()
+            return output
 
-    def _of_good_batches(self, estimate: Callable[..., None]) -> Callable[..., None]:
-        def estimated(*, data_provider: DataProvider, **kwargs: Any) -> None:
-            estimate(data_provider=self._good(data_provider), **kwargs)
+        return forward_and_keep_loss
 
-        return estimated
+    @override
+    def before_update(self) -> None:
+        norm = torch.linalg.vector_norm(torch.stack(self._norms))
+        finite = norm.isfinite() & self._loss.isfinite()
+        if self._max_over_ranks(int(not finite)):
+            raise _Rejected
 
-    def _good(self, batches: DataProvider) -> Iterator[Tensor]:
-        """Those whose norms are finite: what the scale of the activations is estimated from."""
+    @override
+    def wrap_step(self, step: Step) -> Step:
+        trainer = self._trainer
+
+        def step_on_good_batch(batch: Tensor) -> TrainStepOutput:
+            self.has_started = True
+            while True:
+                counts = trainer.n_training_samples, trainer.n_frac_active_samples
+                self._copy()
+                self._norms.clear()
+                try:
+                    output = step(batch)
+                except (_Rejected, RankLostError) as error:
+                    trainer.n_training_samples, trainer.n_frac_active_samples = counts
+                    trainer.optimizer.zero_grad()
+                    self._restore()
+                    if isinstance(error, RankLostError):
+                        raise
+                else:
+                    self._in_a_row = 0
+                    output.metrics["skipped_batches"] = self.skipped
+                    return output
+                self._count_bad()
+                batch = next(trainer.data_provider)
+
+        return step_on_good_batch
+
+    def _saved(self) -> list[Tensor]:
+        trainer = self._trainer
+        counted = trainer.act_freq_scores, trainer.n_forward_passes_since_fired
+        return [*trainer.sae.buffers(recurse=False), *counted]
+
+    def _copy(self) -> None:
+        if not self._copies:
+            self._copies = [torch.empty_like(tensor) for tensor in self._saved()]
+        for copy, tensor in zip(self._copies, self._saved(), strict=True):
+            copy.copy_(tensor)
+
+    def _restore(self) -> None:
+        for copy, tensor in zip(self._copies, self._saved(), strict=True):
+            tensor.copy_(copy)
+
+    def _count_bad(self) -> None:
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row >= self._max_bad_batches:
+            raise NonFiniteBatchError(
+                f"{self._in_a_row} bad batches in a row at step {self._trainer.n_training_steps}: "
+                "NaN or Inf values, or an overflow of the loss or a gradient. Check activations, "
+                "lr and max_bad_batches"
+            )
+
+    @override
+    def wrap_batches(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
         for batch in batches:
-            if self.of_all(int(not batch.norm(dim=-1).isfinite().all())):
-                self._count()
+            if self._max_over_ranks(int(not batch.norm(dim=-1).isfinite().all())):
+                self._count_bad()
             else:
                 self._in_a_row = 0
                 yield batch
+
+
+class UpdateQueue(StepContext):
+    """A step context that queues updates."""
+
+    def __init__(self) -> None:
+        self.updates: list[Callable[[], None]] = []
+
+    @override
+    @torch.compiler.disable
+    def after_step(self, update: Callable[[], None]) -> None:
+        self.updates.append(update)
+
+
+class DeferredUpdates(Hook):
+    """Applies the updates of an `ATMTrainingSAE` only when the step is accepted.
+
+    That is after the backward pass, just before the optimizer changes the weights. Put this hook
+    behind the `BadBatchGuard`, so that its check comes first. For other SAEs this does nothing.
+    """
+
+    def __init__(self, trainer: SAETrainer[Any, Any], queue: UpdateQueue | None = None) -> None:
+        self._trainer, self._queue = trainer, queue or UpdateQueue()
+
+    @override
+    def attach(self, undo: ExitStack) -> None:
+        if isinstance(self._trainer.sae, ATMTrainingSAE):
+            replace_attribute(self._trainer.sae, "context", self._queue, undo)
+
+    @override
+    def wrap_forward(self, forward: Forward) -> Forward:
+        def forward_and_queue(step_input: TrainStepInput) -> TrainStepOutput:
+            self._queue.updates.clear()  # those of a rejected step
+            return forward(step_input)
+
+        return forward_and_queue
+
+    @override
+    def before_update(self) -> None:
+        for update in self._queue.updates:
+            update()
+        self._queue.updates.clear()

@@ -1,4 +1,4 @@
-"""The processes of one training, and what they tell each other."""
+"""The processes of one training, and the exchanges between them."""
 
 import os
 from collections.abc import Generator
@@ -15,30 +15,30 @@ from sae_lens_atm.errors import RankLostError, SettingsError
 from sae_lens_atm.method.selection import candidates
 from sae_lens_atm.training.run_file import Run, SyntheticRun
 
-_PATIENCE = timedelta(minutes=30)  # an evaluation or a checkpoint of one rank keeps all waiting
-_DIGIT = 11  # bits of a floating-point number that are looked at in one exchange
+_TIMEOUT = timedelta(minutes=30)  # all ranks wait while one evaluates or saves
+_DIGIT_BITS = 11  # bits of a floating-point number in one histogram
 
 
 def size() -> int:
-    """The number of processes that this training is started in, by torchrun or the like."""
+    """Return the number of processes of this training, as torchrun sets it; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 def rank() -> int:
-    """Which of them this is; the first writes."""
+    """Return the rank of this process. Rank 0 writes all files."""
     return int(os.environ["RANK"]) if size() > 1 else 0
 
 
-def speaks() -> bool:
-    """Whether this is the process of its machine that tells what all would tell."""
+def is_main_of_node() -> bool:
+    """Return whether this process reports the errors that all processes of its machine have."""
     return size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def check_shares(run: Run) -> None:
-    """Check that the processes can share out a batch and the GPUs.
+    """Check that batch and GPUs can be divided among the processes.
 
     Raises:
-        SettingsError: naming what does not go into what.
+        SettingsError: they cannot. The message names the setting.
     """
     cfg = run.runner
     name = "batch_size" if isinstance(run, SyntheticRun) else "train_batch_size_tokens"
@@ -48,15 +48,19 @@ def check_shares(run: Run) -> None:
             f"{name} is {batch}: allowed is a multiple of {size()}, the number of processes"
         )
     if size() > 1 and getattr(cfg, "use_cached_activations", False):
-        # SAELens keeps the row that was reached in one process only.
-        raise SettingsError("use_cached_activations is True: allowed is False in several processes")
+        # SAELens stores the position in the cache for one process only.
+        raise SettingsError(
+            "use_cached_activations is True: allowed is False with several processes"
+        )
     for where, device in gpu_settings(run).items():
         if size() > 1 and ":" in device:
-            raise SettingsError(f"{where} is {device!r}: allowed is 'cuda', one for each process")
+            raise SettingsError(
+                f"{where} is {device!r}: allowed is 'cuda', one GPU for each process"
+            )
 
 
 def gpu_settings(run: Run) -> dict[str, str]:
-    """The settings that name a GPU."""
+    """Return the settings of a run that name a GPU, and their values."""
     found = {"sae.device": run.runner.sae.device}
     for name in ("device", "llm_device", "act_store_device"):
         found[name] = getattr(run.runner, name, None) or ""
@@ -64,78 +68,87 @@ def gpu_settings(run: Run) -> dict[str, str]:
 
 
 class Ranks(NamedTuple):
-    """This process among those of a training."""
+    """This process's place among the processes of a training, and its exchanges with them.
+
+    A method whose name ends in an underscore changes its argument.
+
+    Raises:
+        RankLostError: from every exchange, if another process has ended.
+    """
 
     rank: int
     size: int
 
-    def total(self, values: Tensor, operation: Any = ReduceOp.SUM) -> Tensor:
-        """Make each value the sum (or another operation) of that of all ranks."""
+    def reduce_(self, values: Tensor, operation: Any = ReduceOp.SUM) -> Tensor:
+        """Replace each value by the sum (or another reduction) over the ranks."""
         whole = values.contiguous()
-        with _noticing():
+        with _lost_ranks_noticed():
             dist.all_reduce(whole, operation)
         return values if whole is values else values.copy_(whole)
 
-    def mean(self, values: Tensor) -> Tensor:
-        """Make each value the mean of that of all ranks."""
-        return self.total(values).div_(self.size)
+    def mean_(self, values: Tensor) -> Tensor:
+        """Replace each value by its mean over the ranks."""
+        return self.reduce_(values).div_(self.size)
 
-    def highest(self, number: int) -> int:
-        """The largest of the ranks' numbers."""
-        return int(self.total(torch.tensor(number), ReduceOp.MAX))
+    def broadcast_(self, values: Tensor) -> None:
+        """Replace the values by rank 0's."""
+        with _lost_ranks_noticed():
+            dist.broadcast(values, 0)
 
-    def rows_of_all(self, batch: Tensor) -> Tensor:
-        """The whole batch, of which each rank has some rows."""
+    def broadcast_object(self, value: Any) -> Any:
+        """Return rank 0's value. Its tensors must be on the CPU."""
+        values = [value]
+        with _lost_ranks_noticed():
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def max_over_ranks(self, number: int) -> int:
+        """Return the largest of the ranks' numbers."""
+        return int(self.reduce_(torch.tensor(number), ReduceOp.MAX))
+
+    def gather_rows(self, batch: Tensor) -> Tensor:
+        """Return the rows of all ranks, in the order of the ranks."""
         parts = [torch.empty_like(batch) for _ in range(self.size)]
-        with _noticing():
+        with _lost_ranks_noticed():
             dist.all_gather(parts, batch.contiguous())
         return torch.cat(parts)
 
     def own_rows(self, batch: Tensor) -> Tensor:
-        """This rank's rows of a whole batch."""
+        """Return this rank's rows of a whole batch."""
         return batch.chunk(self.size)[self.rank]
 
-    def of_first(self, thing: Any) -> Any:
-        """What the first rank has for this; its tensors must be a CPU's."""
-        told = [thing]
-        with _noticing():
-            dist.broadcast_object_list(told)
-        return told[0]
-
-    def take(self, values: Tensor) -> None:
-        """Overwrite values with the first rank's."""
-        with _noticing():
-            dist.broadcast(values, 0)
-
-    def wait(self) -> None:
-        """Wait for the others, if they are there."""
+    def wait_for_others(self) -> None:
+        """Wait until all ranks are here, unless one has ended."""
         try:
-            self.highest(0)
+            self.max_over_ranks(0)
         except RankLostError:
             return
 
 
 @contextmanager
-def _noticing() -> Generator[None]:
+def _lost_ranks_noticed() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
         where, bracket, reason = " ".join(str(error).split()).partition("] ")
         reason = (reason if bracket else where)[:80]
-        raise RankLostError(f"another process of this training is gone ({reason})") from error
+        raise RankLostError(f"another process of this training has ended ({reason})") from error
 
 
 @contextmanager
 def joined(run: Run) -> Generator[Ranks | None]:
-    """This process among the others of the training, each on a GPU of its own if on any; None if
-    there are no others."""
+    """Join the other processes of this training, each on its own GPU if the run uses GPUs.
+
+    Yields None if there are no other processes.
+    """
     if size() == 1:
         yield None
         return
     devices, local = gpu_settings(run), int(os.environ.get("LOCAL_RANK", rank()))
     if devices and local >= torch.cuda.device_count():
         raise SettingsError(
-            f"process {local} of this machine finds no GPU: there are {torch.cuda.device_count()}"
+            f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}. "
+            "Start as many processes as there are GPUs"
         )
     for name in devices:
         holder = run.runner.sae if name == "sae.device" else run.runner
@@ -143,43 +156,52 @@ def joined(run: Run) -> Generator[Ranks | None]:
     if devices:
         torch.cuda.set_device(local)
     if rank() > 0:
-        os.environ["WANDB_MODE"] = "disabled"  # all evaluate alike, one logs
-    dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=_PATIENCE)
+        os.environ["WANDB_MODE"] = "disabled"  # all ranks evaluate, one logs
+    dist.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=_TIMEOUT)
     yield Ranks(rank(), size())
-    dist.destroy_process_group()  # after an error it may wait for those who are gone
+    dist.destroy_process_group()  # not after an error: it may wait for ranks that have ended
 
 
-def largest_of_all(values: Tensor, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """`largest_positive` among the values of all ranks: which of this rank's are chosen.
+def largest_across_ranks(values: Tensor, count: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return which of this rank's values are among the `count` largest positive ones of all ranks.
 
-    The smallest chosen one is found digit by digit: positive floating-point numbers are ordered as
-    their bits are, and a histogram of a digit tells in which of its values the border lies. So no
-    values travel, and what does is the same for any batch and any number of latents.
+    The smallest chosen value is found digit by digit, from histograms summed over the ranks: the
+    bits of positive floating-point numbers are ordered as the numbers are. No activation is
+    exchanged, and the traffic depends neither on the batch nor on the number of latents.
+
+    Args:
+        values: this rank's values, of any shape.
+        count: number of values to choose on all ranks together.
+        ranks: the processes.
+
+    Returns:
+        Indices into ``values.flatten()``, ascending, and the values there, as `largest_positive`.
     """
     flat = values.flatten()
     places = candidates(flat, count)
     found = flat[places]
     if found.dtype == torch.float64:
-        bits, shifts = found.view(torch.int64), range(5 * _DIGIT, -1, -_DIGIT)
+        bits, digits = found.view(torch.int64), 6
     else:
-        bits, shifts = found.float().view(torch.int32).long(), range(2 * _DIGIT, -1, -_DIGIT)
+        bits, digits = found.float().view(torch.int32).long(), 3
+    shifts = range((digits - 1) * _DIGIT_BITS, -1, -_DIGIT_BITS)
     border, wanted, ties, inside = 0, count, 0, bits
     for shift in shifts:
-        digit = (inside >> shift) & (2**_DIGIT - 1)
-        counts = ranks.total(torch.bincount(digit, minlength=2**_DIGIT))
+        digit = (inside >> shift) & (2**_DIGIT_BITS - 1)
+        counts = ranks.reduce_(torch.bincount(digit, minlength=2**_DIGIT_BITS))
         at_least = counts.flip(0).cumsum(0).flip(0)
         if int(at_least[0]) <= wanted and shift == shifts[0]:
             return places, found
         here = int((at_least >= wanted).nonzero().amax())
         ties = int(counts[here])
         wanted -= int(at_least[here]) - ties
-        border = (border << _DIGIT) | here
+        border = (border << _DIGIT_BITS) | here
         inside = inside[digit == here]
     kept = bits >= border
-    if ties > wanted:  # of equal values at the border the first ranks' are kept
+    if ties > wanted:  # of equal values at the border, keep the first ranks'
         each = torch.zeros(ranks.size, dtype=torch.int64, device=bits.device)
         each[ranks.rank] = inside.numel()
-        before = int(ranks.total(each)[: ranks.rank].sum())
+        before = int(ranks.reduce_(each)[: ranks.rank].sum())
         own = max(wanted - before, 0)
         kept[(bits == border).nonzero().squeeze(1)[own:]] = False
     return places[kept], found[kept]

@@ -5,7 +5,6 @@ from sae_lens.synthetic import SyntheticModelConfig
 
 from sae_lens_atm import ATMTrainingSAEConfig
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.training.run import build_synthetic_model
 from sae_lens_atm.training.run_file import (
     LanguageModelRun,
     SyntheticRun,
@@ -14,6 +13,7 @@ from sae_lens_atm.training.run_file import (
     parse_run,
     shipped_config,
 )
+from sae_lens_atm.training.synthetic_run import build_synthetic_model
 
 SHIPPED = sorted(
     path.stem

@@ -19,8 +19,8 @@ import torch
 from sae_lens import SAETrainer
 
 from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.quiet import silence_saelens
-from sae_lens_atm.training.watch import StopFlag
 
 _REPORT_EVERY = 25  # steps
 _SIGTERM = 15

@@ -9,7 +9,7 @@ import torch
 
 from sae_lens_atm.compare.run.processes import Job, JobEvents, describe_error, prepare_process
 from sae_lens_atm.errors import Interrupted, SettingsError
-from sae_lens_atm.training.watch import StopFlag
+from sae_lens_atm.training.hooks import StopFlag
 
 LOCAL = "local"
 """Address that starts a cluster of this machine alone, for the time of the jobs."""

@@ -11,7 +11,6 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.checkpoints import (
     check_resumable,
     is_checkpoint,
-    newest_checkpoint,
 )
 from sae_lens_atm.training.preflight.lookups import look_up
 from sae_lens_atm.training.ranks import check_shares
@@ -19,7 +18,7 @@ from sae_lens_atm.training.ranks import size as number_of_processes
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, shown
 
 
-def plan(run: Run, resume: str | Path | None = None, dry: bool = False) -> dict[str, Any]:
+def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> dict[str, Any]:
     """Check what can be checked without loading data or models, and say what would be done.
 
     For a `dry` run everything short of the download of a language model is checked (`dry_run`).
@@ -28,7 +27,7 @@ def plan(run: Run, resume: str | Path | None = None, dry: bool = False) -> dict[
         SettingsError, CheckpointError: something does not fit.
     """
     cfg = run.runner
-    output = check_output(run, resume)
+    output = check_output(run, checkpoint)
     facts: dict[str, Any] = {"architecture": cfg.sae.architecture()}
     if isinstance(run, LanguageModelRun):
         facts |= {
@@ -51,9 +50,8 @@ def plan(run: Run, resume: str | Path | None = None, dry: bool = False) -> dict[
     if number_of_processes() > 1:
         share = batch // number_of_processes()
         facts["processes"] = f"{number_of_processes()}, with {share:,} of each batch"
-    if resume is not None:
-        checkpoint = newest_checkpoint(resume)
-        check_resumable(checkpoint, cfg.sae)
+    if checkpoint is not None:
+        check_resumable(checkpoint, run)
         facts["resuming from"] = checkpoint
     if dry and isinstance(run, LanguageModelRun):
         facts |= look_up(run.runner)

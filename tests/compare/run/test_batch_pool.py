@@ -11,8 +11,8 @@ from sae_lens_atm.compare.run.batch_pool import (
     synthetic_model,
 )
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
-from sae_lens_atm.training.run import build_synthetic_model
 from sae_lens_atm.training.run_file import SyntheticRun
+from sae_lens_atm.training.synthetic_run import build_synthetic_model
 
 SMALL = """
 runner: synthetic

@@ -9,15 +9,13 @@ import pytest
 import torch
 from filelock import FileLock
 from sae_lens import SAE
-from safetensors.torch import load_file
 
 from sae_lens_atm.compare import compare, load_comparison, planned_jobs, read_results
 from sae_lens_atm.compare.report.html import write_all
 from sae_lens_atm.compare.run.comparison import summarise
-from sae_lens_atm.compare.run.language_model import _GroupRunner, train_group
-from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, SettingsError
+from sae_lens_atm.errors import Interrupted, SettingsError
 from sae_lens_atm.metrics import stability
-from sae_lens_atm.training.watch import StopFlag
+from sae_lens_atm.training.hooks import StopFlag
 
 
 class Events:
@@ -313,47 +311,6 @@ def test_a_group_on_a_language_model_resumes(language_model_comparison_yaml, tmp
     atm = next((tmp_path / "out").glob("runs/atm*/training.json"))
     assert json.loads(atm.read_text())["importance"]["steps"] == [25, 50, 75, 100]
     assert not list((tmp_path / "out").glob("groups/*"))
-
-
-@pytest.fixture
-def spoil(monkeypatch):
-    """Puts bad batches before some of the batches of a group."""
-
-    def spoil(before, times=1):
-        good = _GroupRunner._good
-
-        def spoilt(batches):
-            for i, batch in enumerate(batches):
-                for _ in range(times if i in before else 0):
-                    yield {hook: acts / 0 for hook, acts in batch.items()}
-                yield batch
-
-        monkeypatch.setattr(_GroupRunner, "_good", lambda self, b: good(self, spoilt(b)))
-
-    return spoil
-
-
-def train_one_group(path, *overrides):
-    comparison = load_comparison(path, ["seeds=[0]", *overrides])
-    train_group(comparison.planned, comparison.output, 4, lambda *_: None, StopFlag())
-    weights = comparison.output.glob("runs/*/sae/sae_weights.safetensors")
-    return {p.parent.parent.name: load_file(p) for p in weights}
-
-
-def test_all_saes_of_a_group_skip_bad_batches(language_model_comparison_yaml, spoil):
-    plain = train_one_group(language_model_comparison_yaml, "output_path=plain")
-    spoil([0, 7], times=2)
-    spoilt = train_one_group(language_model_comparison_yaml, "output_path=spoilt")
-    assert len(plain) == 4
-    assert plain.keys() == spoilt.keys()
-    for name, state in plain.items():
-        assert all(torch.equal(state[tensor], spoilt[name][tensor]) for tensor in state)
-
-
-def test_too_many_bad_batches_stop_a_group(language_model_comparison_yaml, spoil):
-    spoil([3], times=4)
-    with pytest.raises(NonFiniteBatchError, match="4 batches in a row"):
-        train_one_group(language_model_comparison_yaml, "max_bad_batches=4")
 
 
 def test_its_own_learning_rate_reaches_a_language_models_sae(

@@ -9,7 +9,7 @@ import torch
 
 from sae_lens_atm.compare.run.processes import Job, StepCounter, run_jobs
 from sae_lens_atm.errors import Interrupted
-from sae_lens_atm.training.watch import StopFlag
+from sae_lens_atm.training.hooks import StopFlag
 
 
 class Events:

@@ -11,7 +11,7 @@ from sae_lens_atm.compare import read_results
 from sae_lens_atm.compare.run.processes import Job
 from sae_lens_atm.compare.run.ray import LOCAL, run_jobs_on_ray
 from sae_lens_atm.errors import Interrupted, SettingsError
-from sae_lens_atm.training.watch import StopFlag
+from sae_lens_atm.training.hooks import StopFlag
 from tests.compare.run.test_processes import Events, die, fail, wait_for_stop, write
 
 ray = pytest.importorskip("ray")

@@ -8,7 +8,7 @@ from sae_lens_atm.compare.run.synthetic import pool_of
 from sae_lens_atm.compare.run.tasks import make_jobs, needs_cosine_map, steps_of
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.files import write_json
-from sae_lens_atm.training.watch import StopFlag
+from sae_lens_atm.training.hooks import StopFlag
 
 
 def labels(jobs):

@@ -1,0 +1,168 @@
+"""Training with SAELens' trainer under the hooks that every run has."""
+
+import signal
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae_lens import SAETrainer, TrainingSAE
+
+from sae_lens_atm.data.random_state import load_random_state
+from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, RankLostError
+from sae_lens_atm.files import to_json, write_text
+from sae_lens_atm.training.checkpoints import Checkpointer, run_config, skipped_batches
+from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
+from sae_lens_atm.training.hooks import (
+    CollapseWarning,
+    OnStep,
+    StepCallback,
+    StopFlag,
+    StopRequest,
+    StopRequested,
+)
+from sae_lens_atm.training.parallel import AcrossRanks, RankExchange
+from sae_lens_atm.training.ranks import Ranks
+from sae_lens_atm.training.run_file import Run
+from sae_lens_atm.training.supervise import Hook, supervise
+
+
+def fit(
+    trainer: SAETrainer[Any, Any],
+    stop: StopFlag,
+    checkpoint: Path | None = None,
+    *,
+    hooks: Sequence[Hook] = (),
+    max_bad_batches: int = 10,
+    keep: int | None = None,
+    config: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
+    restores_random_state: bool = True,
+) -> int:
+    """Train to the end, and return the number of bad batches that were skipped.
+
+    Args:
+        trainer: the trainer. If it resumes, its state and weights are loaded already.
+        stop: requests a stop from outside.
+        checkpoint: the checkpoint that the trainer was loaded from.
+        hooks: more hooks, inside of those that every run has.
+        max_bad_batches: number of bad batches in a row at which training stops.
+        keep: number of checkpoints to keep; None keeps all.
+        config: the configuration stored in each checkpoint, where SAELens does not store it.
+        ranks: the processes of this training, if there are several.
+        restores_random_state: set torch's random state to the checkpoint's now. Otherwise the
+            data provider does so.
+
+    Raises:
+        Interrupted: `stop` requested it. A checkpoint is saved.
+        NonFiniteBatchError: too many bad batches in a row. The last good step is saved.
+        RankLostError: another process has ended. Rank 0 has saved the last complete step.
+    """
+    writes = ranks is None or ranks.rank == 0
+    max_over_ranks = int if ranks is None else ranks.max_over_ranks
+    before = 0 if checkpoint is None else skipped_batches(checkpoint)
+    guard = BadBatchGuard(trainer, max_bad_batches, max_over_ranks, before)
+    context = None if ranks is None else AcrossRanks(ranks)
+    exchange = [] if ranks is None or context is None else [RankExchange(trainer, ranks, context)]
+    supervision: list[Hook] = [
+        *hooks,
+        *exchange,
+        guard,
+        DeferredUpdates(trainer, context),
+        StopRequest(stop, max_over_ranks),
+        Checkpointer(trainer, keep, config, lambda: {"skipped_batches": guard.skipped}, writes),
+    ]
+    if writes:
+        supervision.append(CollapseWarning(trainer))
+    if checkpoint is not None:
+        _finish_resuming(trainer)
+        if restores_random_state:
+            load_random_state(checkpoint)
+
+    def save() -> Path | None:
+        if not guard.has_started:
+            return checkpoint
+        stop.saving = True
+        trainer.save_checkpoint(str(trainer.n_training_samples))
+        if ranks is not None:
+            ranks.wait_for_others()  # torchrun may kill the others when one process ends
+        return Path(trainer.cfg.checkpoint_path or "") / str(trainer.n_training_samples)
+
+    with supervise(trainer, supervision):
+        try:
+            trainer.fit()
+        except StopRequested:
+            raise Interrupted(save(), stop.signal_number or signal.SIGINT) from None
+        except NonFiniteBatchError as error:
+            saved = save()
+            raise NonFiniteBatchError(f"{error}; saved {saved}" if saved else str(error)) from None
+        except RankLostError as error:
+            saved = save()
+            result = f"saved {saved}" if saved else "there is no complete step to save"
+            if not writes:
+                result = "rank 0 saves the last complete step, unless it has ended"
+            raise RankLostError(f"{error}; {result}") from error
+    return guard.skipped
+
+
+def _finish_resuming(trainer: SAETrainer[Any, Any]) -> None:
+    """Correct the counts that SAELens stores before the last step of a checkpoint is counted."""
+    samples = trainer.n_training_samples
+    trainer.n_training_steps = samples // trainer.cfg.train_batch_size_samples
+    trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= samples]
+
+
+class RunContext(NamedTuple):
+    """What a run is trained with, beside its settings: the arguments of `train`."""
+
+    checkpoint: Path | None
+    on_step: OnStep | None
+    stop: StopFlag
+    keep: int | None
+    ranks: Ranks | None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files."""
+        return self.ranks is None or self.ranks.rank == 0
+
+    def fit(
+        self,
+        trainer: SAETrainer[Any, Any],
+        run: Run,
+        *hooks: Hook,
+        restores_random_state: bool = True,
+    ) -> int:
+        """Train, and return the number of skipped batches."""
+        callbacks = [] if self.on_step is None else [StepCallback(trainer, self.on_step)]
+        return fit(
+            trainer,
+            self.stop,
+            self.checkpoint,
+            hooks=[*hooks, *callbacks],
+            max_bad_batches=run.max_bad_batches,
+            keep=self.keep,
+            config=run_config(run),
+            ranks=self.ranks,
+            restores_random_state=restores_random_state,
+        )
+
+
+class PreparedRun(NamedTuple):
+    """A run whose model and data are loaded."""
+
+    fit: Callable[[], tuple[TrainingSAE[Any], int]]
+    """Trains and saves. Returns the SAE and the number of skipped batches."""
+    evaluate: Callable[[TrainingSAE[Any]], dict[str, float]]
+
+    def evaluate_safely(self, sae: TrainingSAE[Any], output: Path) -> dict[str, float]:
+        """Evaluate the SAE and save the figures. An error is only a warning."""
+        figures: dict[str, float] = {}
+        try:
+            figures = self.evaluate(sae)
+            if figures:
+                write_text(output / "eval_stats.json", to_json(figures))
+        except Exception as error:  # any error: the trained SAE must not be lost to it
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"the SAE is saved, but evaluating it failed ({reason})", stacklevel=2)
+        return figures
