@@ -1,6 +1,6 @@
-"""Draw the picture of the study: explained variance against absorbed fraction on each model.
+"""Draw explained variance against the absorbed fraction, one panel for each kind of data.
 
-python benchmarks/study/picture.py docs/study.png
+python benchmarks/study/picture.py docs/results.png
 """
 
 from pathlib import Path
@@ -37,12 +37,10 @@ COLOURS = {
 
 
 def draw(axes: Axes, title: str, path: str) -> None:
-    """Draw one point for each architecture, with standard deviations over seeds."""
-    only_l0 = (
-        float(title.rsplit(" ", 1)[1]) if "L0 " in title[:-1] and title[-1].isdigit() else None
-    )
+    """Draw one panel: a point for each architecture, with its deviation over seeds."""
+    wanted = float(title.rsplit(" ", 1)[1]) if "L0 " in title[:-1] and title[-1].isdigit() else None
     for row in read_results(ROOT / path).rows:
-        if row.entry not in COLOURS or (only_l0 is not None and row.l0_target != only_l0):
+        if row.entry not in COLOURS or (wanted is not None and row.l0_target != wanted):
             continue
         absorbed, explained = (
             row.figures[name] for name in ("absorption_fraction", "explained_variance")
