@@ -36,7 +36,6 @@ from sae_lens_atm.compare.report.tables import (
     sweep_tables,
     test_table,
 )
-from sae_lens_atm.compare.wandb_sweep import write_wandb_sweep
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.files import to_json
 from sae_lens_atm.training.quiet import silence_saelens
@@ -74,22 +73,15 @@ def sweep(
         str | None,
         typer.Option(help="Run on a Ray cluster: its address, `auto`, or `local` for one here."),
     ] = None,
-    wandb: Annotated[
-        Path | None, typer.Option(help="Write it as a sweep of wandb's into this folder, and stop.")
-    ] = None,
 ) -> None:
     """Train at many settings, on a grid or drawn at random, and tell which are best.
 
     A comparison whose entries are the points: kept, resumed and reported in the same way.
     """
     with clear_errors():
-        elsewhere = ray is not None
-        found = load_sweep(config_path(config), overrides or [], quick, elsewhere)
-        if wandb is not None:
-            for path in write_wandb_sweep(found, wandb):
-                console.print(f"wrote {path}", highlight=False)
-            return
-        _carry_out(found, jobs, only_plan, ray)
+        absolute_paths = ray is not None
+        comparison = load_sweep(config_path(config), overrides or [], quick, absolute_paths)
+        _carry_out(comparison, jobs, only_plan, ray)
 
 
 def _carry_out(

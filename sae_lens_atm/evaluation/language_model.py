@@ -13,7 +13,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lens_atm.compare.plan.planned_run import Planned
+from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.stored_run import (
     FIGURES,
     MEASURED,
@@ -72,7 +72,7 @@ def make_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> Activation
 
 @torch.no_grad()
 def evaluate_on_language_model(
-    planned: Planned,
+    planned: PlannedRun,
     folder: Path,
     model: Any,
     tokens: HeldOutTokens,

@@ -52,7 +52,7 @@ def test_compare_report_and_evaluate(comparison_yaml, tmp_path):
 def test_compare_dry_run_prints_runs_and_time(comparison_yaml, tmp_path):
     result = run("compare", comparison_yaml, "--dry-run")
     assert result.exit_code == 0, result.output
-    for text in ("16, of which 4 need no training", "estimate", "about", "ms a step"):
+    for text in ("16, 12 of them to train", "estimate", "about", "ms a step"):
         assert text in result.output
     assert not (tmp_path / "out").exists()
 
@@ -146,7 +146,7 @@ def test_dry_run_of_every_shipped_config(name):
         (["compare", "demo", "--set", "l0=[0]"], "error: l0 is 0"),
         (["compare", "demo", "--set", "output_path={yaml}/x"], "is not writable"),
         (["report", "nope.json"], "error: cannot read nope.json"),
-        (["report", "{yaml}"], "is no results.json of schema"),
+        (["report", "{yaml}"], "is not JSON"),
         (["evaluate", "nowhere", "--on", "{yaml}"], "error: no folder nowhere"),
         (["evaluate", ".", "--on", "nope"], "error: no run file 'nope'"),
     ],
