@@ -36,14 +36,8 @@ from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.first_letters import FirstLetterConfig
 from sae_lens_atm.metrics.figures import FIGURES
-from sae_lens_atm.training.run_file import (
-    SyntheticRun,
-    apply_overrides,
-    describe_errors,
-    parse_fields,
-    parse_run,
-    read_yaml,
-)
+from sae_lens_atm.training.run_file import SyntheticRun, apply_overrides, parse_run, read_yaml
+from sae_lens_atm.training.schema import describe_errors, parse_fields
 
 OWN_KEYS = (
     "name",

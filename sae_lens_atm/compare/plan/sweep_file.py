@@ -37,7 +37,7 @@ from sae_lens_atm.compare.plan.l0_target import direct_knob
 from sae_lens_atm.compare.report.results import Point, Sweep
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.metrics.figures import FIGURES, NEEDS, figure
-from sae_lens_atm.training.run_file import describe_errors, did_you_mean, shown
+from sae_lens_atm.training.schema import describe_errors, did_you_mean, shown
 
 Values = dict[str, Any]
 
