@@ -27,14 +27,15 @@ def write_text(path: Path, text: str) -> Path:
 
 @contextmanager
 def saved_at_once(folder: Path, last: str = "cfg.json") -> Generator[Path]:
-    """Yield a hidden folder, and move the files written there into `folder` at the end.
+    """Yield a new hidden folder, and move the files written there into `folder` at the end.
 
     Args:
-        folder: where the files go. It must exist.
+        folder: where the files go. It is made if it is missing.
         last: the file that is moved last. Without it `folder` does not count as complete.
     """
     partial = folder / ".sae.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     yield partial
     for file in sorted(partial.iterdir(), key=lambda f: f.name == last):
         file.replace(folder / file.name)

@@ -19,7 +19,8 @@ from sae_lens.util import temporary_seed
 
 from sae_lens_atm.compare.plan.comparison_file import load_comparison
 from sae_lens_atm.compare.run.batch_pool import batch_seed, draw_batch, synthetic_model
-from sae_lens_atm.evaluation.synthetic import evaluate_closely, to_json
+from sae_lens_atm.evaluation.synthetic import evaluate_closely
+from sae_lens_atm.files import to_json
 from sae_lens_atm.training.run_file import SyntheticRun
 
 

@@ -24,7 +24,7 @@ from sae_lens_atm import ATMTrainingSAE
 from sae_lens_atm.compare.plan.comparison_file import load_comparison
 from sae_lens_atm.compare.run.batch_pool import draw_batch, synthetic_model
 from sae_lens_atm.data.synthetic import children_of
-from sae_lens_atm.evaluation.synthetic import to_json
+from sae_lens_atm.files import to_json
 from sae_lens_atm.method.parents import implied_parents, lift
 from sae_lens_atm.training.run_file import SyntheticRun
 

@@ -36,10 +36,10 @@ from sae_lens_atm.compare.report.tables import (
     sweep_tables,
     test_table,
 )
-from sae_lens_atm.compare.run.processes import silence_saelens
 from sae_lens_atm.compare.wandb_sweep import write_wandb_sweep
 from sae_lens_atm.errors import Interrupted
-from sae_lens_atm.evaluation.synthetic import to_json
+from sae_lens_atm.files import to_json
+from sae_lens_atm.training.quiet import silence_saelens
 
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")]
 Quick = Annotated[bool, typer.Option(help="What `quick` in the file makes of it.")]

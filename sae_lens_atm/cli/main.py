@@ -24,7 +24,6 @@ from sae_lens_atm.cli.terminal import (
     exit_with,
     facts_table,
 )
-from sae_lens_atm.compare.run.processes import silence_saelens
 from sae_lens_atm.data.spelling.model import (
     HOOK,
     TOKENS,
@@ -32,14 +31,16 @@ from sae_lens_atm.data.spelling.model import (
     make_spelling_lm,
 )
 from sae_lens_atm.evaluation.first_letters import SMALL_MODEL, look_at_first_letters
-from sae_lens_atm.evaluation.synthetic import to_json
+from sae_lens_atm.files import to_json
 from sae_lens_atm.hub.loading import describe, load_sae
 from sae_lens_atm.hub.push import prepare
 from sae_lens_atm.hub.push import push as push_to_hub
 from sae_lens_atm.metrics.first_letter import PROBE_F1
-from sae_lens_atm.training.preflight.checks import plan
+from sae_lens_atm.training.checkpoints import newest_checkpoint
+from sae_lens_atm.training.preflight.checks import check_run
+from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.ranks import rank
-from sae_lens_atm.training.run import Result, train
+from sae_lens_atm.training.run import Result, train_checked
 from sae_lens_atm.training.run_file import LanguageModelRun, apply_overrides, load_run, parse_fields
 
 app = typer.Typer(
@@ -91,12 +92,13 @@ def train_command(
     console.quiet = rank() > 0
     with clear_errors():
         run = load_run(config_path(config), [*(settings or []), *(overrides or [])])
-        console.print(facts_table(plan(run, resume, dry_run)))
+        checkpoint = None if resume is None else newest_checkpoint(resume)
+        console.print(facts_table(check_run(run, checkpoint, dry_run)))
         if dry_run:
             return
         silence_saelens()
         with Progress(console, run.runner.total_training_steps) as progress:
-            result = train(run, resume, progress.on_step, keep=keep)
+            result = train_checked(run, checkpoint, progress.on_step, keep=keep)
         _print_result(result, isinstance(run, LanguageModelRun))
 
 

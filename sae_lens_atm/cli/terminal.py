@@ -23,7 +23,7 @@ from sae_lens_atm.errors import (
     RankLostError,
     SettingsError,
 )
-from sae_lens_atm.training.ranks import rank, speaks
+from sae_lens_atm.training.ranks import is_main_of_node, rank
 from sae_lens_atm.training.run_file import shipped_config
 
 BAD_INPUT = 2
@@ -62,7 +62,7 @@ def clear_errors() -> Generator[None]:
 
 def exit_with(message: str, code: int, everywhere: bool = False) -> NoReturn:
     """End the command."""
-    for line in message.splitlines() if everywhere or speaks() else ():
+    for line in message.splitlines() if everywhere or is_main_of_node() else ():
         typer.echo(f"error: {line}", err=True)
     raise typer.Exit(code)
 

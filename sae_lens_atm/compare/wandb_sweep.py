@@ -15,8 +15,8 @@ import yaml
 
 from sae_lens_atm.compare.plan.comparison_file import OWN_KEYS, Comparison, is_comparison
 from sae_lens_atm.compare.plan.sweep_file import Range, as_comparison, parse_sweep
-from sae_lens_atm.compare.report.results import write_text
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.files import write_text
 
 RUN_FILE, SWEEP_FILE = "run.yaml", "sweep.yaml"
 # wandb names the run in the environment of the command, not on its line.

@@ -1,8 +1,8 @@
-"""The activations of a language model over a stop: what SAELens' activation store forgets.
+"""The exact position in SAELens' activation store, saved and restored.
 
-The store saves how many rows of the dataset it has read. Here the position in tokens is kept
-exactly, and with it the activations that wait in its buffer, so that a run that goes on is served
-what it would have been served. Everything is the store's own, told to start elsewhere.
+SAELens saves how many rows of the dataset were read. `ActivationStream` also saves the position in
+token sequences and the activations that wait in the buffer. A resumed run then gets the batches
+that it would have got without the stop.
 """
 
 import inspect
@@ -20,21 +20,22 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sae_lens_atm.training.checkpoints import load_random_state
+from sae_lens_atm.data.random_state import load_random_state
 
 STREAM_FILENAME = "activation_stream.safetensors"
 MOST_BYTES = 8 * 2**30
-"""Of a larger buffer only the position is saved."""
+"""Size up to which the activation buffer is saved, in bytes."""
 
-# Under `torch.no_grad` the generator is inside one of torch's.
+# `torch.no_grad` has wrapped the generator function.
 _mixing_buffer = inspect.unwrap(mixing_buffer)
 
 
 class ActivationStream:
-    """Follows a store that has served nothing yet.
+    """Follows an activation store that has not served any batch yet.
 
     Args:
-        prefetched: how many batches may be made ahead of training.
+        store: SAELens' store. Its dataset iterator and its batch iterator are replaced.
+        prefetched: number of batches that may be computed ahead of training.
     """
 
     def __init__(self, store: ActivationsStore, prefetched: int = 0) -> None:
@@ -54,14 +55,14 @@ class ActivationStream:
     # --- serving -----------------------------------------------------------------------------
 
     def _counted(self) -> Iterator[Tensor]:
-        """One epoch of token sequences."""
+        """Yield the token sequences of one epoch, and count them."""
         self._sequences = 0
         for sequence in self._tokenized():
             self._sequences += 1
             yield sequence
 
     def _served(self) -> Iterator[Tensor]:
-        if self._checkpoint is not None:  # here, as the buffer may be filled in another thread
+        if self._checkpoint is not None:  # in the thread that fills the buffer
             load_random_state(self._checkpoint)
         for batch in self._batches():
             self._recent.append(batch)
@@ -83,16 +84,21 @@ class ActivationStream:
     def _activations(self) -> Iterator[Tensor]:
         fresh = self._store._iterate_filtered_activations()
         if self._kept is not None:
-            # Joined, as the buffer looks at its size only when it has taken in something new.
+            # Joined: the mixing buffer checks its size only after it got new activations.
             first = torch.cat([self._kept, next(fresh)])
             self._kept = None
             yield first
         yield from fresh
 
-    # --- saving and going on -----------------------------------------------------------------
+    # --- saving and loading ------------------------------------------------------------------
 
     def save(self, folder: Path, consumed: Tensor) -> None:
-        """Save what comes after a batch; nothing may be served meanwhile."""
+        """Save the position behind a batch. No batch may be served meanwhile.
+
+        Args:
+            folder: the checkpoint.
+            consumed: the last batch that training took.
+        """
         state = {"sequences": torch.tensor(self._sequences)}
         if hasattr(self._store, "current_row_idx"):
             state["row"] = torch.tensor(self._store.current_row_idx)
@@ -104,19 +110,19 @@ class ActivationStream:
             state |= buffered
         else:
             warnings.warn(
-                f"the activation buffer ({size / 2**30:.1f} GiB) is not saved: a run that is "
-                "resumed goes on with other activations",
+                f"the activation buffer has {size / 2**30:.1f} GiB and is not saved: a resumed "
+                "run trains on other activations",
                 stacklevel=2,
             )
         save_file(state, folder / STREAM_FILENAME, {"dtype": dtype})
 
     def _unserved(self, consumed: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations in the order in which they would be served, and those to be mixed in."""
+        """Return the activations that would be served next, in order, and those to be mixed in."""
         if self._mixing is None:
             assert self._waiting is not None
             waiting, kept = self._waiting, self._kept
         else:
-            # Names of SAELens': a suspended generator is the one place where they can be seen.
+            # The buffers are local variables of SAELens' generator.
             buffer = inspect.getgeneratorlocals(self._mixing)
             served = (buffer["batch_idx"] + 1) * buffer["batch_size"]
             waiting, kept = buffer["serving_buffer"][served:], buffer["storage_buffer"]
@@ -126,10 +132,10 @@ class ActivationStream:
         return torch.cat([*recent[place + 1 :], waiting]), kept
 
     def load(self, checkpoint: Path) -> None:
-        """Go on from a checkpoint, at the first batch that is asked for."""
+        """Restore the position of a checkpoint, before the first batch is served."""
         self._checkpoint = checkpoint
         path, store = checkpoint / STREAM_FILENAME, self._store
-        if not path.exists():  # SAELens' own, or of an earlier version
+        if not path.exists():  # a checkpoint of SAELens
             store.load_from_checkpoint(checkpoint)
             return
         with safe_open(path, "pt", device=str(store.device)) as file:
@@ -140,19 +146,19 @@ class ActivationStream:
         if "row" in state:
             store.current_row_idx = int(state["row"])
         with safe_open(checkpoint / ACTIVATIONS_STORE_STATE_FILENAME, "pt") as file:
-            # SAELens' count goes over all epochs; it is not to look for the place itself.
+            # SAELens counts the rows of all epochs. It must not search for the position again.
             store.n_dataset_processed = int(file.get_tensor("n_dataset_processed"))
         if "kept" in state:
             self._waiting, self._kept = state["waiting"].to(dtype), state["kept"].to(dtype)
         else:
             warnings.warn(
-                f"{checkpoint} holds no activation buffer, it was too large: the run goes on with "
+                f"{checkpoint} holds no activation buffer, which was too large: the run trains on "
                 "other activations",
                 stacklevel=2,
             )
 
 
 def _packed(values: Tensor) -> Tensor:
-    """In half the space where that loses nothing, as with a model in bfloat16."""
+    """Return the values as bfloat16 if that is exact, as for a model in bfloat16."""
     half = values.to(torch.bfloat16)
     return half if torch.equal(half.to(values.dtype), values) else values.contiguous()

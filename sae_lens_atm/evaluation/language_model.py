@@ -17,7 +17,6 @@ from sae_lens_atm.compare.plan.planned_run import Planned
 from sae_lens_atm.compare.run.stored_run import (
     FIGURES,
     MEASURED,
-    write_json,
 )
 from sae_lens_atm.data.language_model import saved_dataset
 from sae_lens_atm.evaluation.first_letters import (
@@ -26,6 +25,7 @@ from sae_lens_atm.evaluation.first_letters import (
     scores_of,
 )
 from sae_lens_atm.evaluation.synthetic import is_signed
+from sae_lens_atm.files import write_json
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 _FIGURES = {

@@ -1,10 +1,7 @@
 """Figures of a SAE on a synthetic model: SAELens' own, and absorption beside them."""
 
-import json
-import math
-import re
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sae_lens import SAE
@@ -109,30 +106,3 @@ def evaluate_closely(
             "children_learned": scores.children_learned,
         }
     return Evaluation(figures, fired > 0, scores, (parents_fired / samples).tolist(), signed)
-
-
-def to_json(value: Any, compact_lists: bool = False) -> str:
-    """JSON text, in which NaN (a mean over nothing) is null: JSON has no other word for it.
-
-    With `compact_lists`, lists of numbers take one line, and numbers six digits.
-    """
-    if not compact_lists:
-        return json.dumps(_without_nan(value), indent=2)
-    text = json.dumps(_without_nan(_rounded(value)), indent=1)
-    return re.sub(r"\[[-+\d.e,\snul]*\]", lambda m: " ".join(m[0].split()), text)
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(v) for key, v in cast(dict[str, Any], value).items()}
-    if isinstance(value, list):
-        return [_rounded(v) for v in cast(list[Any], value)]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in cast(dict[str, Any], value).items()}
-    if isinstance(value, list):
-        return [_without_nan(v) for v in cast(list[Any], value)]
-    return None if isinstance(value, float) and math.isnan(value) else value

@@ -28,8 +28,9 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 
-from sae_lens_atm.compare.run.stored_run import FIGURES, read_json
+from sae_lens_atm.compare.run.stored_run import FIGURES
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.files import read_json
 from sae_lens_atm.hub.errors import clear_hub_errors
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.hub.model_card import Described, card_metadata, section, updated_card

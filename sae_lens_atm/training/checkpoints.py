@@ -11,12 +11,12 @@ import shutil
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAETrainer, TrainingSAEConfig
+from sae_lens import JumpReLUTrainingSAEConfig, SAETrainer, TrainingSAEConfig
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
     RUNNER_CFG_FILENAME,
@@ -47,6 +47,8 @@ MAY_CHANGE_ON_RESUME = (
 They are where the run is stored and computed, what is logged, saved and evaluated.
 `max_bad_batches` may change, too. All other settings must be equal.
 """
+# ATM's config had these fields in 0.1. Only activation "jumprelu", which was removed, used them.
+_UNUSED_IN_0_1 = {field.name for field in fields(JumpReLUTrainingSAEConfig)}
 _REQUIRED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME)
 
 
@@ -198,6 +200,8 @@ def newest_checkpoint(path: str | Path) -> Path:
             return candidate
         warnings.warn(f"skipped the damaged checkpoint {candidate}: {problem}", stacklevel=2)
     reason = "holds no complete checkpoint" if folder.exists() else "does not exist"
+    if (folder / SAE_CFG_FILENAME).exists():
+        reason = "holds a finished SAE, and no complete checkpoint"
     raise CheckpointError(f"cannot resume: {folder} {reason}")
 
 
@@ -253,6 +257,8 @@ def check_resumable(folder: Path, run: Run) -> None:
             saved = drop_removed(saved)
         except ValueError as error:
             raise CheckpointError(f"cannot resume {folder}: {error}") from error
+        known = cfg.to_dict().keys()
+        saved = {k: v for k, v in saved.items() if k in known or k not in _UNUSED_IN_0_1}
     _compare(folder, _comparable(cfg), saved, ignored=("metadata", "device"))
     for key in saved.keys() - cfg.to_dict().keys():
         raise CheckpointError(

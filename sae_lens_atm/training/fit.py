@@ -1,19 +1,29 @@
 """Training with SAELens' trainer under the hooks that every run has."""
 
 import signal
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sae_lens import SAETrainer
+from sae_lens import SAETrainer, TrainingSAE
 
 from sae_lens_atm.data.random_state import load_random_state
 from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, RankLostError
-from sae_lens_atm.training.checkpoints import Checkpointer, skipped_batches
+from sae_lens_atm.files import to_json, write_text
+from sae_lens_atm.training.checkpoints import Checkpointer, run_config, skipped_batches
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
-from sae_lens_atm.training.hooks import CollapseWarning, StopFlag, StopRequest, StopRequested
+from sae_lens_atm.training.hooks import (
+    CollapseWarning,
+    OnStep,
+    StepCallback,
+    StopFlag,
+    StopRequest,
+    StopRequested,
+)
 from sae_lens_atm.training.parallel import AcrossRanks, RankExchange
 from sae_lens_atm.training.ranks import Ranks
+from sae_lens_atm.training.run_file import Run
 from sae_lens_atm.training.supervise import Hook, supervise
 
 
@@ -100,3 +110,59 @@ def _finish_resuming(trainer: SAETrainer[Any, Any]) -> None:
     samples = trainer.n_training_samples
     trainer.n_training_steps = samples // trainer.cfg.train_batch_size_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= samples]
+
+
+class RunContext(NamedTuple):
+    """What a run is trained with, beside its settings: the arguments of `train`."""
+
+    checkpoint: Path | None
+    on_step: OnStep | None
+    stop: StopFlag
+    keep: int | None
+    ranks: Ranks | None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes files."""
+        return self.ranks is None or self.ranks.rank == 0
+
+    def fit(
+        self,
+        trainer: SAETrainer[Any, Any],
+        run: Run,
+        *hooks: Hook,
+        restores_random_state: bool = True,
+    ) -> int:
+        """Train, and return the number of skipped batches."""
+        callbacks = [] if self.on_step is None else [StepCallback(trainer, self.on_step)]
+        return fit(
+            trainer,
+            self.stop,
+            self.checkpoint,
+            hooks=[*hooks, *callbacks],
+            max_bad_batches=run.max_bad_batches,
+            keep=self.keep,
+            config=run_config(run),
+            ranks=self.ranks,
+            restores_random_state=restores_random_state,
+        )
+
+
+class PreparedRun(NamedTuple):
+    """A run whose model and data are loaded."""
+
+    fit: Callable[[], tuple[TrainingSAE[Any], int]]
+    """Trains and saves. Returns the SAE and the number of skipped batches."""
+    evaluate: Callable[[TrainingSAE[Any]], dict[str, float]]
+
+    def evaluate_safely(self, sae: TrainingSAE[Any], output: Path) -> dict[str, float]:
+        """Evaluate the SAE and save the figures. An error is only a warning."""
+        figures: dict[str, float] = {}
+        try:
+            figures = self.evaluate(sae)
+            if figures:
+                write_text(output / "eval_stats.json", to_json(figures))
+        except Exception as error:  # any error: the trained SAE must not be lost to it
+            reason = f"{type(error).__name__}: {error}"
+            warnings.warn(f"the SAE is saved, but evaluating it failed ({reason})", stacklevel=2)
+        return figures

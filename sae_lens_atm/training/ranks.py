@@ -181,9 +181,10 @@ def largest_across_ranks(values: Tensor, count: int, ranks: Ranks) -> tuple[Tens
     places = candidates(flat, count)
     found = flat[places]
     if found.dtype == torch.float64:
-        bits, shifts = found.view(torch.int64), range(5 * _DIGIT_BITS, -1, -_DIGIT_BITS)
+        bits, digits = found.view(torch.int64), 6
     else:
-        bits, shifts = found.float().view(torch.int32).long(), range(2 * _DIGIT_BITS, -1, -_DIGIT_BITS)
+        bits, digits = found.float().view(torch.int32).long(), 3
+    shifts = range((digits - 1) * _DIGIT_BITS, -1, -_DIGIT_BITS)
     border, wanted, ties, inside = 0, count, 0, bits
     for shift in shifts:
         digit = (inside >> shift) & (2**_DIGIT_BITS - 1)

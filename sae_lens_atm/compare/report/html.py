@@ -25,7 +25,7 @@ from sae_lens_atm.compare.report.charts import (
     parents_panel,
     pareto_panel,
 )
-from sae_lens_atm.compare.report.results import Results, Row, Run, Spread, Test, write_text
+from sae_lens_atm.compare.report.results import Results, Row, Run, Spread, Test
 from sae_lens_atm.compare.report.summary import best_rows
 from sae_lens_atm.compare.report.wording import (
     P_BOUND,
@@ -38,6 +38,7 @@ from sae_lens_atm.compare.report.wording import (
     show_p,
     show_spread,
 )
+from sae_lens_atm.files import write_text
 from sae_lens_atm.metrics.figures import FIGURES, figure
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from sae_lens_atm.compare.report.html import write_report
 from sae_lens_atm.compare.report.pictures import draw_pictures
-from sae_lens_atm.compare.report.results import Results, write_results, write_text
+from sae_lens_atm.compare.report.results import Results, write_results
 from sae_lens_atm.compare.report.tables import markdown
+from sae_lens_atm.files import write_text
 
 
 def write_all(results: Results, folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.evaluation.synthetic import to_json
+from sae_lens_atm.files import to_json, write_text
 
 SCHEMA_VERSION: Final = 2
 Role = Literal["candidate", "baseline", "control"]
@@ -207,13 +207,6 @@ def write_results(results: Results, folder: Path) -> list[Path]:
 
 def _or_none(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else value
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file to the side first."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(path)
 
 
 def read_results(path: str | Path) -> Results:

@@ -14,8 +14,8 @@ from sae_lens.synthetic import SyntheticModel
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
-from sae_lens_atm.training.run import build_synthetic_model
 from sae_lens_atm.training.run_file import SyntheticRun
+from sae_lens_atm.training.synthetic_run import build_synthetic_model
 
 POOL_GIB = 8.0
 """A pool larger than this is not kept: each run then draws the same batches again."""

@@ -37,16 +37,16 @@ from sae_lens_atm.compare.run.stored_run import (
     is_evaluated,
     is_trained,
     kept_decoder,
-    read_json,
 )
 from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.data.synthetic import children_of
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.files import read_json
 from sae_lens_atm.metrics import Stability
+from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.preflight.checks import check_data, check_devices
 from sae_lens_atm.training.ranks import gpu_settings
 from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun
-from sae_lens_atm.training.watch import StopFlag
 
 _MAX_LATENTS = 2**14  # matching those of two seeds takes half a minute; of more, hours
 

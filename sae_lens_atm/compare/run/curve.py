@@ -1,10 +1,9 @@
-"""What is seen of a run along the way: its curve, its importance scores, the time of its steps."""
+"""The curve of a run: figures, importance and times recorded at some of its training steps."""
 
 import math
 import sys
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -14,25 +13,35 @@ from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.synthetic import SyntheticModel
 from sae_lens.util import cosine_similarities
 from torch import Tensor
+from typing_extensions import override
 
-from sae_lens_atm.compare.plan.l0_target import L0Controller, mean_l0
 from sae_lens_atm.compare.report.results import Curve, Importance
+from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.synthetic import children_of
 from sae_lens_atm.evaluation.synthetic import is_signed
 from sae_lens_atm.metrics import Absorption
 from sae_lens_atm.metrics.absorption import LEARNED_COSINE
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
+from sae_lens_atm.sae.forward_pass import mean_l0
+from sae_lens_atm.training.hooks import StepTimer
+from sae_lens_atm.training.supervise import Hook, Step
 
 HISTORY = "history.pt"
-"""The file of a history, in the checkpoint that it goes with."""
+"""The recorder's file in a checkpoint."""
 EV_TOLERANCE = 0.005
-"""Explained variance that changed by more over the last tenth of training was still moving."""
+"""A larger change of explained variance in the last tenth of training means not converged."""
 DEAD_TOLERANCE = 0.02
-"""So was a dead count that changed by more than this share of the latents."""
+"""So does a larger change of the share of dead latents."""
 
 
-class Probe:
-    """Samples held out from training, at which a SAE is looked at again and again."""
+class HeldOutBatch:
+    """Samples that are not trained on, at which an SAE is evaluated during training.
+
+    Args:
+        x: inputs, shape ``(samples, d_in)``.
+        features: the true features of a synthetic model, shape ``(samples, features)``.
+        model: that synthetic model.
+    """
 
     def __init__(self, x: Tensor, features: Tensor | None = None, model: Any = None) -> None:
         self.x = x
@@ -42,88 +51,83 @@ class Probe:
         self._children = children_of(hierarchy) if hierarchy is not None else {}
 
     @torch.no_grad()
-    def look(self, sae: Any) -> dict[str, float]:
-        """Explained variance of the SAE, and with a known hierarchy absorption."""
+    def evaluate(self, sae: Any) -> dict[str, float]:
+        """Return explained variance and, if the true hierarchy is known, absorption."""
         training = sae.training
         sae.eval()
         acts = sae.encode(self.x).to_dense()
         calculator = ExplainedVarianceCalculator()
         calculator.add_batch(sae.decode(acts), self.x)
-        seen = {"explained_variance": calculator.compute()}
+        figures = {"explained_variance": calculator.compute()}
         if self._children and self._model is not None and self._features is not None:
             vectors = self._model.feature_dict.feature_vectors
             metric = Absorption(sae.W_dec, vectors, self._children, signed=is_signed(sae))
             metric.update(acts, self._features)
-            seen["absorption_fraction"] = metric.compute().fraction
+            figures["absorption_fraction"] = metric.compute().fraction
         sae.train(training)
-        return seen
+        return figures
 
 
-class History:
-    """Watches one trainer; call `after_step` after every step.
-
-    Args:
-        trainer: whose steps are timed from now on.
-        points: steps after which the SAE is looked at.
-        probe: what it is looked at with; None: the batch of that very step.
-        controller: what turns its L0, if anything has to.
-    """
+class CurveRecorder(Hook):
+    """Records figures and importance at some steps of a training."""
 
     def __init__(
         self,
         trainer: SAETrainer[Any, Any],
         points: list[int],
-        probe: Probe | None,
-        controller: L0Controller | None,
+        timer: StepTimer,
+        held_out: HeldOutBatch | None = None,
+        controller: L0Controller | None = None,
     ) -> None:
-        self._trainer = trainer
-        self._points = set(points)
-        self._probe = probe
-        self.controller = controller
-        self._seen: dict[str, list[float]] = {"steps": []}
+        """
+        Args:
+            trainer: the trainer to observe.
+            points: numbers of steps after which the SAE is evaluated.
+            timer: measures the steps. Checkpoints hold its measurements.
+            held_out: the samples to evaluate on. None takes the batch of the step.
+            controller: controls the L0, if the run needs one. It comes before this hook.
+        """
+        self._trainer, self._points = trainer, set(points)
+        self._timer, self._held_out, self._controller = timer, held_out, controller
+        self._curve: dict[str, list[float]] = {"steps": []}
         self._importance: list[Tensor] = []
         self._thresholds: list[float] = []
-        self._durations: list[float] = []
         self._batch = torch.empty(0)
         self._seconds_before = 0.0
         self._memory_before = peak_resident_mib()
         self.peak_memory_mib = float("nan")
-        """Of the training steps alone: the most on a GPU; else what the process grew by up to the
-        first look."""
+        """Peak memory of the training steps. On a CPU it is the growth of the process up to the
+        first recorded step."""
         self._started = time.perf_counter()
-        step = trainer.step
 
-        def timed(batch: Tensor) -> TrainStepOutput:
-            _wait_for(trainer.sae.device)
-            start = time.perf_counter()
-            output = step(batch)
-            _wait_for(trainer.sae.device)
-            self._durations.append(time.perf_counter() - start)
+    @override
+    def wrap_step(self, step: Step) -> Step:
+        def step_and_keep_batch(batch: Tensor) -> TrainStepOutput:
             self._batch = batch
-            return output
+            return step(batch)
 
-        trainer.step = timed  # pyright: ignore[reportAttributeAccessIssue]
+        return step_and_keep_batch
 
+    @override
     def after_step(self, output: TrainStepOutput) -> None:
-        """Turn the L0, and look at the SAE where it is time to."""
-        if self.controller is not None:
-            self.controller.after_step(output)
         step = self._trainer.n_training_steps + 1
         if step not in self._points:
             return
-        self._take_memory()
+        self._measure_memory()
         sae = self._trainer.sae
-        probe = self._probe or Probe(self._trainer.activation_scaler(self._batch.to(sae.device)))
-        seen = {
+        held_out = self._held_out
+        if held_out is None:
+            held_out = HeldOutBatch(self._trainer.activation_scaler(self._batch.to(sae.device)))
+        figures = {
             "steps": step,
-            **probe.look(sae),
-            "l0": mean_l0(output),
+            **held_out.evaluate(sae),
+            "l0": float(mean_l0(output.feature_acts)),
             "dead_latents": float(self._trainer.dead_neurons.sum()),
         }
-        if self.controller is not None:
-            seen["coefficient"] = self.controller.value
-        for name, value in seen.items():
-            self._seen.setdefault(name, []).append(value)
+        if self._controller is not None:
+            figures["coefficient"] = self._controller.value
+        for name, value in figures.items():
+            self._curve.setdefault(name, []).append(value)
         if isinstance(sae, ATMTrainingSAE):
             mask = sae.draw_mask()
             self._importance.append(mask.importance.detach().cpu())
@@ -131,30 +135,38 @@ class History:
         if sae.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(sae.device)
 
-    def _take_memory(self) -> None:
+    def _measure_memory(self) -> None:
         device = self._trainer.sae.device
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device) / 2**20
-            known = self.peak_memory_mib
-            self.peak_memory_mib = peak if math.isnan(known) else max(peak, known)
-        elif len(self._seen["steps"]) == 0:
+            before = self.peak_memory_mib
+            self.peak_memory_mib = peak if math.isnan(before) else max(peak, before)
+        elif len(self._curve["steps"]) == 0:
             self.peak_memory_mib = peak_resident_mib() - self._memory_before
 
     @property
     def step_ms(self) -> float:
-        """Median time of a training step."""
-        return 1000 * median(self._durations) if self._durations else float("nan")
+        """Median time of a training step, in milliseconds."""
+        return self._timer.median_ms
 
     @property
     def seconds(self) -> float:
-        """Time of the whole training, reading batches and looking at the SAE included."""
+        """Time of the whole training, in seconds, with reading batches and evaluating."""
         return self._seconds_before + time.perf_counter() - self._started
 
     def curve(self) -> Curve:
-        return Curve.model_validate(self._seen)
+        """Return the figures at the recorded steps."""
+        return Curve.model_validate(self._curve)
 
     def importance(self, groups: dict[str, list[int]]) -> Importance | None:
-        """Quartiles of each group of latents along the way; None for a SAE without importance."""
+        """Return the quartiles of importance of groups of latents, at the recorded steps.
+
+        Args:
+            groups: names and latents. Empty groups are left out.
+
+        Returns:
+            None for an SAE without importance.
+        """
         if not self._importance:
             return None
         scores = torch.stack(self._importance)
@@ -165,50 +177,54 @@ class History:
             if latents
         }
         return Importance(
-            steps=[int(step) for step in self._seen["steps"]],
+            steps=[int(step) for step in self._curve["steps"]],
             threshold=list[float | None](self._thresholds),
             groups=quartiles,
             latents={name: len(groups[name]) for name in quartiles},
         )
 
-    def save(self, path: Path) -> None:
-        """Keep all of it, for a run that will be resumed."""
+    @override
+    def on_checkpoint(self, folder: Path) -> None:
         state = {
-            "seen": self._seen,
+            "seen": self._curve,
             "importance": self._importance,
             "thresholds": self._thresholds,
-            "durations": self._durations,
+            "durations": self._timer.seconds,
             "seconds": self.seconds,
             "peak_memory_mib": self.peak_memory_mib,
-            "controller": self.controller.state_dict() if self.controller else {},
+            "controller": self._controller.state_dict() if self._controller else {},
         }
-        partial = path.with_name(f".{path.name}.partial")
-        torch.save(state, partial)
-        partial.replace(path)
+        torch.save(state, folder / HISTORY)
 
-    def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
-        self._seen, self._durations = state["seen"], state["durations"]
+    def load(self, folder: Path) -> None:
+        """Restore the state of recorder, timer and controller from a checkpoint."""
+        state = torch.load(folder / HISTORY, weights_only=True)
+        self._curve, self._timer.seconds = state["seen"], state["durations"]
         self._importance, self._thresholds = state["importance"], state["thresholds"]
         self._seconds_before, self.peak_memory_mib = state["seconds"], state["peak_memory_mib"]
-        if self.controller is not None:
-            self.controller.load_state_dict(state["controller"])
+        if self._controller is not None:
+            self._controller.load_state_dict(state["controller"])
 
 
 def still_moving(curve: Curve, d_sae: int, decay_steps: int = 0) -> bool:
-    """Whether explained variance or dead latents changed over the last tenth of training.
+    """Return whether explained variance or dead latents changed in the last tenth of training.
 
-    Explained variance over the last tenth before the learning rate decays, too: at its end
-    everything stands still.
+    Explained variance is also compared over the last tenth before the learning rate decays, since
+    nothing changes at the end of the decay.
+
+    Args:
+        curve: the curve of the run.
+        d_sae: number of latents.
+        decay_steps: number of steps at the end in which the learning rate decays.
     """
     last = curve.steps[-1]
 
     def change(values: list[float | None], end: float) -> float:
-        seen = [i for i, step in enumerate(curve.steps) if step <= end]
-        before = [i for i in seen if curve.steps[i] <= end - 0.1 * last]
+        up_to_end = [i for i, step in enumerate(curve.steps) if step <= end]
+        before = [i for i in up_to_end if curve.steps[i] <= end - 0.1 * last]
         if not before:
             return 0.0
-        first, second = values[before[-1]], values[seen[-1]]
+        first, second = values[before[-1]], values[up_to_end[-1]]
         return abs(second - first) if first is not None and second is not None else 0.0
 
     ends = (last, last - decay_steps)
@@ -219,12 +235,15 @@ def still_moving(curve: Curve, d_sae: int, decay_steps: int = 0) -> bool:
 
 
 def curve_points(steps: int, points: int) -> list[int]:
-    """Evenly spaced steps, the last one included."""
+    """Return evenly spaced numbers of steps, up to the last step."""
     return sorted({max(round(steps * i / points), 1) for i in range(1, points + 1)})
 
 
 def feature_groups(model: SyntheticModel, decoder: Tensor) -> dict[str, list[int]]:
-    """The latents of parents and of children: of each feature, the one of cosine above 0.8."""
+    """Return the latents of roots, parents and last children, by name of the group.
+
+    The latent of a feature is the one with the largest cosine, if that is above LEARNED_COSINE.
+    """
     if model.hierarchy is None:
         return {}
     children = children_of(model.hierarchy)
@@ -240,13 +259,8 @@ def feature_groups(model: SyntheticModel, decoder: Tensor) -> dict[str, list[int
     return groups
 
 
-def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def peak_resident_mib() -> float:
-    """The most memory that this process ever held; NaN where the system does not say."""
+    """Return the peak memory of this process in MiB, or NaN on systems that do not report it."""
     try:
         import resource
     except ImportError:  # Windows

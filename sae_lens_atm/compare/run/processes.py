@@ -5,7 +5,6 @@ import logging
 import multiprocessing
 import os
 import sys
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,12 +15,10 @@ from typing import Any, Protocol
 import sae_lens
 import torch
 from sae_lens import SAETrainer
-from sae_lens.synthetic import feature_dictionary
-from sae_lens.training import activation_scaler, multi_sae_trainer, sae_trainer
-from tqdm.auto import tqdm
 
 from sae_lens_atm.errors import Interrupted
-from sae_lens_atm.training.watch import StopFlag
+from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.quiet import silence_saelens
 
 _REPORT_EVERY = 25  # steps
 _SIGTERM = 15
@@ -135,18 +132,6 @@ def prepare_process() -> None:
     """Silence SAELens, in a process of a job's own."""
     silence_saelens()
     sae_lens.logger.setLevel(logging.ERROR)
-
-
-def _no_bar(*args: Any, **kwargs: Any) -> Any:
-    return tqdm(*args, **{**kwargs, "disable": True})
-
-
-def silence_saelens() -> None:
-    """No bars and warnings of SAELens' in between: many processes write to one terminal."""
-    for module in (sae_trainer, multi_sae_trainer, activation_scaler, feature_dictionary):
-        setattr(module, "tqdm", _no_bar)  # noqa: B010
-    warnings.filterwarnings("ignore", module=r"sae_lens\.")
-    warnings.filterwarnings("ignore", message=".*decoder_init_norm must be set.*")
 
 
 class StepCounter:

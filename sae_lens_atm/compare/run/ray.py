@@ -9,7 +9,7 @@ import torch
 
 from sae_lens_atm.compare.run.processes import Job, Listener, prepare_process
 from sae_lens_atm.errors import Interrupted, SettingsError
-from sae_lens_atm.training.watch import StopFlag
+from sae_lens_atm.training.hooks import StopFlag
 
 LOCAL = "local"
 """In the place of an address: a cluster of this machine alone, for as long as the jobs take."""

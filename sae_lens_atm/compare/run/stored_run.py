@@ -1,6 +1,5 @@
 """What a comparison keeps of each run, so that nothing finished is done again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sae_lens_atm.compare.plan.planned_run import Planned
-from sae_lens_atm.compare.report.results import write_text
-from sae_lens_atm.evaluation.synthetic import to_json
+from sae_lens_atm.files import read_json
 
 TRAINING, FIGURES, MEASURED = "training.json", "figures.json", "measured.safetensors"
 
@@ -32,13 +30,3 @@ def kept_decoder(planned: Planned, folder: Path) -> tuple[Tensor, Tensor]:
     home = folder / planned.folder
     sae = SAE[Any].load_from_disk(home / "sae")
     return sae.W_dec.detach(), load_file(home / MEASURED)["alive"]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a kept file; empty where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Keep a file whole or not at all."""
-    write_text(path, to_json(content, compact_lists=True))

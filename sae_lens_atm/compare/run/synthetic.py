@@ -1,4 +1,4 @@
-"""One SAE of a comparison on synthetic data: trained, saved, evaluated, each kept when done."""
+"""One SAE of a comparison on synthetic data: trained, saved and evaluated, each only once."""
 
 import base64
 import io
@@ -15,43 +15,43 @@ from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from sae_lens_atm.compare.plan.l0_target import L0Controller
 from sae_lens_atm.compare.plan.planned_run import Planned, at
 from sae_lens_atm.compare.run.batch_pool import Pool, batch_seed
 from sae_lens_atm.compare.run.curve import (
-    HISTORY,
-    History,
-    Probe,
+    CurveRecorder,
+    HeldOutBatch,
     curve_points,
     feature_groups,
 )
+from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.compare.run.stored_run import (
     FIGURES,
     MEASURED,
     TRAINING,
     is_evaluated,
     is_trained,
-    write_json,
 )
 from sae_lens_atm.errors import CheckpointError
 from sae_lens_atm.evaluation.synthetic import evaluate_closely
+from sae_lens_atm.files import saved_at_once, write_json
 from sae_lens_atm.training.checkpoints import (
     check_pickles,
     newest_checkpoint,
     reading,
+    samples_of,
     skipped_batches,
 )
-from sae_lens_atm.training.run import saved_at_once
+from sae_lens_atm.training.fit import fit
+from sae_lens_atm.training.hooks import OnStep, StepCallback, StepTimer, StopFlag
 from sae_lens_atm.training.run_file import SyntheticRun
-from sae_lens_atm.training.watch import OnStep, StopFlag, Watch
 
 _ESTIMATED = ("expected_average_only_in", "covariance_whitening")
-_PROBE_SAMPLES = 2048
+_HELD_OUT_SAMPLES = 2048
 _MAP_SIDE = 256  # features, and latents, that a cosine map shows at most
 
 
 def pool_of(planned: Planned, folder: Path) -> Pool:
-    """The pool that holds the batches of a run; runs of one seed and data share it."""
+    """Return the pool with the batches of a run. Runs of one seed and data share it."""
     runner = cast(SyntheticRun, planned.run).runner
     name = f"seed-{planned.seed}-{planned.data_key}.pool"
     batches = min(planned.pool_batches or math.inf, runner.total_training_steps)
@@ -66,10 +66,10 @@ def train_one(
     on_step: OnStep,
     stop: StopFlag,
 ) -> None:
-    """Train one SAE and keep it; goes on from where an earlier call was stopped.
+    """Train one SAE and save it. Resume where an earlier call was stopped.
 
     Raises:
-        Interrupted: `stop` asked for it; the state is kept.
+        Interrupted: `stop` requested it. A checkpoint is saved.
     """
     home = folder / planned.folder
     if is_trained(planned, folder):
@@ -84,14 +84,14 @@ def train_one(
         sae = TrainingSAE[Any].from_dict(cfg.sae.to_dict()).to(cfg.device)
         facts: dict[str, Any] = {}
         if planned.settings.trained:
-            history = _fit(planned, sae, model, folder, curve_points(steps, points), on_step, stop)
+            recorder = _fit(planned, sae, model, folder, curve_points(steps, points), on_step, stop)
             groups = feature_groups(model, sae.W_dec)
-            importance = history.importance(groups)
+            importance = recorder.importance(groups)
             facts = {
-                "seconds": history.seconds,
-                "step_ms": history.step_ms,
-                "peak_memory_mib": history.peak_memory_mib,
-                "curve": history.curve().model_dump(),
+                "seconds": recorder.seconds,
+                "step_ms": recorder.step_ms,
+                "peak_memory_mib": recorder.peak_memory_mib,
+                "curve": recorder.curve().model_dump(),
                 "importance": importance.model_dump() if importance else None,
             }
     with saved_at_once(home / "sae") as partial:
@@ -108,55 +108,51 @@ def _fit(
     points: list[int],
     on_step: OnStep,
     stop: StopFlag,
-) -> History:
+) -> CurveRecorder:
     assert isinstance(planned.run, SyntheticRun)
     cfg, home = planned.run.runner, folder / planned.folder
-    checkpoint = _newest(home / "checkpoints")
-    done = 0 if checkpoint is None else int(checkpoint.name) // cfg.batch_size
     trainer_cfg = cfg.to_sae_trainer_config()
+    checkpoint = _newest(home / "checkpoints")
+    served = 0  # batches that the run has read before
     if checkpoint is not None:
-        done += skipped_batches(checkpoint)
-    if checkpoint is not None and sae.cfg.normalize_activations in _ESTIMATED:
-        done += trainer_cfg.n_batches_for_norm_estimate  # those that the estimate took
+        served = samples_of(checkpoint) // cfg.batch_size + skipped_batches(checkpoint)
+        if sae.cfg.normalize_activations in _ESTIMATED:
+            served += trainer_cfg.n_batches_for_norm_estimate
     pool = pool_of(planned, folder)
-    kept = pool.path.exists()
-    batches = pool.read(done) if kept else pool.redraw(model, planned.seed, done)
-
-    def keep_history(checkpoint_path: Path | None) -> None:
-        if checkpoint_path is not None:
-            history.save(checkpoint_path / HISTORY)
-
-    trainer: SAETrainer[Any, Any] = SAETrainer(
-        trainer_cfg, sae, batches, save_checkpoint_fn=keep_history
-    )
-    controller = L0Controller(trainer, planned.knob, planned.l0) if planned.knob.steered else None
+    is_stored = pool.path.exists()
+    batches = pool.read(served) if is_stored else pool.redraw(model, planned.seed, served)
+    trainer: SAETrainer[Any, Any] = SAETrainer(trainer_cfg, sae, batches)
     with temporary_seed(batch_seed(planned.seed, -1)):
-        probe = Probe(*_dense(model.sample_with_features(_PROBE_SAMPLES)), model)
-    history = History(trainer, points, probe, controller)
+        held_out = HeldOutBatch(*_dense(model.sample_with_features(_HELD_OUT_SAMPLES)), model)
+    controller = L0Controller(trainer, planned.knob, planned.l0) if planned.knob.steered else None
+    timer = StepTimer(sae.device)
+    recorder = CurveRecorder(trainer, points, timer, held_out, controller)
     if checkpoint is not None:
         with reading(checkpoint):
             check_pickles(checkpoint)
             trainer.load_trainer_state(checkpoint)
             sae.load_weights_from_checkpoint(checkpoint)
-            history.load(checkpoint / HISTORY)
-
-    def watched(trainer: SAETrainer[Any, Any], output: Any) -> None:
-        history.after_step(output)
-        on_step(trainer, output)
-
-    Watch(watched, stop, checkpoint).fit(trainer)
-    return history
+            recorder.load(checkpoint)
+    controllers = [] if controller is None else [controller]
+    fit(
+        trainer,
+        stop,
+        checkpoint,
+        hooks=[timer, *controllers, recorder, StepCallback(trainer, on_step)],
+        max_bad_batches=planned.run.max_bad_batches,
+    )
+    return recorder
 
 
 def _newest(folder: Path) -> Path | None:
     try:
         return newest_checkpoint(folder)
-    except CheckpointError:  # there is none yet
+    except CheckpointError:  # the run starts from the beginning
         return None
 
 
 def evaluate_one(planned: Planned, model: SyntheticModel, folder: Path, with_map: bool) -> None:
-    """Evaluate a kept SAE as its users will load it, and keep the figures."""
+    """Evaluate a saved SAE, loaded as users load it, and save the figures."""
     home = folder / planned.folder
     if is_evaluated(planned, folder, with_map):
         return
@@ -182,14 +178,17 @@ def evaluate_one(planned: Planned, model: SyntheticModel, folder: Path, with_map
 
 
 def cosine_map(decoder: Tensor, model: SyntheticModel) -> str:
-    """A picture, PNG in base64, of the cosines of true features (across) and of the latents that
-    match them best one to one (down): an ideal SAE has a red diagonal and nothing beside it."""
+    """Return a picture of cosines between true features and latents: a PNG in base64.
+
+    Columns are features. Rows are the latents that match them best, one to one. An ideal SAE has
+    a red diagonal on white.
+    """
     from matplotlib import image
 
     vectors = model.feature_dict.feature_vectors.detach().cpu()[:_MAP_SIDE]
     cosine = cosine_similarities(decoder.detach().cpu().float(), vectors.float())
     latents, features = linear_sum_assignment(-cosine.abs().numpy())
-    # In steps that the eye still tells apart, which make the picture a fifth of the size.
+    # In steps of 1/16, with which the file is a fifth of the size.
     shown = (cosine[latents[features.argsort()]] * 16).round().numpy() / 16
     buffer = io.BytesIO()
     image.imsave(buffer, shown, vmin=-1, vmax=1, cmap="RdBu_r", format="png")

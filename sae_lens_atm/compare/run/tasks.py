@@ -22,8 +22,8 @@ from sae_lens_atm.data.spelling.model import (
     make_spelling_lm,
 )
 from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import SyntheticRun
-from sae_lens_atm.training.watch import StopFlag
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,113 @@
+"""Runs on the activations of a language model."""
+
+from pathlib import Path
+from typing import Any
+
+from sae_lens import LanguageModelSAETrainingRunner, SAETrainer, TrainingSAE
+from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.activation_scaler import ActivationScaler
+from torch import Tensor
+from typing_extensions import override
+
+from sae_lens_atm.data.activation_stream import ActivationStream
+from sae_lens_atm.data.language_model import check_hook, saved_dataset
+from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.files import saved_at_once
+from sae_lens_atm.training.checkpoints import reading
+from sae_lens_atm.training.fit import PreparedRun, RunContext
+from sae_lens_atm.training.parallel import share_store
+from sae_lens_atm.training.run_file import LanguageModelRun
+from sae_lens_atm.training.supervise import Hook, Step
+
+
+class SupervisedRunner(LanguageModelSAETrainingRunner):
+    """SAELens' language-model runner, which trains with `fit` and saves at once."""
+
+    context: RunContext
+    run_settings: LanguageModelRun
+    stream_hooks: tuple[Hook, ...] = ()
+    skipped_batches: int = 0
+
+    @override
+    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+        self.skipped_batches = self.context.fit(
+            trainer,
+            self.run_settings,
+            *self.stream_hooks,
+            restores_random_state=not self.stream_hooks,
+        )
+        return trainer.sae
+
+    @override
+    def save_final_sae(
+        self,
+        sae: TrainingSAE[Any],
+        output_path: str,
+        log_feature_sparsity: Tensor | None = None,
+    ) -> None:
+        if self.context.writes:
+            with saved_at_once(Path(output_path)) as folder:
+                super().save_final_sae(sae, str(folder), log_feature_sparsity)
+
+
+class StreamState(Hook):
+    """Saves the position in the activation stream, behind the last batch that a step took."""
+
+    def __init__(self, stream: ActivationStream) -> None:
+        self._stream = stream
+        self._batch: Tensor | None = None
+
+    @override
+    def wrap_step(self, step: Step) -> Step:
+        def step_and_keep_batch(batch: Tensor) -> TrainStepOutput:
+            self._batch = batch
+            return step(batch)
+
+        return step_and_keep_batch
+
+    @override
+    def on_checkpoint(self, folder: Path) -> None:
+        if self._batch is not None:
+            self._stream.save(folder, self._batch)
+
+
+def prepare_language_model(run: LanguageModelRun, context: RunContext) -> PreparedRun:
+    """Load model and dataset of a run, and restore the position in the activations.
+
+    Raises:
+        SettingsError: model or dataset cannot be loaded, or hook_name or sae.d_in do not fit.
+    """
+    cfg = run.runner
+    cfg.resume_from_checkpoint = None if context.checkpoint is None else str(context.checkpoint)
+    try:
+        runner = SupervisedRunner(cfg, override_dataset=saved_dataset(cfg.dataset_path))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(
+            f"cannot load model_name {cfg.model_name!r} with dataset_path {cfg.dataset_path!r}: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
+    runner.context, runner.run_settings, store = context, run, runner.activations_store
+    check_hook(runner.cfg, runner.model)
+    if context.ranks is None:
+        stream = ActivationStream(store, int(cfg.prefetch_llm_batches))
+        runner.stream_hooks = (StreamState(stream),)
+        load = stream.load
+    else:  # the contents of the buffers depend on the number of ranks, and are not saved
+        share_store(store, context.ranks)
+        load = store.load_from_checkpoint
+    if context.checkpoint is not None:
+        # SAELens does this when prefetching has begun, with two threads that read the dataset.
+        with reading(context.checkpoint):
+            load(context.checkpoint)
+
+    def fit_and_save() -> tuple[TrainingSAE[Any], int]:
+        return runner.run(), runner.skipped_batches
+
+    def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
+        evaluator: LLMSaeEvaluator[Any] = runner.evaluator
+        groups = evaluator(sae, runner.activations_store, ActivationScaler())
+        return {name: value for group in groups.values() for name, value in group.items()}
+
+    return PreparedRun(fit_and_save, final_evaluation)
