@@ -1,35 +1,41 @@
-# `make demo` and `make test` do all the set-up themselves; only Python >= 3.10 with pip is needed.
+# `make demo` and `make test` do all the set-up themselves. They need Python >= 3.10 with pip only.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export TQDM_DISABLE := 1
+FAST_TESTS := tests/test_imports.py tests/method tests/sae tests/metrics tests/training/test_run_file.py
 
-.PHONY: demo test check format versions weekly clean
+.PHONY: demo test check lint types notebooks ci format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-lens-atm compare demo --jobs 2
 
+# All tests.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: $(VENV)/.installed
+# The fast loop, under a minute: format, lint, import rules, mathematics, SAE, metrics, run files.
+check: lint
+	$(BIN)/python -m pytest -n 2 $(FAST_TESTS)
+
+lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The notebooks at full length. `make test` runs them with few training steps.
+notebooks: $(VENV)/.installed
+	FULL_LENGTH=1 $(BIN)/python -m pytest -n 2 tests/test_notebooks.py
+
+ci: test lint types notebooks
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The core of the tests, on every Python that is here, with the oldest and the newest sae-lens allowed.
-versions: $(VENV)/.installed
-	$(BIN)/python tools/versions.py floor newest $(VERSIONS_OPTIONS)
-
-# The same with the newest of everything: what breaks, and what constraints.txt has yet to take up.
-weekly: $(VENV)/.installed
-	$(BIN)/python tools/versions.py newest-of-all
-
-# Exact versions for what we run ourselves; users of the package get pyproject's wide ranges.
+# We run exact versions. Users of the package get the wide ranges of pyproject.toml.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -29,14 +29,8 @@ from sae_lens_atm.evaluation.first_letters import (
     look_at_first_letters,
     residual_stream,
 )
-from sae_lens_atm.metrics.first_letter import (
-    PROBE_F1,
-    Probe,
-    Words,
-    absorbed,
-    f1_scores,
-    first_letter_scores,
-)
+from sae_lens_atm.metrics.first_letter import PROBE_F1, absorbed, first_letter_scores
+from sae_lens_atm.metrics.probes import Probe, Words, f1_scores
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 

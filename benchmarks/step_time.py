@@ -1,13 +1,13 @@
-"""Time and memory of a training step, ATM beside SAELens' own architectures, in one process.
+"""Time and peak memory of a training step: ATM beside SAELens' architectures, in one process.
 
     python benchmarks/step_time.py                      # shape C, on one CPU thread
     python benchmarks/step_time.py --shape G --device cuda
-    python benchmarks/step_time.py --grow               # how it grows with each dimension
+    python benchmarks/step_time.py --grow               # vary each dimension
 
-What is timed is SAELens' own trainer step (forward, backward, clipping, Adam) on a batch that is
-there already, in turns, so that a noisy machine is noisy to all alike; medians, as ratios to
-SAELens' `batchtopk`. Beside them the floor: five products of matrices and one pass over Adam's
-state, at the rates that this machine reached in the same run.
+The step is SAELens' `SAETrainer.step` (forward, backward, clipping, Adam) on a batch in memory. The
+architectures take turns, so that noise of the machine affects all alike. Printed are medians, as
+ratios to SAELens' `batchtopk`. The floor is five matrix products and one pass over Adam's state, at
+the rates measured in the same run.
 """
 
 import json
@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,12 +36,11 @@ from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
 from sae_lens_atm import ATMTrainingSAEConfig
-from sae_lens_atm.method.masking import Mask
 
 BASE = "batchtopk"
-BATCHES = 4  # in turn, so that no latent is dead for want of variety
-_PEAK = "--peak-of"  # how this file calls itself, in a process of its own
-LONG = 10**6  # steps of a schedule of which each phase is looked at
+BATCHES = 4  # used in turn, so that few latents are dead
+_PEAK = "--peak-of"  # with this option the file runs itself in a new process
+LONG = 10**6  # steps of the schedule, so long that its phases do not change while timed
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Contender:
-    """A configuration, and at which share of its schedule it is timed."""
+    """A configuration, and the share of its schedule at which it is timed."""
 
     cfg: TrainingSAEConfig
     at: float = 0.0
@@ -84,28 +82,26 @@ def contenders(shape: Shape, *, only_atm: bool = False) -> dict[str, Contender]:
     found = {name: Contender(cfg) for name, cfg in theirs.items() if name == BASE or not only_atm}
     atm = ATMTrainingSAEConfig(**size, k=shape.k, schedule_steps=LONG)
     unpressed = replace(atm, parent_weight=0.0)
-    # Half way through the masked phase: c, and with it what is masked, is that of the middle.
+    # Half way through the phase with masks.
     middle = atm.mask_end / 2
     found |= {
         "atm, masks": Contender(atm, atm.parent_start / 2),
         "atm, masks and pressure": Contender(atm, (atm.parent_start + atm.mask_end) / 2),
         "atm, pressure": Contender(atm, (atm.mask_end + 1) / 2),
         "atm, neither": Contender(replace(unpressed, mask_rate=0.0), middle),
-        "atm, dual": Contender(unpressed, middle),
-        "atm, interleaved": Contender(replace(unpressed, schedule="interleaved"), middle),
-        "atm, masked": Contender(replace(unpressed, schedule="masked"), middle),
     }
-    dense = replace(unpressed, kernels="dense")
     if not only_atm:
         found |= {
-            "atm, dual, dense": Contender(dense, middle),
-            "atm, masked, dense": Contender(replace(dense, schedule="masked"), middle),
+            "atm, masks, dense": Contender(replace(unpressed, kernels="dense"), middle),
+            "atm, paper preset": Contender(
+                ATMTrainingSAEConfig.paper(**size, schedule_steps=LONG), middle
+            ),
         }
     return found
 
 
 def default_schedule(figures: dict[str, float]) -> float:
-    """The mean over the default's schedule, from its phases."""
+    """Return the mean over the default's schedule, from its phases."""
     cfg = ATMTrainingSAEConfig(d_in=1, d_sae=1, k=1)
     start, end = cfg.parent_start, cfg.mask_end
     assert 0 <= start <= end <= 1, "the phases below are those of the present defaults"
@@ -120,7 +116,7 @@ def default_schedule(figures: dict[str, float]) -> float:
 
 
 def make_batches(shape: Shape, device: str) -> list[Tensor]:
-    """Sparse sums of random directions, with frequencies as uneven as those of real features."""
+    """Make batches of sparse sums of random directions, with uneven frequencies."""
     generator = torch.Generator().manual_seed(0)
     features = shape.d_sae // 2
     directions = torch.nn.functional.normalize(
@@ -155,7 +151,7 @@ def make_trainer(
 
 
 def timed(action: Callable[[], Any], device: str) -> float:
-    """Milliseconds."""
+    """Return the milliseconds that an action takes."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -179,7 +175,7 @@ def step_times(
     autocast: bool = False,
     compiled: bool = False,
 ) -> dict[str, float]:
-    """Milliseconds a step, the median over repeats that take turns."""
+    """Return milliseconds a step, the median over repeats. The architectures take turns."""
     batches = make_batches(shape, device)
     trainers = {
         name: make_trainer(one, shape, device, autocast, compiled) for name, one in named.items()
@@ -195,9 +191,9 @@ def step_times(
 
 
 def bookkeeping_share(shape: Shape, device: str, repeats: int) -> float:
-    """Share of a masked step that threshold, mask and statistics take."""
+    """Return the share of a step with masks that threshold, mask and statistics take."""
     batches = make_batches(shape, device)
-    one = contenders(shape)["atm, dual"]
+    one = contenders(shape)["atm, masks"]
     trainer = make_trainer(one, shape, device, autocast=False, compiled=False)
     sae = trainer.sae
     spent: list[float] = [0.0]
@@ -210,14 +206,14 @@ def bookkeeping_share(shape: Shape, device: str, repeats: int) -> float:
 
         return wrapper
 
-    sae.draw_mask, sae._update_averages = counted(sae.draw_mask), counted(sae._update_averages)
-    full_view = sae.full_view
+    sae.draw_mask, sae.update_averages = counted(sae.draw_mask), counted(sae.update_averages)
+    full_pass = sae.full_pass
 
-    def with_counted_seen(step_input: Any) -> Any:
-        view = full_view(step_input)
-        return view._replace(seen=counted(view.seen))
+    def with_counted_statistics(step_input: Any) -> Any:
+        result = full_pass(step_input)
+        return replace(result, statistics=counted(result.statistics))
 
-    sae.full_view = with_counted_seen
+    sae.full_pass = with_counted_statistics
     shares = []
     for repeat in range(repeats + 5):
         spent.append(0.0)
@@ -227,7 +223,7 @@ def bookkeeping_share(shape: Shape, device: str, repeats: int) -> float:
 
 
 def floor(shape: Shape, device: str, repeats: int) -> dict[str, float]:
-    """Milliseconds of what no dense step can do without, at rates measured here and now."""
+    """Return the milliseconds of the work that every dense step needs, at measured rates."""
     x = torch.randn(shape.batch, shape.d_in, device=device)
     weights = torch.randn(shape.d_in, shape.d_sae, device=device)
     state = torch.zeros(7, 2 * shape.d_in * shape.d_sae, device=device)
@@ -249,7 +245,7 @@ def floor(shape: Shape, device: str, repeats: int) -> dict[str, float]:
 
 
 def peak_memory(named: dict[str, Contender], shape: Shape, device: str) -> dict[str, float]:
-    """MiB above what was there before, the peak of some steps, each in a process of its own."""
+    """Return the peak memory of some steps in MiB, each measured in a new process."""
     found = {}
     for name in named:
         order = json.dumps([name, asdict(shape), device, torch.get_num_threads()])
@@ -275,11 +271,11 @@ def _own_peak(name: str, shape: Shape, device: str, threads: int) -> float:
 
 
 def _high_water() -> float:
-    """The most memory that this process has held, in MiB."""
+    """Return the peak memory of this process in MiB."""
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    # Unlike getrusage, this does not begin with what the process that started this one held.
+    # Unlike getrusage, VmHWM does not include the parent process.
     line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1024
 
@@ -314,7 +310,7 @@ def measure(
                 "time": took / times[BASE],
                 "memory": peaks[name] / peaks[BASE] if peaks else None,
                 "of_floor": bounds["total"] / took,
-                # Absolute times say something on a GPU alone; a CPU here has other work too.
+                # The CPU may be shared, so that only ratios are kept.
                 "ms": took if on_gpu else None,
             }
             for name, took in times.items()
@@ -330,8 +326,8 @@ _PHASES = ("atm, masks", "atm, masks and pressure", "atm, pressure")
 
 
 def growth(shape: Shape, device: str, repeats: int) -> dict[str, Any]:
-    """Time against `batchtopk` of the same shape, and against itself at the middle shape, with one
-    dimension changed at a time; and of a masked step against what is masked."""
+    """Time the phases of ATM against `batchtopk` of the same shape, one dimension changed at a
+    time."""
     rows = []
     variations: dict[str, list[int]] = {
         "batch": [shape.batch // 4, shape.batch, shape.batch * 4],
@@ -347,45 +343,11 @@ def growth(shape: Shape, device: str, repeats: int) -> dict[str, Any]:
             ratios = {n: t / times[BASE] for n, t in times.items() if n != BASE}
             rows.append({"dimension": field, "value": value, "ratios": ratios})
             print(field, value, {n: round(r, 2) for n, r in ratios.items()}, file=sys.stderr)
-    return {"shape": asdict(shape), "rows": rows, "masked": masked_growth(shape, device, repeats)}
-
-
-def _fixed_mask(draw: Callable[[int], Mask], keep: Tensor, batch_size: int) -> Mask:
-    return draw(batch_size)._replace(keep=keep)
-
-
-def masked_growth(shape: Shape, device: str, repeats: int) -> list[dict[str, float]]:
-    """Time of a masked step against the share of latents that it keeps, all kept being 1."""
-    cfg = ATMTrainingSAEConfig(
-        d_in=shape.d_in,
-        d_sae=shape.d_sae,
-        k=shape.k,
-        schedule="masked",
-        schedule_steps=LONG,
-        parent_weight=0.0,
-        mask_warm_up_steps=0,
-        mask_end=1.0,
-    )
-    batches = make_batches(shape, device)
-    times: dict[float, list[float]] = {}
-    trainers = {}
-    for share in (1.0, 0.75, 0.5, 0.25, 0.1):
-        trainer = make_trainer(Contender(cfg), shape, device, autocast=False, compiled=False)
-        keep = torch.rand(shape.d_sae, generator=torch.Generator().manual_seed(0)) < share
-        trainer.sae.draw_mask = partial(_fixed_mask, trainer.sae.draw_mask, keep.to(device))
-        trainers[share], times[share] = trainer, []
-    for repeat in range(repeats + 4):
-        for share, trainer in trainers.items():
-            trainer.sae.tracker.steps.fill_(1001)  # not one of those that look at the full SAE
-            took = timed(lambda t=trainer, r=repeat: t.step(batches[r % BATCHES]), device)
-            if repeat >= 4:
-                times[share].append(took)
-    whole = median(times[1.0])
-    return [{"kept": share, "time": median(values) / whole} for share, values in times.items()]
+    return {"shape": asdict(shape), "rows": rows}
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures of `measure` as a Markdown table."""
+    """Format the figures of `measure` as a Markdown table."""
     lines = ["| | time | peak memory | of the floor |", "|---|--:|--:|--:|"]
     for name, row in found["steps"].items():
         memory = "" if row["memory"] is None else f"{row['memory']:.2f}"
@@ -395,7 +357,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def growth_table(found: dict[str, Any]) -> str:
-    """The figures of `growth` as a Markdown table."""
+    """Format the figures of `growth` as a Markdown table."""
     names = list(found["rows"][0]["ratios"])
     lines = ["| | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]
     for row in found["rows"]:
@@ -404,19 +366,11 @@ def growth_table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def masked_table(found: dict[str, Any]) -> str:
-    """How a masked step's time goes with what it keeps, as a Markdown table."""
-    rows = found["masked"]
-    kept = "| kept | " + " | ".join(f"{row['kept']:.0%}" for row in rows) + " |"
-    times = "| time | " + " | ".join(f"{row['time']:.2f}" for row in rows) + " |"
-    return "\n".join([kept, "|---|" + "--:|" * len(rows), times])
-
-
 def sentence(found: dict[str, Any]) -> str:
     return (
         f"{BASE} = 1.00. The floor is {found['floor']:.2f}, of which Adam {found['adam']:.2f}; one "
         f"product of matrices {found['one_product']:.2f}. Threshold, mask and statistics take "
-        f"{found['bookkeeping']:.1%} of a dual step."
+        f"{found['bookkeeping']:.1%} of a step with masks."
     )
 
 
@@ -428,16 +382,18 @@ def main(
     autocast: bool = False,
     compiled: Annotated[bool, typer.Option("--compile")] = False,
     memory: bool = True,
-    grow: Annotated[bool, typer.Option("--grow", help="How it grows, instead.")] = False,
+    grow: Annotated[
+        bool, typer.Option("--grow", help="Vary one dimension at a time instead.")
+    ] = False,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
 ) -> None:
-    """Time and memory of a training step, as ratios to SAELens' batchtopk."""
+    """Measure time and memory of a training step, as ratios to SAELens' batchtopk."""
     torch.set_num_threads(threads)
     if grow:
         found = growth(SHAPES[shape], device, repeats)
-        shown = [growth_table(found), masked_table(found)]
+        shown = [growth_table(found)]
     else:
         found = measure(
             SHAPES[shape], device, repeats, autocast=autocast, compiled=compiled, memory=memory

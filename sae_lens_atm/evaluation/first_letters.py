@@ -19,12 +19,9 @@ from sae_lens_atm.metrics.first_letter import (
     MIN_LETTERS,
     PROBE_F1,
     FirstLetterScores,
-    Probe,
-    Words,
-    f1_scores,
     first_letter_scores,
-    train_probe,
 )
+from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, train_probe
 
 TEMPLATE = " has the first letter:"
 _AFTER_THE_WORD = 5  # tokens of the template

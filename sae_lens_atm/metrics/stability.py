@@ -1,21 +1,18 @@
-"""Stability across seeds: do SAEs that differ in their seed alone learn the same directions?
+"""Stability across seeds: do SAEs that differ only in their seed learn the same directions?
 
-For two SAEs, the latents of one are matched one-to-one to those of the other such that the sum of
-the cosines of their decoder rows is largest (Hungarian algorithm); the score is the mean cosine of
-the matched pairs. Only alive latents take part: the row of a latent that never fires is no more
-than what is left of its initialisation. Of more SAEs, every two are compared.
+The latents of two SAEs are matched one-to-one so that the sum of the cosines of their decoder rows
+is largest (Hungarian algorithm). The score is the mean cosine of the matched pairs. Only latents
+that fire are used. With more than two SAEs, all pairs are compared.
 
-Where ``n_a`` and ``n_b`` latents are alive, ``min(n_a, n_b)`` are matched, and the others do not
-count. So the score asks whether what the smaller SAE learned is found again, not how much that is:
-a SAE that keeps only a few latents, those that every seed finds, scores higher than one that keeps
-them among many. Read it beside ``alive_share``; in SAEs of one width, ``score * min / max`` of the
-two shares is the stricter figure in which a latent without a match counts 0. And compare SAEs of
-one size only: among more directions, or in fewer dimensions, a random one finds a closer match too
-(4096 random ones in 512 dimensions score 0.15, in 64 dimensions 0.42).
+If ``n_a`` and ``n_b`` latents are alive, ``min(n_a, n_b)`` pairs are matched. The score therefore
+says whether the latents of the smaller SAE are found again, and not how many there are. Compare it
+at equal ``alive_share``. For SAEs of one width, ``score * min / max`` of the two shares counts
+latents without a match as 0. Compare SAEs of one size only: random directions score higher with
+more latents or fewer dimensions (4096 latents: .15 in 512 dimensions, .42 in 64).
 
-The matching is exact. Of random directions it takes about 0.2, 0.4, 2, 7 and 33 seconds on one core
-for two SAEs of 1024, 2048, 4096, 8192 and 16384 latents, less where they agree, and 8 bytes for
-every pair of latents: 2 GiB for the last.
+The matching is exact. Two SAEs with random directions take about 0.2, 0.4, 2, 7 and 33 seconds on
+one core for 1024, 2048, 4096, 8192 and 16384 latents. It needs 8 bytes for each pair of latents:
+2 GiB for 16384.
 """
 
 import math
@@ -28,31 +25,30 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-_CHUNK = 1024  # rows of the cosine matrix computed at once, before they are widened to 64 bit
+_CHUNK = 1024  # rows of the cosine matrix computed at once
 
 
 @dataclass(frozen=True)
 class StabilityScores:
-    """What `Stability` measured. Higher is better, at equal `alive_share`."""
+    """The result of `Stability`. Higher is better, at equal `alive_share`."""
 
     mean: float
-    """Mean over pairs of SAEs; NaN if a SAE has no alive latents."""
+    """Mean over pairs of SAEs; NaN if an SAE has no alive latents."""
     sd: float
-    """Sample standard deviation over pairs, NaN of a single one. Pairs share SAEs and are not
-    independent: no standard error follows from it."""
+    """Sample standard deviation over pairs, NaN for a single pair. The pairs share SAEs and are not
+    independent. The deviation therefore gives no standard error."""
     by_pair: Tensor
-    """The score of each pair, ``(n, n)`` in the order of the updates: symmetric, NaN on the
-    diagonal, as no SAE is compared with itself."""
+    """Score of each pair, in the order of the updates, shape ``(n, n)``; NaN on the diagonal."""
     alive_share: Tensor
-    """Share of alive latents of each SAE, ``(n,)``."""
+    """Share of alive latents of each SAE, shape ``(n,)``."""
 
 
 def alive_directions(decoder: Tensor, alive: Tensor | None = None) -> Tensor:
-    """Unit decoder rows of the alive latents, on the CPU.
+    """Return the unit decoder rows of the alive latents, on the CPU.
 
     Args:
-        decoder: the SAE's decoder, rows of any length, ``(latents, d_in)``.
-        alive: which latents are alive, ``(latents,)``; default: all.
+        decoder: decoder rows of any length, shape ``(latents, d_in)``.
+        alive: true for alive latents, shape ``(latents,)``; default: all.
     """
     if decoder.ndim != 2:
         raise ValueError(
@@ -79,24 +75,24 @@ def _check_d_in(a: Sequence[int], b: Sequence[int]) -> None:
 
 
 def matched_cosine(directions_a: Tensor, directions_b: Tensor, signed: bool = False) -> float:
-    """Mean cosine of the best one-to-one matching of unit rows; NaN if there is nothing to match.
+    """Return the mean cosine of the best one-to-one matching of unit rows; NaN without rows.
 
     Args:
-        directions_a: unit rows, ``(n_a, d_in)``.
-        directions_b: unit rows, ``(n_b, d_in)``.
-        signed: whether a direction and its opposite are one.
+        directions_a: unit rows, shape ``(n_a, d_in)``.
+        directions_b: unit rows, shape ``(n_b, d_in)``.
+        signed: whether to take the cosine without its sign.
     """
     few, many = sorted((directions_a, directions_b), key=len)
     if not len(few):
         return math.nan
-    # Negated, in double precision and no taller than wide, SciPy takes it without a copy.
+    # SciPy does not copy a float64 matrix that is not taller than wide.
     cost = torch.empty(len(few), len(many), dtype=torch.float64)
     for rows, part in zip(cost.split(_CHUNK), few.split(_CHUNK), strict=True):
         cosine = part @ many.T
         rows.copy_(-cosine.abs() if signed else -cosine)
     matrix = cost.numpy()
     matched = -matrix[linear_sum_assignment(matrix)]
-    return float(np.mean(np.clip(matched, -1.0, 1.0)))  # rounding takes cosines a little past 1
+    return float(np.mean(np.clip(matched, -1.0, 1.0)))  # rounding
 
 
 def stability(
@@ -106,15 +102,17 @@ def stability(
     alive_b: Tensor | None = None,
     signed: bool = False,
 ) -> float:
-    """Mean cosine of the best one-to-one matching of alive decoder rows; NaN if a SAE has none.
+    """Return the mean cosine of the best one-to-one matching of alive decoder rows.
+
+    It is NaN if an SAE has no alive latents.
 
     Args:
-        decoder_a: the decoder of one SAE, rows of any length, ``(latents, d_in)``.
-        decoder_b: that of the other.
-        alive_a: which latents of the one are alive, ``(latents,)``; default: all.
-        alive_b: which of the other.
-        signed: whether activations can be negative, as AbsTopK's: a decoder row and its opposite
-            are then one direction, and the cosine is taken without its sign.
+        decoder_a: decoder rows of the first SAE, of any length, shape ``(latents, d_in)``.
+        decoder_b: decoder rows of the second SAE.
+        alive_a: true for alive latents of the first SAE, shape ``(latents,)``; default: all.
+        alive_b: true for alive latents of the second SAE.
+        signed: whether activations can be negative, as those of AbsTopK. The cosine is then taken
+            without its sign.
     """
     a, b = alive_directions(decoder_a, alive_a), alive_directions(decoder_b, alive_b)
     _check_d_in(decoder_a.shape, decoder_b.shape)
@@ -122,11 +120,11 @@ def stability(
 
 
 class Stability:
-    """Stability of SAEs across seeds: `update` with each SAE, then `compute`.
+    """Stability of SAEs across seeds: call `update` with each SAE, then `compute`.
 
     Args:
-        signed: whether activations can be negative, as AbsTopK's: a decoder row and its opposite
-            are then one direction, and the cosine is taken without its sign.
+        signed: whether activations can be negative, as those of AbsTopK. The cosine is then taken
+            without its sign.
     """
 
     def __init__(self, signed: bool = False) -> None:
@@ -134,16 +132,16 @@ class Stability:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all SAEs."""
+        """Remove all SAEs."""
         self._directions: list[Tensor] = []
         self._shapes: list[torch.Size] = []
 
     def update(self, decoder: Tensor, alive: Tensor | None = None) -> None:
-        """Take in a SAE.
+        """Add an SAE.
 
         Args:
-            decoder: its decoder, rows of any length, ``(latents, d_in)``.
-            alive: which latents are alive, ``(latents,)``; default: all.
+            decoder: decoder rows of any length, shape ``(latents, d_in)``.
+            alive: true for alive latents, shape ``(latents,)``; default: all.
         """
         directions = alive_directions(decoder, alive)
         if self._shapes:
@@ -152,7 +150,7 @@ class Stability:
         self._shapes.append(decoder.shape)
 
     def compute(self) -> StabilityScores:
-        """The scores over all pairs of the SAEs so far."""
+        """Return the scores over all pairs of the SAEs so far."""
         n = len(self._directions)
         if n < 2:
             raise RuntimeError(

@@ -322,7 +322,7 @@ def test_reset_forgets():
     metric = Absorption(torch.eye(4), VECTORS, CHILDREN)
     metric.update(FEATURES, FEATURES)
     metric.reset()
-    with pytest.raises(RuntimeError, match="nothing to measure"):
+    with pytest.raises(RuntimeError, match="update"):
         metric.compute()
     acts, decoder = carry(FEATURES, CHILDREN, 1.0)
     metric = Absorption(decoder, VECTORS, CHILDREN)
@@ -349,3 +349,34 @@ def test_a_silent_sae_and_a_silent_parent():
 def test_no_parents_is_an_error():
     with pytest.raises(ValueError, match="children is empty"):
         Absorption(torch.eye(2), torch.eye(2), {})
+
+
+@pytest.mark.parametrize("children", [{0: [0]}, {0: [1], 1: [2], 2: [0]}])
+def test_a_cycle_is_refused(children):
+    with pytest.raises(ValueError, match="cycle"):
+        Absorption(torch.eye(3), torch.eye(3), children)
+
+
+@pytest.mark.parametrize("children", [{0: [3]}, {-1: [0]}])
+def test_a_feature_out_of_range_is_refused(children):
+    with pytest.raises(ValueError, match=r"children has the feature (3|-1)"):
+        Absorption(torch.eye(3), torch.eye(3), children)
+
+
+def test_a_decoder_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="decoder has shape"):
+        Absorption(torch.eye(4), torch.eye(3), {0: [1]})
+
+
+@pytest.mark.parametrize(
+    ("acts", "features"),
+    [
+        (torch.zeros(5, 3), torch.zeros(4, 3)),
+        (torch.zeros(5, 2), torch.zeros(5, 3)),
+        (torch.zeros(5, 3), torch.full((5, 3), math.nan)),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused(acts, features):
+    metric = Absorption(torch.eye(3), torch.eye(3), {0: [1]})
+    with pytest.raises(ValueError, match="acts"):
+        metric.update(acts, features)

@@ -7,16 +7,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from sae_lens_atm.metrics.first_letter import (
-    Probe,
-    Words,
     absorbed,
-    f1_scores,
     first_letter_scores,
-    nested_logistic,
     sparse_probing,
     splits_of,
-    train_probe,
 )
+from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, nested_logistic, train_probe
 
 
 def by_the_book(acts, p, cosine, main):
