@@ -258,7 +258,8 @@ def _parse_sae(content: Any) -> Any:
     if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
         raise SettingsError(
             f"sae.architecture must be one of {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}, "
-            f"got {shown(architecture)}" + did_you_mean(shown(architecture), SAE_TRAINING_CLASS_REGISTRY)
+            f"got {shown(architecture)}"
+            + did_you_mean(shown(architecture), SAE_TRAINING_CLASS_REGISTRY)
         )
     config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     values = {key: value for key, value in values.items() if key != "architecture"}

@@ -44,8 +44,8 @@ from sae_lens_atm.training.preflight.timing import (
     timed_trainer,
 )
 from sae_lens_atm.training.ranks import size as number_of_processes
-from sae_lens_atm.training.run import build_synthetic_model
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun, batch_size_of
+from sae_lens_atm.training.synthetic_run import build_synthetic_model
 
 BEFORE, TRAINING, AFTER = "before step 1", "training", "after training"
 SECONDS = 20.0
@@ -220,7 +220,9 @@ def _language_model(
     whole = llm_batches_of(cfg, estimated + trained, share_kept)
     shape = f"{len(tokens):,} x {cfg.context_size:,} tokens"
     entries.append(
-        Entry(BEFORE, f"fill the buffer: {fill:,} model batches of {shape}{timed.note}", fill * each)
+        Entry(
+            BEFORE, f"fill the buffer: {fill:,} model batches of {shape}{timed.note}", fill * each
+        )
     )
     if estimated:
         number = until_step_1 - fill
@@ -310,7 +312,9 @@ def _evaluations(
     sae.eval()
     timed = time_work(evaluate_one_batch, _token_sizes(tokens), 0.3 * limit)
     seconds = cfg.n_eval_batches * timed.seconds
-    what = f"{cfg.n_eval_batches:,} batches of {prompts:,} x {cfg.context_size:,} tokens{timed.note}"
+    what = (
+        f"{cfg.n_eval_batches:,} batches of {prompts:,} x {cfg.context_size:,} tokens{timed.note}"
+    )
     entries = [Entry(AFTER, f"evaluation: {what}", seconds)]
     number = evaluations_in_training(run, first)
     if number:

@@ -58,10 +58,11 @@ def time_work(
     Args:
         work: is called with a size. It must wait for the device.
         sizes: sizes to try, in ascending order. The last is the size of interest. The work of the
-            first size is also done once before, to warm up.
+            first size is also done once before, to warm up: that is not timed.
         limit: seconds. A size is tried only if it is expected to end within the limit.
         clock: returns the time in seconds.
     """
+    work(sizes[0])
     start = clock()
 
     def seconds(size: int) -> float:
@@ -76,7 +77,6 @@ def time_work(
         (m, s) = known[-2]
         return t + max(t - s, 0.0) / (n - m) * (size - n)
 
-    work(sizes[0])
     known = [(sizes[0], seconds(sizes[0]))]
     for size in sizes[1:]:
         if clock() - start + predicted(size) > limit:
@@ -201,3 +201,12 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
     elif device.startswith("mps"):
         torch.mps.synchronize()
+
+
+def duration(seconds: float) -> str:
+    """Return a time in a unit that suits it."""
+    if seconds < 1:
+        return "under 1 s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
