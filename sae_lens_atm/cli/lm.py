@@ -24,9 +24,10 @@ def make_lm(
         typer.Option("--set", help="Set FIELD=VALUE of SpellingLMConfig. Repeatable."),
     ] = None,
 ) -> None:
-    """Train a small language model whose activations hold the first letters of words.
+    """Train a small language model on which absorption can be measured.
 
-    It takes a few minutes on a CPU and needs no download. Absorption can be measured on it.
+    Its activations hold words and their first letters. Training takes a few minutes on a CPU, and
+    needs no download.
     """
     with clear_errors():
         values = apply_overrides({"seed": seed}, overrides or [])

@@ -29,7 +29,7 @@ _BINS = 10
 
 
 def inspect(sae: Reference) -> None:
-    """Show the architecture, the training settings and the importance of the latents of an SAE."""
+    """Show an SAE: its architecture, training settings and importance."""
     with clear_errors():
         hub_logging.set_verbosity_error()
         for table in describe(load_sae(sae)):
@@ -131,7 +131,7 @@ def saebench_command(
     ] = None,
     env: Annotated[
         Path | None,
-        typer.Option(help="The environment of SAEBench. By default in the user's cache."),
+        typer.Option(help="SAEBench's environment. By default in the user's cache."),
     ] = None,
     quick: Annotated[bool, typer.Option(help="Run core on few batches, as a trial.")] = False,
     json_file: Annotated[

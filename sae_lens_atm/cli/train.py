@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 
@@ -10,8 +11,8 @@ from sae_lens_atm.cli.progress import Progress, figures_table
 from sae_lens_atm.cli.terminal import Overrides, clear_errors, config_path, console, facts_table
 from sae_lens_atm.training.checkpoints import newest_checkpoint
 from sae_lens_atm.training.preflight.checks import check_run
-from sae_lens_atm.training.preflight.estimate import Entry, estimate_time
-from sae_lens_atm.training.preflight.timing import duration
+from sae_lens_atm.training.preflight.estimate import estimate_time
+from sae_lens_atm.training.preflight.timing import Entry, duration
 from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.ranks import rank
 from sae_lens_atm.training.run import Result, train_checked
@@ -58,15 +59,21 @@ def train_command(
 
 def _print_estimate(run: Run, checkpoint: Path | None) -> None:
     with console.status("timing") as status:
-        entries = estimate_time(
-            run, checkpoint, report=lambda what: status.update(f"timing: {what}")
-        )
+
+        def report(what: str) -> None:
+            status.update(f"timing: {what}")
+            if not console.is_terminal:
+                console.print(f"timing: {what}", highlight=False)
+
+        entries = estimate_time(run, checkpoint, report=report)
     console.print(estimate_table(entries, run.runner.device))
 
 
 def estimate_table(entries: list[Entry], device: str) -> Table:
     """Return the phases of a run as a table, with their times and the total."""
-    table = Table(title=f"Estimated time on {device}, from a few timed steps", title_justify="left")
+    if device == "cpu":
+        device = f"cpu, threads: {torch.get_num_threads()}"
+    table = Table(title=f"Estimated time, from a few timed steps ({device})", title_justify="left")
     table.add_column("phase")
     table.add_column("what")
     table.add_column("time", justify="right")
@@ -78,11 +85,9 @@ def estimate_table(entries: list[Entry], device: str) -> Table:
         phase = entry.phase
     known = [entry.seconds for entry in entries if entry.seconds is not None]
     if known:
-        complete = len(known) == len(entries)
+        remark = "" if len(known) == len(entries) else "without what was not timed"
         table.add_section()
-        table.add_row(
-            "total", "" if complete else "without what was not timed", duration(sum(known))
-        )
+        table.add_row("total", remark, duration(sum(known)))
     return table
 
 

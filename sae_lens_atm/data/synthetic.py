@@ -26,8 +26,8 @@ class HierarchyModelConfig:
     Args:
         hidden_dim: dimensions of the activations.
         roots: number of trees.
-        max_root_probability: firing probability of the first root. Those of the other roots decrease
-            geometrically.
+        max_root_probability: firing probability of the first root. It decreases geometrically from
+            root to root.
         min_root_probability: firing probability of the last root.
         branching: number of children of each node that has children.
         depth: levels below the roots.

@@ -222,7 +222,8 @@ def _synthetic_run(
     d_in = values["sae"].d_in
     if isinstance(model, SyntheticModelConfig) and d_in != model.hidden_dim:
         raise SettingsError(
-            f"sae.d_in must be {model.hidden_dim}, the hidden_dim of the synthetic model, got {d_in}"
+            f"sae.d_in must be {model.hidden_dim}, the hidden_dim of the synthetic model, "
+            f"got {d_in}"
         )
     cfg = build(
         SyntheticSAERunnerConfig, synthetic_model=model, checkpoint_path=checkpoints, **values
@@ -256,10 +257,10 @@ def _parse_sae(content: Any) -> Any:
     values = cast(dict[str, Any], content)
     architecture = values.get("architecture")
     if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
+        names, got = sorted(SAE_TRAINING_CLASS_REGISTRY), shown(architecture)
         raise SettingsError(
-            f"sae.architecture must be one of {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}, "
-            f"got {shown(architecture)}"
-            + did_you_mean(shown(architecture), SAE_TRAINING_CLASS_REGISTRY)
+            f"sae.architecture must be one of {', '.join(names)}, got {got}"
+            + did_you_mean(got, names)
         )
     config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
     values = {key: value for key, value in values.items() if key != "architecture"}

@@ -68,7 +68,7 @@ def absorption(subject: Subject) -> dict[str, Any]:
     missing = set(LETTERS) - {word.strip()[0].lower() for word in words}
     if missing:
         raise CannotRun(
-            f"the model's vocabulary has no word with the first letter {', '.join(sorted(missing))}: "
+            f"no word of the model's vocabulary starts with {', '.join(sorted(missing))}: "
             "SAEBench needs words of every letter"
         )
     config = absorption_main.AbsorptionEvalConfig(

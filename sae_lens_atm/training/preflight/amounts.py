@@ -1,5 +1,6 @@
 """How much work a run does before, during and after training, counted from its settings."""
 
+from itertools import pairwise
 from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig
@@ -37,7 +38,7 @@ def schedule_parts(cfg: Any, first: int, steps: int) -> list[tuple[int, int]]:
             edges |= {cfg.mask_end_step} if cfg.mask_end < 1 else set()
         edges |= {cfg.parent_start_step} if cfg.parent_weight > 0 else set()
     inside = sorted(edge for edge in edges if first <= edge <= steps)
-    return [(a, b - a) for a, b in zip(inside, inside[1:], strict=False)]
+    return [(a, b - a) for a, b in pairwise(inside)]
 
 
 def llm_batches(served: float, buffer: int, batch: int, llm_batch: float, mixing: float) -> int:
@@ -77,7 +78,7 @@ def llm_batches_of(
 
 
 def evaluations_in_training(run: Run, first: int = 0) -> int:
-    """Return how often SAELens evaluates the SAE from step `first` on. It does so for wandb only."""
+    """Return how often SAELens evaluates the SAE after step `first`. Without wandb it does not."""
     logger, steps = run.runner.logger, run.runner.total_training_steps
     if not logger.log_to_wandb:
         return 0

@@ -11,7 +11,7 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.checkpoints import check_resumable, is_checkpoint
 from sae_lens_atm.training.preflight.amounts import estimation_batches
 from sae_lens_atm.training.preflight.lookups import look_up
-from sae_lens_atm.training.preflight.memory import GIB, sae_size
+from sae_lens_atm.training.preflight.memory import sae_size, size_text
 from sae_lens_atm.training.ranks import check_shares
 from sae_lens_atm.training.ranks import size as number_of_processes
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, batch_size_of
@@ -45,7 +45,7 @@ def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> di
     facts |= {
         "d_in, d_sae": f"{cfg.sae.d_in}, {cfg.sae.d_sae} ({parameters:,} parameters)",
         "steps": f"{cfg.total_training_steps:,} of {batch:,}",
-        "memory": f"{needed / GIB:.2f} GiB for the SAE (weights, gradients, Adam, averages), "
+        "memory": f"{size_text(needed)} for the SAE (weights, gradients, Adam, averages), "
         "without activations",
         "output": output,
     }

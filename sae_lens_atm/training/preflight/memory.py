@@ -138,6 +138,11 @@ def disk(run: LanguageModelSAERunnerConfig[Any]) -> int:
     return checkpoints * each + size.parameters + 4 * size.d_sae
 
 
+def size_text(amount: float) -> str:
+    """Return a size as text, in MiB or GiB."""
+    return f"{amount / 2**20:,.1f} MiB" if amount < GIB else f"{amount / GIB:,.1f} GiB"
+
+
 def describe(parts: Mapping[str, float], unit: float, name: str) -> str:
     """Return a sum and its parts as text, the largest first: `3.0 GiB (LLM 2.0, SAE 1.0)`."""
     ordered = sorted(parts.items(), key=lambda part: -part[1])

@@ -17,12 +17,28 @@ from sae_lens_atm.files import write_manifest
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
 from sae_lens_atm.training.preflight.amounts import schedule_parts
-from sae_lens_atm.training.preflight.memory import GIB, available_bytes, sae_size, step_bytes
+from sae_lens_atm.training.preflight.memory import available_bytes, sae_size, size_text, step_bytes
 from sae_lens_atm.training.run_file import Run, batch_size_of
 from sae_lens_atm.training.supervise import supervise
 
 _REPEATS = 3
-_LARGEST_CHECKPOINT = 2 * GIB  # larger ones are not written to be timed
+_LARGEST_CHECKPOINT = 2**31  # larger ones are not written to be timed
+
+
+BEFORE, TRAINING, AFTER = "before step 1", "training", "after training"
+Report = Callable[[str], None]
+"""Is called with the name of each measurement before it starts."""
+
+
+class Entry(NamedTuple):
+    """One row of the table."""
+
+    phase: str
+    what: str
+    seconds: float | None
+    """None if it was not timed."""
+    reason: str = ""
+    """Why it was not timed."""
 
 
 class NotTimed(Exception):
@@ -129,8 +145,7 @@ def timed_trainer(run: Run, batch: int | None = None) -> Generator[SAETrainer[An
     needed, free = size.resident + step_bytes(cfg.sae, batch), available_bytes(cfg.device)
     if free is not None and needed > 0.9 * free:
         raise NotTimed(
-            f"training steps need {needed / GIB:.1f} GiB, and {cfg.device} has "
-            f"{free / GIB:.1f} GiB free"
+            f"training steps need {size_text(needed)}, and {cfg.device} has {size_text(free)} free"
         )
     settings = replace(cfg.to_sae_trainer_config(), logger=LoggingConfig(log_to_wandb=False))
     with temporary_seed(0):
@@ -186,7 +201,7 @@ def time_checkpoint(trainer: SAETrainer[Any, Any], more_bytes: int) -> float:
     """
     needed = sae_size(trainer.sae.cfg).checkpoint
     if needed > _LARGEST_CHECKPOINT:
-        raise NotTimed(f"a checkpoint has {(needed + more_bytes) / GIB:.1f} GiB")
+        raise NotTimed(f"a checkpoint has {size_text(needed + more_bytes)}")
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         trainer.save_checkpoint("timed", base_path=folder)
