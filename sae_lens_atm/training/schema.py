@@ -5,6 +5,7 @@ mistake becomes one line: the key, its value, and what is allowed.
 """
 
 import difflib
+import re
 import reprlib
 import types
 from collections.abc import Iterable
@@ -133,7 +134,8 @@ def _describe(
         return f"{key}: missing, and it has no default"
     got, message = shown(error["input"]), error["msg"]
     if message.startswith("Input should be "):
-        return f"{key} must be {message.removeprefix('Input should be ')}, got {got}"
+        allowed = re.split(", unable to |, got ", message.removeprefix("Input should be "))[0]
+        return f"{key} must be {allowed}, got {got}"
     return f"{key}: {message[0].lower()}{message[1:]}, got {got}"
 
 
