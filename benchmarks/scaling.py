@@ -58,7 +58,7 @@ def traffic(cfg: Any) -> int:
     if isinstance(cfg, ATMTrainingSAEConfig):
         found += 5 * d_sae + d_in  # signals, energy, exposure, mean input
         found += weights if cfg.parent_weight > 0 else 0
-        choices += cfg.schedule == "dual"
+        choices += 1
     digits = 3 * 2**11 * 8  # three histograms of whole numbers
     return 4 * (found + threshold) + choices * digits
 

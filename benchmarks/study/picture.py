@@ -1,6 +1,6 @@
-"""The picture of the study: what is absorbed against what is explained, model by model.
+"""Draw explained variance against the absorbed fraction, one panel for each kind of data.
 
-python benchmarks/study/picture.py docs/study.png
+python benchmarks/study/picture.py docs/results.png
 """
 
 from pathlib import Path
@@ -37,7 +37,7 @@ COLOURS = {
 
 
 def draw(axes: Axes, title: str, path: str) -> None:
-    """One model: a point an architecture, with its spread over seeds."""
+    """Draw one panel: a point for each architecture, with its deviation over seeds."""
     wanted = float(title.rsplit(" ", 1)[1]) if "L0 " in title[:-1] and title[-1].isdigit() else None
     for row in read_results(ROOT / path).rows:
         if row.entry not in COLOURS or (wanted is not None and row.l0_target != wanted):

@@ -1,34 +1,54 @@
-"""What was aimed at, beside what was reached: tables from the results of comparisons.
+"""Compare ATM with the best baseline: tables of targets, and the README's table of results.
 
-    python benchmarks/study/targets.py docs/sister-a/results.json ...
+    python benchmarks/study/targets.py docs/sister-a/results.json ...   # tables of targets
+    python benchmarks/study/targets.py                                  # the README's table
 
-The best baseline is chosen for each figure on its own, among those at the target's L0 (within 5%).
+Each figure has its own best baseline, among the baselines within 5% of the target's L0.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import typer
 
 from sae_lens_atm.compare import read_results
 from sae_lens_atm.compare.report.results import Results, Row
 from sae_lens_atm.compare.report.wording import show_spread
-from sae_lens_atm.metrics.figures import figure
+from sae_lens_atm.metrics.figures import ARROWS, figure
 
+ROOT = Path(__file__).parents[2]
+STUDY = "benchmarks/study/results"
+SUMMARY = (
+    ("sister A, true L0", "docs/sister-a/results.json", 4),
+    ("sister A, half of it", f"{STUDY}/other-l0.json", 2),
+    ("sister A, twice", f"{STUDY}/other-l0.json", 8),
+    ("held out: coverage .2", f"{STUDY}/held-out-coverage-20.json", 4),
+    ("held out: coverage .8", f"{STUDY}/held-out-coverage-80.json", 4),
+    ("held out: not exclusive", f"{STUDY}/held-out-not-exclusive.json", 4),
+    ("held out: one level", f"{STUDY}/held-out-flat.json", 4),
+    ("sister B", "docs/sister-b/results.json", 5),
+    ("spelling models", "docs/spelling-lm/results.json", 2),
+    ("spelling models", "docs/spelling-lm/results.json", 4),
+    ("spelling models", "docs/spelling-lm/results.json", 8),
+)
+"""Rows of the README's table: label, results, L0."""
+SUMMARY_FIGURES = (("explained_variance",), ("f1", "k1_f1"), ("absorption_fraction",))
+"""Columns of the README's table: the first of these figures that the results have."""
 SEVERAL_STEPS = ("matching_pursuit",)
-"""Baselines that do not encode in one linear map, as all others do."""
+"""Baselines that encode in several steps. ATM and all others encode in one linear map."""
 MINUS = "\N{MINUS SIGN}"
 
 
 class Target(NamedTuple):
-    """ATM's mean is to be at least (of absorption and dead latents: at most) `factor` times the
-    best baseline's, plus `offset`."""
+    """A bound on ATM's mean: `factor` times the best baseline's mean, plus `offset`.
+
+    ATM must be at least at the bound, or at most where less is better."""
 
     name: str
     factor: float = 1.0
     offset: float = 0.0
     than: str = ""
-    """An entry to measure up to; the best baseline if empty."""
+    """The entry to compare with; empty: the best baseline."""
 
     def __str__(self) -> str:
         sign = "≤" if figure(self.name).better < 0 else "≥"
@@ -55,7 +75,7 @@ FOR_ABSORPTION = [
     Target("dead_latents"),
     Target("stability"),
 ]
-"""Of models whose parents also fire alone: sister A and its like."""
+"""Targets on models whose parents also fire alone, as in sister A."""
 FOR_DICTIONARIES = [
     Target("explained_variance", offset=-0.005),
     Target("mcc", offset=0.03),
@@ -63,7 +83,7 @@ FOR_DICTIONARIES = [
     Target("dead_latents"),
     Target("stability"),
 ]
-"""Of models in which absorption is reported and not ranked: sister B."""
+"""Targets on models where absorption is reported but not ranked, as in sister B."""
 
 
 def _digits(name: str) -> int:
@@ -76,7 +96,10 @@ def _mean(row: Row, name: str) -> float | None:
 
 
 def best_baseline(results: Results, name: str, one_step: bool) -> Row | None:
-    """The baseline with the best mean of a figure; only of those that encode in one step, if so."""
+    """Return the baseline with the best mean of a figure.
+
+    With `one_step`, baselines that encode in several steps do not count.
+    """
     better = figure(name).better
     rows = [
         row
@@ -90,7 +113,7 @@ def best_baseline(results: Results, name: str, one_step: bool) -> Row | None:
 
 
 def table(results: Results, candidate: str = "atm") -> str:
-    """One line for each target: what was aimed at and at whom, what was reached, whether met."""
+    """Return a table with one line for each target: baseline, bound, ATM's figure, met or not."""
     ours = next(row for row in results.rows if row.entry == candidate)
     targets = FOR_DICTIONARIES if "absorption_full" in results.not_ranked else FOR_ABSORPTION
     several = any(e.architecture in SEVERAL_STEPS for e in results.entries.values())
@@ -124,9 +147,43 @@ def table(results: Results, candidate: str = "atm") -> str:
     return "\n".join(lines)
 
 
-def main(paths: list[Path]) -> None:
-    """Print a table for each results.json."""
-    for path in paths:
+def summary_table() -> str:
+    """Return the README's table, ATM / ATM without masks / the best baseline in each cell."""
+    names = [
+        figure(column[0]).label + ARROWS[figure(column[0]).better] for column in SUMMARY_FIGURES
+    ]
+    lines = [f"| data | L0 | {' | '.join(names)} |", "|---|--:|---|---|---|"]
+    for label, path, l0 in SUMMARY:
+        results = read_results(ROOT / path)
+        rows = [row for row in results.rows if row.l0_target == l0]
+        results = results.model_copy(update={"rows": rows})
+        found = (next(n for n in column if n in rows[0].figures) for column in SUMMARY_FIGURES)
+        cells = (_summary_cell(results, name) for name in found)
+        lines.append(f"| {label} | {l0} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _summary_cell(results: Results, name: str) -> str:
+    best = best_baseline(results, name, one_step=True)
+    if best is None or name in results.not_ranked:
+        return "not ranked"
+    entries = {row.entry: row for row in results.rows}
+    digits, better = figure(name).digits, figure(name).better
+    ours, unmasked, theirs = (
+        f"{row.figures[name].mean:.{digits}f}"
+        for row in (entries["atm"], entries["atm (masking off)"], best)
+    )
+    lead = better * (float(ours) - float(theirs))  # as shown: equal to the last digit is level
+    ours = f"**{ours}**" if lead > 0 else ours
+    theirs = f"**{theirs}**" if lead < 0 else theirs
+    return f"{ours} / {unmasked} / {theirs} {best.entry.removesuffix('_batchtopk')}"
+
+
+def main(paths: Annotated[list[Path] | None, typer.Argument()] = None) -> None:
+    """Print a table of targets for each results.json; without one, the README's table."""
+    if not paths:
+        print(summary_table())
+    for path in paths or ():
         results = read_results(path)
         print(f"**{results.name}**, L0 {results.rows[0].l0_target:g}\n\n{table(results)}\n")
 

@@ -1,4 +1,4 @@
-"""The study's script, and that docs/study.md says what the committed results say."""
+"""The study's scripts, and that the tables in the docs are drawn from the committed results."""
 
 import json
 import re
@@ -8,15 +8,17 @@ import pytest
 import torch
 
 from sae_lens_atm import ATMTrainingSAE, ATMTrainingSAEConfig
-from sae_lens_atm.compare import load_comparison, read_results
+from sae_lens_atm.compare import load_comparison
 from sae_lens_atm.compare.report.results import Entry, Results, Row, Spread
-from sae_lens_atm.compare.report.tables import markdown
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
 from sae_lens_atm.method.importance import Signals
 from tests.helpers import load_script
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks/study"
+RESULTS = STUDY / "results"
+RECORDS = ROOT / "docs/lab-notebook"
+NOTEBOOK = (ROOT / "docs/lab-notebook.md").read_text("utf-8")
 
 
 def load(name):
@@ -35,7 +37,7 @@ def results(*rows, not_ranked=()):
     roles = {"atm": "candidate", "control": "control"}
     entries = {
         r.entry: Entry(
-            architecture=r.entry, role=roles.get(r.entry, "baseline"), l0_knob="k", settings={}
+            architecture=r.entry, role=roles.get(r.entry, "baseline"), l0_parameter="k", settings={}
         )
         for r in rows
     }
@@ -93,36 +95,61 @@ def test_its_files_are_valid_comparisons(path):
     assert "candidate" in {p.settings.role for p in comparison.planned}
 
 
-MARKED = re.compile(r"<!-- (table|targets): (\S+) -->\n\n(.*?)\n\n<!-- end -->", re.DOTALL)
-PAGES = ("README.md", "docs/results.md", "docs/study.md")
+def test_the_notebook_shows_all_results_of_the_study():
+    shown = {ROOT / path for path in re.findall(r"<!-- \w+: (\S+) -->", NOTEBOOK)}
+    special = {RESULTS / f"{name}.json" for name in ("exploratory", "ceiling", "implied")}
+    assert set(RESULTS.glob("*.json")) - special <= shown
+    assert {ROOT / f"docs/sister-{name}/results.json" for name in "ab"} <= shown
+    assert {"<!-- ceiling -->", "<!-- implied -->"} <= set(NOTEBOOK.splitlines())
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_its_tables_are_those_of_the_committed_results(page):
-    text = (ROOT / page).read_text(encoding="utf-8")
-    found = MARKED.findall(text)
-    assert len(found) == text.count("<!-- end -->")
-    for kind, path, shown in found:
-        results = read_results(ROOT / path)
-        assert not results.quick
-        assert results.failed == {}
-        assert shown == (markdown(results).strip() if kind == "table" else targets.table(results))
+def test_every_section_of_the_notebook_has_the_same_parts():
+    sections = re.split(r"^## (\d+)\. .*$", NOTEBOOK, flags=re.MULTILINE)[1:]
+    numbers, texts = [int(n) for n in sections[::2]], sections[1::2]
+    assert numbers == list(range(1, len(numbers) + 1))
+    for number, text in list(zip(numbers, texts, strict=True))[:-1]:  # the last: what is not done
+        for part in ("**Question.**", "**Conclusion.**"):
+            assert part in text, (number, part)
 
 
-def test_the_study_shows_all_its_results():
-    shown = {path for _, path, _ in MARKED.findall((ROOT / "docs/study.md").read_text("utf-8"))}
-    committed = {f"benchmarks/study/results/{p.name}" for p in STUDY.glob("results/*.json")}
-    others = {
-        f"benchmarks/study/results/{name}.json" for name in ("exploratory", "ceiling", "implied")
+def test_records_name_the_commit_at_which_they_run():
+    """They hold removed options, so they are not comparisons of this version."""
+    records = sorted(RECORDS.glob("*.yaml"))
+    assert [path.stem for path in records] == [
+        "ablations",
+        "choices",
+        "schedules-b",
+        "tune-a",
+        "tune-b",
+    ]
+    for path in records:
+        (commit,) = re.findall(r"Runs at commit (\w{7}),", path.read_text("utf-8"))
+        assert f"(lab-notebook/{path.name})" in NOTEBOOK
+        assert f"`{commit}`" in NOTEBOOK
+        assert not (STUDY / path.name).exists()
+
+
+def test_the_metrics_example_runs(capsys):
+    """With an SAE of three latents that detects a parent and its two children ideally."""
+
+    class Ideal:
+        W_dec = torch.eye(3, 4)
+
+        def encode(self, x):
+            return x[:, :3]
+
+    features = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+    scope = {
+        "sae": Ideal(),
+        "feature_vectors": torch.eye(3, 4),
+        "x": torch.nn.functional.pad(features, (0, 1)),
+        "true_features": features,
+        "decoders_of_other_seeds": [torch.eye(3, 4), torch.eye(3, 4)[[2, 0, 1]]],
     }
-    assert committed - others <= shown
-    assert {"docs/sister-a/results.json", "docs/sister-b/results.json"} <= shown
-
-
-def test_links_of_the_study_lead_somewhere():
-    text = (ROOT / "docs/study.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / "docs" / target).exists(), target
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(source, scope)
+    assert capsys.readouterr().out.split() == ["0.0", "1.0"]
 
 
 @pytest.fixture
@@ -158,22 +185,6 @@ def test_the_script_counts_implied_pairs_of_every_seed_at_every_l0(tmp_path, sma
             assert sum(n for name, n in counts.items() if name.startswith("pairs")) > 0
 
 
-def test_the_table_of_implied_pairs_is_that_of_the_committed_counts():
-    text = (ROOT / "docs/study.md").read_text("utf-8")
-    shown = re.findall(r"^\|[^|]*\| (own lift|mean activation) \|(.*)\|$", text, flags=re.MULTILINE)
-    runs = json.loads((STUDY / "results/implied.json").read_text("utf-8"))["runs"]
-    expected = []
-    for l0 in (4, 8):
-        for reading in ("own lift", "mean activation"):
-            found = [run["readings"][reading] for run in runs if run["l0"] == l0]
-            assert len(found) == 3
-            mean = {name: sum(f[name] for f in found) / 3 for name in found[0]}
-            pairs = [f"{mean[f'pairs, {kind}']:.0f}" for kind in ("true", "others")]
-            energy = [f"{mean[f'energy, {kind}']:.4f}"[1:] for kind in ("true", "others")]
-            expected.append((reading, pairs + energy))
-    assert [(name, [c.strip() for c in cells.split("|")]) for name, cells in shown] == expected
-
-
 def test_pairs_and_their_energy_by_hand():
     implied = load("implied")
     model = build_hierarchy_model(HierarchyModelConfig(20, roots=4, lone_features=4, depth=1))
@@ -192,7 +203,7 @@ def test_pairs_and_their_energy_by_hand():
     for child, parent in ((1, 0), (2, 3), (3, 2), (17, 16)):
         tracker.inputs[child, parent] = 1.0
     falling = torch.arange(20, 0, -1.0)
-    sae.tracker.update(Signals(falling, falling, falling), torch.ones(20))
+    sae.tracker.update(Signals(falling, falling, falling), torch.ones(20, dtype=torch.bool))
     batch = torch.zeros(2, 20)
     batch[0, 1] = 3.0
     found = implied.count(sae, model, batch)["own lift"]
@@ -204,9 +215,9 @@ def test_pairs_and_their_energy_by_hand():
 
 def test_the_picture_is_drawn_from_the_committed_results(tmp_path):
     picture = load("picture")
-    picture.main(tmp_path / "study.png")
-    assert (tmp_path / "study.png").stat().st_size > 20_000
-    paths = {f"benchmarks/study/results/{p.name}" for p in STUDY.glob("results/held-out-*.json")}
+    picture.main(tmp_path / "results.png")
+    assert (tmp_path / "results.png").stat().st_size > 20_000
+    paths = {f"benchmarks/study/results/{p.name}" for p in RESULTS.glob("held-out-*.json")}
     assert paths <= set(picture.PANELS.values())
 
 

@@ -1,0 +1,156 @@
+"""Redraw the tables of README and docs from the committed results.
+
+    python tools/redraw_tables.py           # rewrite the pages
+    python tools/redraw_tables.py --check   # only report the pages that would change
+
+A table stands between `<!-- KIND: PATH -->` (or `<!-- KIND -->`) and `<!-- end -->`. KIND names the
+function that draws it, PATH the JSON file that it is drawn from.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sae_lens_atm.compare import read_results
+from sae_lens_atm.compare.report.tables import markdown
+from sae_lens_atm.metrics.figures import figure
+
+ROOT = Path(__file__).parents[1]
+sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks/study")]
+MARKED = re.compile(r"<!-- (?!end)(\w+)(?:: (\S+))? -->\n\n(.*?)\n\n<!-- end -->", re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CEILING = ("explained_variance", "mcc", "f1", "absorption_full", "absorption_fraction")
+
+
+def load(path: str) -> Any:
+    """Return the parsed JSON of a file of the repository."""
+    return json.loads((ROOT / path).read_text(encoding="utf-8"))
+
+
+def comparison(path: str) -> str:
+    """Return the tables of a results.json, as `sae-lens-atm report` writes them.
+
+    Raises:
+        ValueError: the results are of a `--quick` comparison, or SAEs failed.
+    """
+    results = read_results(ROOT / path)
+    if results.quick or results.failed:
+        raise ValueError(f"{path} is quick or has failed SAEs: run the whole comparison again")
+    return markdown(results).strip()
+
+
+def script(name: str, function: str) -> Callable[[str], str]:
+    """Return the function of a benchmark script that draws a JSON file."""
+    return lambda path: getattr(import_module(name), function)(load(path))
+
+
+def targets(path: str) -> str:
+    """Return the table of targets of a results.json."""
+    return import_module("targets").table(read_results(ROOT / path))
+
+
+def summary(_: str) -> str:
+    """Return the README's table."""
+    return import_module("targets").summary_table()
+
+
+def ceiling(_: str) -> str:
+    """Return the figures of the true dictionary beside ATM's."""
+    true = load("benchmarks/study/results/ceiling.json")
+    results = read_results(ROOT / "docs/sister-a/results.json")
+    ours = next(row for row in results.rows if row.entry == "atm")
+    rows = {
+        f"true dictionary, {len(true['runs'])} seeds": [true["mean"][name] for name in CEILING],
+        f"ATM, {len(ours.seeds)} seeds": [ours.figures[name].mean for name in CEILING],
+    }
+    head = f"| | {' | '.join(figure(name).label for name in CEILING)} |"
+    cells = (f"| {label} | {' | '.join(f'{v:.4f}' for v in row)} |" for label, row in rows.items())
+    return "\n".join([head, "|---" + "|--:" * len(CEILING) + "|", *cells])
+
+
+def implied(_: str) -> str:
+    """Return the pairs that each rule takes for child and parent, and the energy charged."""
+    runs = load("benchmarks/study/results/implied.json")["runs"]
+    lines = [
+        "| L0 | rule | true pairs | false pairs | energy charged, true pairs | false pairs |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
+    for l0 in sorted({run["l0"] for run in runs}):
+        for rule in ("own lift", "mean activation"):
+            counts = [run["readings"][rule] for run in runs if run["l0"] == l0]
+            mean = {name: sum(c[name] for c in counts) / len(counts) for name in counts[0]}
+            pairs = [f"{mean[f'pairs, {kind}']:.0f}" for kind in ("true", "others")]
+            energy = [f"{mean[f'energy, {kind}']:.4f}" for kind in ("true", "others")]
+            lines.append(f"| {l0} | {rule} | {' | '.join(pairs + energy)} |")
+    return "\n".join(lines)
+
+
+def spelling(_: str) -> str:
+    """Return ATM's absorbed fraction on the spelling models beside the best baseline's."""
+    results = read_results(ROOT / "docs/spelling-lm/results.json")
+    lines = ["| L0 | ATM | best baseline | p |", "|--:|--:|--:|--:|"]
+    for test in results.tests:
+        if (test.candidate, test.figure) == ("atm", "absorption_fraction"):
+            rows = {row.entry: row for row in results.rows if row.l0_target == test.l0_target}
+            ours, theirs = (
+                rows[entry].figures["absorption_fraction"].mean for entry in ("atm", test.baseline)
+            )
+            lines.append(
+                f"| {test.l0_target:g} | {ours:.3f} | {theirs:.3f} {test.baseline} | {test.p:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+KINDS: dict[str, Callable[[str], str]] = {
+    "table": comparison,
+    "targets": targets,
+    "summary": summary,
+    "ceiling": ceiling,
+    "implied": implied,
+    "spelling": spelling,
+    "steps": script("step_time", "table"),
+    "sentence": script("step_time", "sentence"),
+    "growth": script("step_time", "growth_table"),
+    "carried": script("scaling", "carried"),
+    "sharded": script("scaling", "sharded"),
+}
+
+
+def redraw(text: str) -> str:
+    """Return a page with all its tables drawn again."""
+
+    def table(match: re.Match[str]) -> str:
+        kind, path = match[1], match[2] or ""
+        scaling = kind == "table" and path.endswith("scaling.json")
+        draw = script("scaling", "table") if scaling else KINDS[kind]
+        mark = f"{kind}: {path}" if path else kind
+        return f"<!-- {mark} -->\n\n{draw(path)}\n\n<!-- end -->"
+
+    return MARKED.sub(table, text)
+
+
+def main(
+    check: Annotated[bool, typer.Option(help="Only report the pages that would change.")] = False,
+) -> None:
+    """Redraw the tables of README and docs from the committed results."""
+    changed = False
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        drawn = redraw(text)
+        if drawn != text:
+            changed = True
+            print(f"{page.relative_to(ROOT)}: {'differs' if check else 'redrawn'}")
+            if not check:
+                page.write_text(drawn, encoding="utf-8")
+    if check and changed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
