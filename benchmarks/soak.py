@@ -1,11 +1,11 @@
-"""Runs that are interrupted, killed, or find the disk full or read-only, again and again.
+"""Interrupt and kill runs, fill their disk or make it read-only, and count what is lost.
 
     python benchmarks/soak.py --json docs/reliability/soak.json --report docs/reliability.md
 
-Each run is a small one on synthetic data, in a process of its own. Something happens to it after a
-random time, and it is resumed from what is on disk, until it ends. A state is lost if the newest
-checkpoint is older than it was before, or does not load; at its end a run is to have the very
-weights of a run to which nothing happened. Then files of checkpoints are damaged, one at a time.
+Each run is a small one on synthetic data, in its own process. After a random time something stops
+it. It is resumed from the files on disk until it ends. A state is lost if the newest checkpoint is
+older than before, or does not load. At its end a run must have the weights of an undisturbed run.
+Then files of checkpoints are damaged, one at a time.
 """
 
 import json
@@ -29,10 +29,10 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from sae_lens_atm.compare.run.processes import silence_saelens
 from sae_lens_atm.errors import CheckpointError, Interrupted
 from sae_lens_atm.training.checkpoints import newest_checkpoint, samples_of
-from sae_lens_atm.training.preflight.checks import plan
+from sae_lens_atm.training.preflight.checks import check_run
+from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import parse_run
 
@@ -51,7 +51,7 @@ NOBODY = 65_534
 
 
 def work(folder: Path, resume: Path | None, event: str, at: int) -> None:
-    """Train in a process of its own. A full disk or a read-only folder comes at some step."""
+    """Train in a child process. Fill the disk or make the folder read-only at step `at`."""
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
 
@@ -64,7 +64,7 @@ def work(folder: Path, resume: Path | None, event: str, at: int) -> None:
             checkpoints = folder / "checkpoints"
             checkpoints.mkdir(exist_ok=True)
             checkpoints.chmod(0o555)
-            if os.geteuid() == 0:  # whom no mode stops
+            if os.geteuid() == 0:  # root may write everywhere
                 os.seteuid(NOBODY)
 
     with suppress(Interrupted):
@@ -72,7 +72,7 @@ def work(folder: Path, resume: Path | None, event: str, at: int) -> None:
 
 
 def one_attempt(folder: Path, event: str, wait: float, at: int) -> bool:
-    """Train on from what is there, until something happens; whether it came to its end."""
+    """Resume and train until the event stops the run. Return whether it ended before."""
     try:
         resume = newest_checkpoint(folder)
     except CheckpointError:
@@ -92,7 +92,7 @@ def one_attempt(folder: Path, event: str, wait: float, at: int) -> bool:
 
 
 def one_run(folder: Path, chance: random.Random, seconds: float, counts: Counter[str]) -> None:
-    """A run, however often it is stopped."""
+    """Resume a run until it ends, and count events and lost states."""
     reached = -1
     while True:
         event = chance.choice(EVENTS)
@@ -102,7 +102,7 @@ def one_run(folder: Path, chance: random.Random, seconds: float, counts: Counter
         counts[event] += 1
         try:
             newest = newest_checkpoint(folder)
-            plan(parse_run({**RUN, "output_path": str(folder)}), newest)
+            check_run(parse_run({**RUN, "output_path": str(folder)}), newest)
         except CheckpointError:
             counts["states lost"] += reached >= 0
             continue
@@ -112,7 +112,7 @@ def one_run(folder: Path, chance: random.Random, seconds: float, counts: Counter
 
 
 def damage_one(folder: Path, chance: random.Random) -> str:
-    """Damage a file of a checkpoint, and say how."""
+    """Damage one file of a checkpoint. Return the kind of damage."""
     path = chance.choice(sorted(p for p in folder.iterdir() if p.name != "manifest.json"))
     content = path.read_bytes()
     place = chance.randrange(len(content))
@@ -129,7 +129,7 @@ def damage_one(folder: Path, chance: random.Random) -> str:
 
 
 def try_damages(folder: Path, scratch: Path, times: int, chance: random.Random) -> dict[str, Any]:
-    """Damage the newest checkpoint in many ways; the one before it is to be found each time."""
+    """Damage the newest checkpoint in many ways. Count how often the one before is found."""
     (folder / "cfg.json").unlink()
     run = parse_run({**RUN, "output_path": str(folder)})
     newest = newest_checkpoint(folder)
@@ -138,7 +138,7 @@ def try_damages(folder: Path, scratch: Path, times: int, chance: random.Random) 
     for _ in range(times):
         tried[damage_one(newest, chance)] += 1
         found = newest_checkpoint(folder)
-        plan(run, found)
+        check_run(run, found)
         noticed += samples_of(found) < samples_of(newest)
         shutil.rmtree(newest)
         shutil.copytree(original, newest)
@@ -146,7 +146,7 @@ def try_damages(folder: Path, scratch: Path, times: int, chance: random.Random) 
 
 
 def report(found: dict[str, Any]) -> str:
-    """The counts, as a table."""
+    """Return the counts as a table."""
     events, damages = found["events"], found["damages"]
     rows = {
         "runs": found["runs"],
@@ -165,12 +165,15 @@ def main(
     runs: int = 50,
     damages: int = 200,
     seed: int = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Written there.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the counts to this file.")
+    ] = None,
     report_path: Annotated[
-        Path | None, typer.Option("--report", help="Its table is put between two marks there.")
+        Path | None,
+        typer.Option("--report", help="Replace the table of counts in this page."),
     ] = None,
 ) -> None:
-    """Stop runs in many ways, and count what was lost."""
+    """Stop runs in many ways, and count the states that were lost."""
     silence_saelens()
     warnings.simplefilter("ignore")
     scratch = Path(mkdtemp(prefix="soak-"))

@@ -32,7 +32,7 @@ from sae_lens_atm.data.random_state import RANDOM_STATE_FILENAME, save_random_st
 from sae_lens_atm.errors import CheckpointError
 from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest, write_manifest
 from sae_lens_atm.sae.removed import drop_removed
-from sae_lens_atm.training.run_file import Run, SyntheticRun
+from sae_lens_atm.training.run_file import Run, SyntheticRun, shown
 from sae_lens_atm.training.supervise import Hook, Save
 
 MAY_CHANGE_ON_RESUME = (
@@ -115,10 +115,10 @@ class Checkpointer(Hook):
 
 def run_config(run: Run) -> dict[str, Any]:
     """Return the configuration of a run as plain values: SAELens' fields, seed and hierarchy."""
-    config: dict[str, Any] = {**run.runner.to_dict(), "seed": run.seed}
+    config: dict[str, Any] = {}
     if isinstance(run, SyntheticRun) and run.hierarchy is not None:
         config["hierarchy_model"] = asdict(run.hierarchy)  # SAELens' config lacks its options
-    return config
+    return {**config, **run.runner.to_dict(), "seed": run.seed}
 
 
 def _remove_leftovers(base: Path) -> None:
@@ -298,8 +298,8 @@ def _compare(
         # A setting that a newer version has added is not in the file.
         if key not in ignored and saved.get(key, value) != value:
             raise CheckpointError(
-                f"cannot resume: {key} is {value!r} in this run and {saved[key]!r} in {folder}. "
-                "Resume with the settings of the checkpoint, or train a new run"
+                f"cannot resume: {key} is {shown(value)} in this run and {shown(saved[key])} in "
+                f"{folder}. Resume with the settings of the checkpoint, or train a new run"
             )
 
 

@@ -136,8 +136,8 @@ class BadBatchGuard(Hook):
         if self._in_a_row >= self._max_bad_batches:
             raise NonFiniteBatchError(
                 f"{self._in_a_row} bad batches in a row at step {self._trainer.n_training_steps}: "
-                "their values are NaN or Inf, or the loss or a gradient overflows. Check the "
-                "activations and lr; max_bad_batches sets the limit"
+                "NaN or Inf values, or an overflow of the loss or a gradient. Check activations, "
+                "lr and max_bad_batches"
             )
 
     @override

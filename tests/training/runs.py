@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
+from sae_lens_atm.training.run_file import apply_overrides, parse_run
+from tests.conftest import CONTEXT
 from tests.helpers import PRESETS, state_equal
 
 PRESET_SETTINGS = {
@@ -16,6 +18,73 @@ PRESET_SETTINGS = {
     for name, fields in PRESETS.items()
 }
 """The two presets, as settings of a run file."""
+
+
+RUN = {
+    "runner": "synthetic",
+    "seed": 3,
+    "hierarchy_model": {"hidden_dim": 16, "roots": 4, "lone_features": 4, "depth": 1},
+    "sae": {
+        "architecture": "atm",
+        "d_in": 16,
+        "d_sae": 32,
+        "k": 2,
+        "schedule_steps": 40,
+        "mask_warm_up_steps": 5,
+    },
+    "training_samples": 2560,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "lr_warm_up_steps": 5,
+    "lr_decay_steps": 10,
+    "run_final_eval": False,
+}
+
+
+def synthetic_run(output, **settings):
+    """A run of 40 steps on a small hierarchy, with other values for some settings.
+
+    Names of fields of the SAE start with "sae.".
+    """
+    sae = {name[4:]: value for name, value in settings.items() if name.startswith("sae.")}
+    run = {name: value for name, value in settings.items() if not name.startswith("sae.")}
+    content = {**RUN, **run, "output_path": str(output)}
+    return parse_run({**content, "sae": {**content["sae"], **sae}})
+
+
+def language_model_run(output, model, dataset, overrides=()):
+    """A run of 40 steps on a tiny model, with SAELens' ordinary activation buffer.
+
+    The buffer holds 16 rows of 16 tokens and takes in 4 rows at once. The batch of 48 divides
+    neither.
+    """
+    content = {
+        "runner": "language_model",
+        "seed": 1,
+        "model_name": str(model),
+        "model_class_name": "AutoModelForCausalLM",
+        "hook_name": "model.layers.1",
+        "dataset_path": str(dataset),
+        "is_dataset_tokenized": False,
+        "streaming": False,
+        "context_size": CONTEXT,
+        "training_tokens": 1920,
+        "train_batch_size_tokens": 48,
+        "store_batch_size_prompts": 4,
+        "n_batches_in_buffer": 16,
+        "activations_mixing_fraction": 0.5,
+        "n_eval_batches": 1,
+        "sae": {
+            "architecture": "atm",
+            "d_in": 16,
+            "d_sae": 64,
+            "k": 4,
+            "schedule_steps": 40,
+            "mask_warm_up_steps": 5,
+        },
+        "output_path": str(output),
+    }
+    return parse_run(apply_overrides(content, overrides))
 
 
 def stop_after(steps, stop, how=None):

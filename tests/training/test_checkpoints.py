@@ -2,137 +2,254 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
-from sae_lens_atm.cli.main import app
-from sae_lens_atm.errors import CheckpointError, SettingsError
-from sae_lens_atm.files import MANIFEST_FILENAME, what_is_wrong
-from sae_lens_atm.hub.loading import load_sae
-from sae_lens_atm.training.checkpoints import newest_checkpoint, save_atomically
-from sae_lens_atm.training.preflight.checks import plan
+from sae_lens_atm.errors import CheckpointError, Interrupted
+from sae_lens_atm.files import MANIFEST_FILENAME, manifest_mismatch
+from sae_lens_atm.training.checkpoints import Checkpointer, check_resumable, newest_checkpoint
+from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
-from sae_lens_atm.training.run_file import load_run
+from tests.helpers import load_script
+from tests.training.runs import synthetic_run
 
-SETTINGS = ["run_final_eval=false", "n_checkpoints=4"]
+ROOT = Path(__file__).parents[2]
 NAMES = ["1088", "1600", "2112", "576"]
 
 
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory):
+    """A run with four checkpoints and without a result."""
+    folder = tmp_path_factory.mktemp("unfinished") / "out"
+    train(synthetic_run(folder, n_checkpoints=4))
+    (folder / "cfg.json").unlink()
+    return folder
+
+
 @pytest.fixture
-def run(synthetic_yaml):
-    return load_run(synthetic_yaml, SETTINGS)
+def out(unfinished, tmp_path):
+    """A copy of it, which a test may damage."""
+    return shutil.copytree(unfinished, tmp_path / "out")
 
 
-def names(folder="out/checkpoints"):
+def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-class Pen:
-    """Writes checkpoints as a trainer does, without training."""
+def rewrite(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
 
-    data_provider = None
 
-    def save_checkpoint(self, name, base_path=None, wandb_aliases=None):  # noqa: ARG002
-        folder = base_path / name
-        folder.mkdir(parents=True)
+# --- writing -------------------------------------------------------------------------------------
+
+
+def saver(write=None, **settings):
+    """A `save_checkpoint` that writes aside and renames, without a trainer."""
+
+    def write_files(name, base, _aliases):
+        (base / name).mkdir(parents=True)
         for file in ("cfg.json", "sae_weights.safetensors", "trainer_state.pt"):
-            (folder / file).write_text(f"{file} of {name}")
+            (base / name / file).write_text(f"{file} of {name}")
 
-
-def test_a_manifest_tells_every_change(run, tmp_path):
-    train(run)
-    folder = tmp_path / "out/checkpoints/576"
-    assert what_is_wrong(folder) is None
-    listed = json.loads((folder / MANIFEST_FILENAME).read_text())["files"]
-    assert {*listed, MANIFEST_FILENAME} == set(names(folder))
-    for name in listed:
-        content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert what_is_wrong(folder) == f"{name} is not what was written"
-        (folder / name).write_bytes(content + b"x")
-        assert what_is_wrong(folder) == f"{name} has {len(content) + 1} bytes, not {len(content)}"
-        (folder / name).unlink()
-        assert what_is_wrong(folder) == f"{name} is missing"
-        (folder / name).write_bytes(content)
-    for text in ("[]", "{}", '{"files": []}', '{"files": {"cfg.json": 3}}', "\0"):
-        (folder / MANIFEST_FILENAME).write_text(text)
-        assert what_is_wrong(folder) is not None
-    (folder / MANIFEST_FILENAME).unlink()  # as SAELens writes them
-    assert what_is_wrong(folder) is None
+    trainer = SimpleNamespace(data_provider=None)
+    save = Checkpointer(trainer, **settings).wrap_save(write or write_files)
+    return lambda name, base: save(name, base, None)
 
 
 @pytest.mark.parametrize(("keep", "left"), [(None, NAMES), (1, ["2112"]), (2, ["1600", "2112"])])
-def test_the_newest_are_kept(run, keep, left):
-    train(run, keep=keep)
-    assert names() == left
+def test_the_newest_are_kept(tmp_path, keep, left):
+    save = saver(keep=keep)
+    for name in sorted(NAMES, key=int):
+        save(name, tmp_path)
+    assert names(tmp_path) == left
 
 
-def test_only_what_is_older_is_removed_and_only_checkpoints(tmp_path):
-    pen = Pen()
-    save_atomically(pen, keep=2)
+def test_only_older_checkpoints_are_removed(tmp_path):
+    save = saver(keep=2)
     for samples in (100, 200, 900):
-        pen.save_checkpoint(str(samples), tmp_path)
+        save(str(samples), tmp_path)
     (tmp_path / "50").mkdir()
     shutil.copytree(tmp_path / "200", tmp_path / "mine")
-    pen.save_checkpoint("300", tmp_path)  # after going on from 200
+    save("300", tmp_path)  # by a run that was resumed from 200
     assert names(tmp_path) == ["200", "300", "50", "900", "mine"]
 
 
-def test_nothing_is_removed_when_the_new_one_cannot_be_written(tmp_path):
-    pen = Pen()
-    save_atomically(pen, keep=1)
-    pen.save_checkpoint("100", tmp_path)
-    broken = Pen()
+def test_nothing_is_removed_if_the_new_one_cannot_be_written(tmp_path):
+    saver(keep=1)("100", tmp_path)
 
-    def full_disk(name, base_path, **_):
-        (base_path / name).mkdir()
+    def full_disk(name, base, _aliases):
+        (base / name).mkdir()
         raise OSError(28, "No space left on device")
 
-    broken.save_checkpoint = full_disk
-    save_atomically(broken, keep=1)
     with pytest.raises(OSError, match="No space"):
-        broken.save_checkpoint("200", tmp_path)
+        saver(full_disk, keep=1)("200", tmp_path)
     assert names(tmp_path) == ["100"]
 
 
-def test_dying_between_two_renames_loses_nothing(run, tmp_path):
-    train(run)
-    folder = tmp_path / "out/checkpoints"
-    (folder / "2112").rename(folder / ".2112.replaced")
-    assert newest_checkpoint("out").name == "2112"
-    assert names() == NAMES
+def test_a_process_that_does_not_write_leaves_no_files(tmp_path):
+    saver(writes=False)("100", tmp_path)
+    assert names(tmp_path) == []
 
 
-def test_what_a_dead_process_left_is_cleared_away(tmp_path):
+def test_leftovers_of_a_process_that_died_are_removed(tmp_path):
     for name in (".100.partial", ".100.replaced", ".70.removed", ".90.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").touch()
-    pen = Pen()
-    save_atomically(pen)
     (tmp_path / "100").mkdir()
-    pen.save_checkpoint("100", tmp_path)
+    saver()("100", tmp_path)
     assert names(tmp_path) == ["100"]
-    assert what_is_wrong(tmp_path / "100") is None
+    assert manifest_mismatch(tmp_path / "100") is None
     assert (tmp_path / "100/cfg.json").exists()
 
 
-def test_the_older_one_where_the_newest_is_damaged(run, tmp_path):
-    train(run)
-    weights = tmp_path / "out/checkpoints/2112/sae_weights.safetensors"
+def test_a_checkpoint_holds_the_configuration_of_the_run(out):
+    stored = json.loads((out / "checkpoints/576/runner_cfg.json").read_text())
+    assert (stored["batch_size"], stored["lr"], stored["seed"]) == (64, 1e-3, 3)
+    assert stored["hierarchy_model"]["roots"] == 4
+
+
+# --- finding -------------------------------------------------------------------------------------
+
+
+def test_the_newest_checkpoint_has_the_most_samples(out):
+    os.utime(out / "checkpoints/576")
+    assert newest_checkpoint(out).name == "2112"
+    assert newest_checkpoint(out / "checkpoints/576").name == "576"
+
+
+def test_dying_between_two_renames_loses_nothing(out):
+    folder = out / "checkpoints"
+    (folder / "2112").rename(folder / ".2112.replaced")
+    assert newest_checkpoint(out).name == "2112"
+    assert names(folder) == NAMES
+
+
+def test_a_damaged_checkpoint_is_skipped_or_refused(out):
+    weights = out / "checkpoints/2112/sae_weights.safetensors"
     content = bytearray(weights.read_bytes())
     content[-5] ^= 4
     weights.write_bytes(content)
-    (tmp_path / "out/cfg.json").unlink()
-    with pytest.warns(UserWarning, match=r"2112 is no whole checkpoint, skipped: sae_weights"):
-        assert newest_checkpoint("out").name == "1600"
-    with pytest.raises(CheckpointError, match=r"2112 is damaged \(sae_weights.* is not what"):
-        train(run, resume="out/checkpoints/2112")
-    with pytest.warns(UserWarning, match="skipped"):
-        assert train(run, resume="out").sae.tracker.steps.item() == 40
+    with pytest.warns(UserWarning, match="2112: sae_weights.safetensors does not match"):
+        assert newest_checkpoint(out).name == "1600"
+    with pytest.raises(CheckpointError, match="2112 is damaged"):
+        newest_checkpoint(out / "checkpoints/2112")
+
+
+def test_an_incomplete_checkpoint_is_skipped_or_refused(out):
+    folder = out / "checkpoints"
+    (folder / "2112").rename(folder / ".2112.partial")
+    with pytest.warns(UserWarning, match="2112.partial: it is incomplete"):
+        assert newest_checkpoint(out).name == "1600"
+    for name in ("576", "1088", "1600"):
+        (folder / name / "trainer_state.pt").unlink()
+    with (
+        pytest.raises(CheckpointError, match="no complete checkpoint"),
+        pytest.warns(UserWarning, match="1600: trainer_state.pt is missing"),
+    ):
+        newest_checkpoint(out)
+    with pytest.raises(CheckpointError, match="576 is damaged"):
+        newest_checkpoint(folder / "576")
+
+
+def test_where_there_is_none(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        newest_checkpoint("nowhere")
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        newest_checkpoint(tmp_path)
+    (tmp_path / "cfg.json").touch()
+    with pytest.raises(CheckpointError, match="a finished SAE"):
+        newest_checkpoint(tmp_path)
+
+
+# --- checking ------------------------------------------------------------------------------------
+
+
+def message(checkpoint, **settings):
+    with pytest.raises(CheckpointError) as caught:
+        check_resumable(checkpoint, synthetic_run("x", **settings))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"batch_size": 32},
+        {"seed": 4},
+        {"lr": 3e-3},
+        {"lr_decay_steps": 0},
+        {"training_samples": 5120},
+        {"hierarchy_model": {"hidden_dim": 16, "roots": 4, "lone_features": 4, "depth": 2}},
+        {"dead_feature_window": 10},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_another_configuration_of_the_run_is_refused(unfinished, changed):
+    (name,) = changed
+    text = message(unfinished / "checkpoints/576", **changed)
+    assert text.startswith(f"cannot resume: {name} is ")
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"sae.d_sae": 48}, "d_sae is 48 in this run and 32 in"),
+        ({"sae.activation": "relu"}, "activation is 'relu' in this run and 'batchtopk' in"),
+        ({"sae.k": 3}, "k is 3.0 in this run and 2.0 in"),
+        ({"sae.mask_rate": 9}, "mask_rate is 9.0 in this run and 1.0 in"),
+    ],
+)
+def test_another_sae_is_refused(unfinished, changed, expected):
+    assert expected in message(unfinished / "checkpoints/576", **changed)
+
+
+def test_place_logging_saving_and_evaluation_may_change(unfinished):
+    run = synthetic_run(
+        "elsewhere",
+        checkpoint_path="aside",
+        n_checkpoints=1,
+        save_final_checkpoint=True,
+        run_final_eval=True,
+        eval_samples=10,
+        eval_frequency=3,
+        save_synthetic_model=True,
+        max_bad_batches=3,
+        logger={"log_to_wandb": True},
+    )
+    check_resumable(unfinished / "checkpoints/576", run)
+    run.runner.device = run.runner.sae.device = "cuda"
+    check_resumable(unfinished / "checkpoints/576", run)
+
+
+def test_a_checkpoint_without_configuration_still_has_a_batch_size(out):
+    checkpoint = out / "checkpoints/576"
+    (checkpoint / "runner_cfg.json").unlink()
+    check_resumable(checkpoint, synthetic_run("x", lr=0.5))
+    assert "batch size is 32" in message(checkpoint, batch_size=32)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("schedule", "interleaved"), ("k_start", 4.0), ("activation", "jumprelu"), ("unheard_of", 1)],
+)
+def test_removed_and_unknown_settings_are_refused(out, field, value):
+    checkpoint = out / "checkpoints/576"
+    rewrite(checkpoint / "cfg.json", lambda cfg: cfg.update({field: value}))
+    assert field in message(checkpoint)
+
+
+def test_removed_settings_with_the_remaining_value_are_dropped(out):
+    checkpoint = out / "checkpoints/576"
+    kept = {"schedule": "dual", "k_start": 1.0, "jumprelu_bandwidth": 0.05}
+    rewrite(checkpoint / "cfg.json", lambda cfg: cfg.update(kept))
+    check_resumable(checkpoint, synthetic_run("x"))
 
 
 class Evil:
@@ -142,80 +259,108 @@ class Evil:
 
 @pytest.mark.parametrize("name", ["trainer_state.pt", "random_state.pt"])
 @pytest.mark.parametrize("write", [torch.save, lambda o, path: path.write_bytes(pickle.dumps(o))])
-def test_a_pickle_is_never_executed(run, tmp_path, monkeypatch, name, write):
+def test_a_pickle_is_never_executed(out, tmp_path, monkeypatch, name, write):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # what torch < 2.6 does
-    train(run)
-    (tmp_path / "out/cfg.json").unlink()
-    folder = tmp_path / "out/checkpoints/576"
+    folder = out / "checkpoints/576"
     (folder / MANIFEST_FILENAME).unlink()
     write({"optimizer": Evil()}, folder / name)
     with pytest.raises(CheckpointError, match="is damaged"):
-        train(run, resume=folder)
+        train(synthetic_run(out), resume=folder)
     assert not (tmp_path / "owned").exists()
 
 
-def test_weights_that_are_no_numbers(run, tmp_path):
-    train(run)
-    (tmp_path / "out/cfg.json").unlink()
-    folder = tmp_path / "out/checkpoints/576"
-    (folder / MANIFEST_FILENAME).unlink()
-    weights = folder / "sae_weights.safetensors"
-    state = load_file(weights)
+@pytest.mark.parametrize("name", ["trainer_state.pt", "random_state.pt", "cfg.json"])
+@pytest.mark.parametrize("content", [None, b"", b"\xff" * 100], ids=["half", "empty", "other"])
+def test_a_file_that_cannot_be_read_is_refused(out, name, content):
+    path = out / "checkpoints/576" / name
+    before = path.read_bytes()
+    path.write_bytes(before[: len(before) // 2] if content is None else content)
+    assert "is damaged" in message(path.parent)
+
+
+def test_weights_that_do_not_fit_are_refused(out):
+    path = out / "checkpoints/576/sae_weights.safetensors"
+    state = load_file(path)
     state["tracker.magnitude"][3] = float("nan")
-    save_file(state, weights)
-    with pytest.raises(CheckpointError, match=r"tracker.magnitude in .*576 holds NaN or Inf"):
-        plan(run, folder)
+    save_file(state, path)
+    assert "tracker.magnitude" in message(path.parent)
+    save_file({**state, "W_dec": state["W_dec"][:5].clone()}, path)
+    assert "shape (5, 16), expected (32, 16)" in message(path.parent)
 
 
-def test_a_scale_that_is_no_number(run, tmp_path):
-    train(run)
-    (tmp_path / "out/cfg.json").unlink()
-    folder = tmp_path / "out/checkpoints/576"
-    (folder / MANIFEST_FILENAME).unlink()
-    for text in ("[]", "{}", '{"scaling_factor": "x"}', '{"scaling_factor": NaN}', ""):
-        (folder / "activation_scaler.json").write_text(text)
-        with pytest.raises(CheckpointError, match="576 is damaged"):
-            plan(run, folder)
+@pytest.mark.parametrize("text", ["[]", "{}", '{"scaling_factor": "x"}', '{"scaling_factor": NaN}'])
+def test_a_scale_that_is_no_number_is_refused(out, text):
+    (out / "checkpoints/576/activation_scaler.json").write_text(text)
+    assert "is damaged" in message(out / "checkpoints/576")
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda state, _: state["W_dec"].fill_(float("nan")),
-        lambda state, _: state["b_enc"].fill_(float("inf")),
-        lambda state, _: state.update(W_dec=state["W_dec"][:5].clone()),
-        lambda state, _: state.pop("W_enc"),
-        lambda state, _: state.update(more=torch.ones(2)),
-        lambda _, cfg: cfg.update(d_sae=7),
-        lambda _, cfg: cfg.update(d_in="x"),
-        lambda _, cfg: cfg.update(architecture="gated"),
-        lambda _, cfg: cfg.update(architecture="nonsense"),
-        lambda _, cfg: cfg.pop("architecture"),
-        lambda _, cfg: cfg.update(dtype="float17"),
-    ],
-)
-def test_a_saved_sae_that_is_not_one(run, synthetic_yaml, tmp_path, spoil):
-    train(run)
-    folder = tmp_path / "out"
-    state = load_file(folder / "sae_weights.safetensors")
-    cfg = json.loads((folder / "cfg.json").read_text())
-    spoil(state, cfg)
-    save_file(state, folder / "sae_weights.safetensors")
-    (folder / "cfg.json").write_text(json.dumps(cfg))
-    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    with pytest.raises(SettingsError, match="cannot load out: "):
-        load_sae("out")
-    for command in (["inspect", "out"], ["evaluate", "out", "--on", str(synthetic_yaml)]):
-        result = CliRunner().invoke(app, command)
-        assert result.exit_code == 2
-        assert len(result.stderr.splitlines()) == 1
-    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+# --- resuming ------------------------------------------------------------------------------------
 
 
-def test_an_infinite_threshold_is_a_latent_that_never_fires(run, tmp_path):
-    train(run)
-    weights = tmp_path / "out/sae_weights.safetensors"
-    state = load_file(weights)
-    state["threshold"][0] = float("inf")
-    save_file(state, weights)
-    assert load_sae("out").encode(torch.randn(64, 16))[:, 0].sum() == 0
+def test_each_file_of_a_checkpoint_is_hashed_once(out, monkeypatch):
+    hashed, crc32 = [], zlib.crc32
+
+    def counting(data, *start):
+        hashed.append(len(data))
+        return crc32(data, *start)
+
+    monkeypatch.setattr(zlib, "crc32", counting)
+    stop = StopFlag()
+    stop.request()
+    with pytest.raises(Interrupted):
+        train(synthetic_run(out), resume=out, stop=stop)
+    listed = json.loads((out / "checkpoints/2112" / MANIFEST_FILENAME).read_text())["files"]
+    assert sum(hashed) == sum(entry["bytes"] for entry in listed.values())
+
+
+def run_of_0_1():
+    """The run of which version 0.1 wrote a checkpoint after 17 of 40 steps."""
+    return synthetic_run(
+        "out",
+        hierarchy_model={"hidden_dim": 8, "roots": 2, "lone_features": 2, "depth": 1},
+        training_samples=1280,
+        batch_size=32,
+        lr=1e-2,
+        sae={
+            "architecture": "atm",
+            "d_in": 8,
+            "d_sae": 16,
+            "k": 2,
+            "dtype": "float64",
+            "mask_warm_up_steps": 2,
+            "parent_start": 0.1,
+            "schedule_steps": 40,
+        },
+    )
+
+
+def test_a_checkpoint_of_version_0_1_resumes():
+    folder = Path(__file__).parent / "checkpoint_of_0_1"
+    sae = train(run_of_0_1(), resume=folder).sae
+    assert sae.tracker.steps.item() == 40
+    assert (sae.parent_tracker.parents >= 0).any()
+    # What 0.1 itself made of it. Machines differ in rounding.
+    saved = load_file("out/sae_weights.safetensors")
+    for name, tensor in load_file(folder / "resumed.safetensors").items():
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-5, atol=1e-7)
+
+
+# --- runs that are killed again and again --------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def soak():
+    return load_script("benchmarks/soak.py")
+
+
+def test_the_page_has_the_counts(soak):
+    found = json.loads((ROOT / "docs/reliability/soak.json").read_text())
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    assert f"<!-- counts -->\n{soak.report(found)}<!-- end -->" in page
+
+
+def test_a_short_soak(soak, tmp_path):
+    soak.main(runs=1, damages=4, json_path=tmp_path / "soak.json", report_path=None)
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert (found["runs"], found["identical"], found["states_lost"]) == (1, 1, 0)
+    assert sum(found["damages"]["tried"].values()) == found["damages"]["noticed"] == 4

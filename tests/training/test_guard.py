@@ -1,21 +1,21 @@
 import math
-from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from sae_lens import SAETrainer
-from sae_lens.config import SAETrainerConfig
 from sae_lens.synthetic.training import SyntheticActivationIterator
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sae_lens_atm.errors import Interrupted, NonFiniteBatchError
+from sae_lens_atm.errors import NonFiniteBatchError
 from sae_lens_atm.training.checkpoints import newest_checkpoint
-from sae_lens_atm.training.guard import Guard
+from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run
-from sae_lens_atm.training.watch import StopFlag
-from tests.helpers import ACTIVATIONS, SCHEDULES, make_sae
+from sae_lens_atm.training.supervise import Hook, supervise
+from tests.helpers import ACTIVATIONS, state_equal
+from tests.training.runs import PRESET_SETTINGS, stopped_after
+from tests.training.test_supervise import make_trainer, state_of
 
 SETTINGS = ["run_final_eval=false"]
 BAD = {
@@ -30,7 +30,7 @@ BAD = {
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """Serve batches of the stream twice: first spoilt, then as they are."""
+    """Serve some batches of the stream twice: first spoilt, then as they are."""
     batches = SyntheticActivationIterator.next_batch
 
     def spoil(at, how, times=1):
@@ -56,23 +56,19 @@ def weights(folder):
     return load_file(folder / "sae_weights.safetensors")
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@pytest.mark.parametrize("how", BAD)
-def test_a_run_with_bad_batches_is_the_run_without_them(synthetic_yaml, tmp_path, spoil, how):
+def test_a_run_with_bad_batches_is_the_run_without_them(synthetic_yaml, tmp_path, spoil):
     settings = [*SETTINGS, "n_checkpoints=2", "sae.schedule_steps=40", "sae.parent_start=0"]
     plain = train(load_run(synthetic_yaml, [*settings, "output_path=plain"]))
     assert plain.skipped_batches == 0
-    spoil([0, 7, 30], BAD[how], times=2)
+    names = iter(BAD.values())
+    spoil([0, 7, 30], lambda x: next(names)(x), times=2)
     result = train(load_run(synthetic_yaml, [*settings, "output_path=spoilt"]))
     assert result.skipped_batches == 6
-    assert same(weights(tmp_path / "plain"), weights(tmp_path / "spoilt"))
-    # checkpoints hold the averages, thresholds and dead counts; Adam's moments are in the weights
+    assert state_equal(weights(tmp_path / "plain"), weights(tmp_path / "spoilt"))
+    # Checkpoints hold averages, thresholds and counts of dead latents.
     for name in ("896", "1728"):
         folders = [tmp_path / run / "checkpoints" / name for run in ("plain", "spoilt")]
-        assert same(*map(weights, folders))
+        assert state_equal(*map(weights, folders))
         states = [torch.load(f / "trainer_state.pt", weights_only=True) for f in folders]
         for key in ("n_forward_passes_since_fired", "act_freq_scores"):
             assert torch.equal(states[0][key], states[1][key])
@@ -80,28 +76,48 @@ def test_a_run_with_bad_batches_is_the_run_without_them(synthetic_yaml, tmp_path
             assert states[0][key] == states[1][key]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_same_of_every_activation_and_schedule(
-    synthetic_yaml, tmp_path, spoil, activation, schedule
-):
-    settings = [*SETTINGS, f"sae.activation={activation}", f"sae.schedule={schedule}"]
-    train(load_run(synthetic_yaml, [*settings, "output_path=plain"]))
-    spoil([9], BAD["one nan"])
-    train(load_run(synthetic_yaml, [*settings, "output_path=spoilt"]))
-    assert same(weights(tmp_path / "plain"), weights(tmp_path / "spoilt"))
-
-
-@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
-def test_the_same_in_other_precisions(synthetic_yaml, tmp_path, spoil, dtype):
-    settings = [*SETTINGS, f"sae.dtype={dtype}"]
+@pytest.mark.parametrize(
+    "settings",
+    [*PRESET_SETTINGS.values(), ["sae.dtype=bfloat16"]],
+    ids=[*PRESET_SETTINGS, "bfloat16"],
+)
+def test_under_other_settings(synthetic_yaml, tmp_path, spoil, settings):
+    settings = [*SETTINGS, *settings]
     train(load_run(synthetic_yaml, [*settings, "output_path=plain"]))
     spoil([9], BAD["one nan"])
     assert train(load_run(synthetic_yaml, [*settings, "output_path=spoilt"])).skipped_batches == 1
-    assert same(weights(tmp_path / "plain"), weights(tmp_path / "spoilt"))
+    assert state_equal(weights(tmp_path / "plain"), weights(tmp_path / "spoilt"))
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "topk", "jumprelu", "gated", "standard"])
+@pytest.mark.parametrize("how", BAD)
+def test_each_kind_of_bad_batch_leaves_no_trace(how):
+    trainer = make_trainer(parent_start=0.0, mask_warm_up_steps=0)
+    states = []
+
+    class Look(Hook):
+        def wrap_step(self, step):
+            def step_and_look(batch):
+                states.append(state_of(trainer))
+                return step(batch)
+
+            return step_and_look
+
+    with supervise(trainer, [Look(), BadBatchGuard(trainer), DeferredUpdates(trainer)]):
+        for _ in range(4):
+            trainer.step(next(trainer.data_provider))
+        good = next(trainer.data_provider)
+        trainer.data_provider = iter([good])
+        output = trainer.step(BAD[how](good))
+    assert output.metrics["skipped_batches"] == 1
+    before, after = states[-2:]
+    # The step searches for parents again, with the same result.
+    searched = ("parent_tracker.parents", "parent_tracker.own_lift")
+    assert state_equal(
+        *({k: v for k, v in s.items() if k not in searched} for s in (before, after))
+    )
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "jumprelu", "standard"])
 def test_the_same_of_saelens_architectures(synthetic_yaml, tmp_path, spoil, architecture):
     atm = ", k: 2, schedule_steps: 40, mask_warm_up_steps: 5"
     own = ", k: 2" if "topk" in architecture else ""
@@ -110,7 +126,7 @@ def test_the_same_of_saelens_architectures(synthetic_yaml, tmp_path, spoil, arch
     train(load_run(synthetic_yaml, [*SETTINGS, "output_path=plain"]))
     spoil([9], BAD["one nan"])
     train(load_run(synthetic_yaml, [*SETTINGS, "output_path=spoilt"]))
-    assert same(weights(tmp_path / "plain"), weights(tmp_path / "spoilt"))
+    assert state_equal(weights(tmp_path / "plain"), weights(tmp_path / "spoilt"))
 
 
 def test_the_scale_is_estimated_from_good_batches(synthetic_yaml, tmp_path, spoil):
@@ -120,12 +136,14 @@ def test_the_scale_is_estimated_from_good_batches(synthetic_yaml, tmp_path, spoi
     spoil([2, 7], BAD["nan"])
     spoilt = train(load_run(synthetic_yaml, [*settings, "output_path=spoilt"]))
     assert spoilt.skipped_batches == 2
-    assert same(weights(tmp_path / "plain-covariance_whitening"), weights(tmp_path / "spoilt"))
+    assert state_equal(
+        weights(tmp_path / "plain-covariance_whitening"), weights(tmp_path / "spoilt")
+    )
 
 
 def test_too_many_in_a_row_stop_with_a_checkpoint_of_the_last_good_step(synthetic_yaml, spoil):
     spoil([11], BAD["nan"], times=100)
-    match = r"4 batches in a row at step 11 hold NaN or Inf values.*; saved out/checkpoints/704"
+    match = r"^4 bad batches in a row at step 11: .*; saved out/checkpoints/704$"
     with pytest.raises(NonFiniteBatchError, match=match):
         train(load_run(synthetic_yaml, ["max_bad_batches=4"]))
     state = load_file(newest_checkpoint("out") / "sae_weights.safetensors")
@@ -135,7 +153,7 @@ def test_too_many_in_a_row_stop_with_a_checkpoint_of_the_last_good_step(syntheti
 
 def test_bad_from_the_beginning(synthetic_yaml, spoil):
     spoil([0], BAD["nan"], times=100)
-    with pytest.raises(NonFiniteBatchError, match="10 batches in a row at step 0"):
+    with pytest.raises(NonFiniteBatchError, match=r"^10 bad batches in a row at step 0: "):
         train(load_run(synthetic_yaml))
     state = load_file(newest_checkpoint("out") / "sae_weights.safetensors")
     assert state["tracker.steps"].item() == 0
@@ -143,15 +161,7 @@ def test_bad_from_the_beginning(synthetic_yaml, spoil):
 
 def test_the_count_goes_on_over_a_stop(synthetic_yaml, spoil):
     spoil([5, 30], BAD["inf"])
-    stop = StopFlag()
-
-    def on_step(trainer, output):
-        assert output.metrics["skipped_batches"] == (trainer.n_training_steps >= 5)
-        if trainer.n_training_steps == 16:
-            stop.request()
-
-    with pytest.raises(Interrupted):
-        train(load_run(synthetic_yaml, SETTINGS), on_step=on_step, stop=stop)
+    stopped_after(17, load_run(synthetic_yaml, SETTINGS))
     assert train(load_run(synthetic_yaml, SETTINGS), resume="out").skipped_batches == 2
 
 
@@ -181,7 +191,7 @@ def test_strange_but_finite_activations_are_trained_on(
 
 
 class HostReads(TorchDispatchMode):
-    """Counts values that the host reads, for each of which it would wait for a GPU."""
+    """Counts the values that the host reads. For each it would wait for a GPU."""
 
     count = 0
 
@@ -194,19 +204,41 @@ class HostReads(TorchDispatchMode):
 def test_a_guarded_step_reads_one_value_more(activation):
     reads = {}
     for guarded in (False, True):
-        sae = make_sae(activation=activation, kernels="dense")
-        cfg = SAETrainerConfig(10_000, 64, lr=1e-3, lr_end=1e-4)
-        trainer = SAETrainer(cfg, sae, iter(()))
-        guard = Guard(trainer, 10)
-        with guard.watching() if guarded else nullcontext(), HostReads() as mode:
+        trainer = make_trainer(activation=activation, kernels="dense")
+        hooks = [BadBatchGuard(trainer), DeferredUpdates(trainer)] if guarded else []
+        with supervise(trainer, hooks), HostReads() as mode:
             for _ in range(5):
-                x = torch.ones(64, 8)
-                guard.step(trainer.step, x) if guarded else trainer.step(x)
+                trainer.step(torch.ones(32, 8))
         reads[guarded] = mode.count
     assert reads[True] == reads[False] + 5
 
 
-def test_the_sae_is_left_as_saelens_made_it(synthetic_yaml):
-    sae = train(load_run(synthetic_yaml, SETTINGS)).sae
-    assert "training_forward_pass" not in vars(sae)
-    assert not any(p._post_accumulate_grad_hooks for p in sae.parameters())
+class Copies(TorchDispatchMode):
+    """Counts the values that are copied into other tensors."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.count += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_guard_copies_no_averages():
+    trainer = make_trainer()
+    step = BadBatchGuard(trainer).wrap_step(lambda _: SimpleNamespace(metrics={}))
+    with Copies() as mode:
+        step(torch.ones(32, 8))
+    assert mode.count == 2 * 24 + 1  # the trainer's counts, and the threshold
+
+
+def test_updates_wait_until_the_step_is_accepted():
+    trainer, steps = make_trainer(), []
+
+    class Look(Hook):
+        def before_update(self):
+            steps.append(int(trainer.sae.tracker.steps))
+
+    with supervise(trainer, [Look(), DeferredUpdates(trainer), Look()]):
+        trainer.step(torch.ones(32, 8))
+    assert steps == [0, 1]

@@ -23,9 +23,9 @@ from transformers import (
 from sae_lens_atm import ATMSAE
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.training.checkpoints import newest_checkpoint
+from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run, shipped_config
-from sae_lens_atm.training.watch import StopFlag
 from tests.conftest import CONTEXT
 
 WIDTH = 16

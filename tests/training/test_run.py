@@ -23,17 +23,23 @@ from sae_lens.synthetic import (
     SyntheticSAERunner,
     SyntheticSAERunnerConfig,
 )
-from safetensors.torch import load_file, save_file
 
 from sae_lens_atm import ATMSAE, ATMTrainingSAE, ATMTrainingSAEConfig
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
-from sae_lens_atm.errors import CheckpointError, Interrupted, SettingsError
+from sae_lens_atm.errors import Interrupted, SettingsError
 from sae_lens_atm.training.checkpoints import newest_checkpoint
+from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run
-from sae_lens_atm.training.watch import StopFlag
 from tests.conftest import CONTEXT
-from tests.helpers import ACTIVATIONS, SCHEDULES, make_sae, step_input
+from tests.helpers import ACTIVATIONS, PRESETS, state_equal
+from tests.training.runs import (
+    resumes_bit_for_bit,
+    stop_after,
+    stopped_after,
+    synthetic_run,
+    trained_files,
+)
 
 QUIET = LoggingConfig(log_to_wandb=False)
 TINY = {
@@ -45,25 +51,6 @@ TINY = {
     "n_batches_in_buffer": 4,
     "logger": QUIET,
 }
-
-
-def stop_after(steps, stop, how=None):
-    def on_step(trainer, _):
-        if trainer.n_training_steps + 1 == steps:
-            (how or stop.request)()
-
-    return on_step
-
-
-def trained_files(folder):
-    return {
-        **load_file(folder / "sae_weights.safetensors"),
-        **load_file(folder / "sparsity.safetensors"),
-    }
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # --- our runs ------------------------------------------------------------------------------------
@@ -134,20 +121,10 @@ def test_the_plain_architectures_train_from_the_same_file(synthetic_yaml):
     assert train(load_run(synthetic_yaml)).sae.cfg.architecture() == "batchtopk"
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_resumed_equals_straight_bit_for_bit(synthetic_yaml, tmp_path, activation, schedule):
-    settings = [f"sae.activation={activation}", f"sae.schedule={schedule}", "run_final_eval=false"]
-    train(load_run(synthetic_yaml, [*settings, "output_path=straight"]))
-
-    run = load_run(synthetic_yaml, [*settings, "output_path=stopped"])
-    stop = StopFlag()
-    with pytest.raises(Interrupted) as caught:
-        train(run, on_step=stop_after(17, stop), stop=stop)
-    assert caught.value.checkpoint.name == str(17 * 64)
-    torch.manual_seed(12345)  # a new process
-    train(load_run(synthetic_yaml, [*settings, "output_path=stopped"]), resume="stopped")
-    assert equal(trained_files(tmp_path / "straight"), trained_files(tmp_path / "stopped"))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_resumed_equals_straight(preset):
+    fields = {f"sae.{name}": value for name, value in PRESETS[preset].items()}
+    resumes_bit_for_bit(lambda output: synthetic_run(output, **fields))
 
 
 def test_resuming_from_a_periodic_checkpoint_is_exact_and_saves_no_checkpoint_twice(
@@ -167,7 +144,7 @@ def test_resuming_from_a_periodic_checkpoint_is_exact_and_saves_no_checkpoint_tw
     )
     assert seen == list(range(11, 40))
     assert sorted(int(p.name) for p in (tmp_path / "again/checkpoints").iterdir()) == [1344, 1984]
-    assert equal(trained_files(tmp_path / "out"), trained_files(tmp_path / "again"))
+    assert state_equal(trained_files("out"), trained_files("again"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -194,15 +171,14 @@ def test_training_outside_the_main_thread(synthetic_yaml):
 
 
 def test_nothing_finished_is_overwritten(synthetic_yaml, tmp_path):
-    train(load_run(synthetic_yaml, ["run_final_eval=false"]))
+    run = load_run(synthetic_yaml, ["run_final_eval=false", "n_checkpoints=1"])
+    train(run)
     for resume in (None, "out"):
         with pytest.raises(SettingsError, match="output_path out already holds a finished SAE"):
-            train(load_run(synthetic_yaml), resume=resume)
+            train(run, resume=resume)
     (tmp_path / "out/cfg.json").unlink()
-    train(load_run(synthetic_yaml, ["output_path=b", "n_checkpoints=1", "run_final_eval=false"]))
-    (tmp_path / "b/cfg.json").unlink()
-    with pytest.raises(SettingsError, match=r"b/checkpoints holds checkpoints .*--resume b/checkp"):
-        train(load_run(synthetic_yaml, ["output_path=b"]))
+    with pytest.raises(SettingsError, match=r"out/checkpoints holds checkpoints .*--resume"):
+        train(run)
 
 
 def test_unwritable_output(synthetic_yaml, tmp_path):
@@ -211,66 +187,10 @@ def test_unwritable_output(synthetic_yaml, tmp_path):
         train(load_run(synthetic_yaml, ["output_path=file/out"]))
 
 
-def test_checkpoints_that_do_not_fit_or_are_damaged(synthetic_yaml, tmp_path):
-    train(load_run(synthetic_yaml, ["n_checkpoints=1", "run_final_eval=false"]))
-    checkpoint = newest_checkpoint("out")
-
-    def message(*overrides, resume=checkpoint):
-        with pytest.raises(CheckpointError) as caught:
-            train(load_run(synthetic_yaml, [*overrides, "output_path=x"]), resume=resume)
-        return str(caught.value)
-
-    assert "d_sae is 48 in this run and 32 in" in message("sae.d_sae=48")
-    assert "activation is 'relu' in this run and 'batchtopk' in" in message("sae.activation=relu")
-    assert "nowhere does not exist" in message(resume="nowhere")
-    assert "holds no complete checkpoint" in message(resume=tmp_path)
-    assert "k is 3.0 in this run and 2.0 in" in message("sae.k=3")
-    assert "mask_rate is 9.0 in this run and 1.0 in" in message("sae.mask_rate=9")
-    (checkpoint / "manifest.json").unlink()  # as in SAELens' own checkpoints
-    for name in ("trainer_state.pt", "random_state.pt"):
-        content = (checkpoint / name).read_bytes()
-        for damaged in (content[: len(content) // 2], b"", b"\xff" * 100):
-            (checkpoint / name).write_bytes(damaged)
-            assert "is damaged" in message()
-        (checkpoint / name).write_bytes(content)
-    weights = checkpoint / "sae_weights.safetensors"
-    content = weights.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"\xff" * 100):
-        weights.write_bytes(damaged)
-        assert "is damaged" in message()
-    weights.write_bytes(content)
-    state = load_file(weights)
-    save_file({**state, "W_dec": state["W_dec"][:5].clone()}, weights)
-    assert "has shape (5, 16), not (32, 16)" in message()
-    (checkpoint / "cfg.json").write_text("{")
-    assert "is damaged" in message()
-
-
-def test_a_half_written_checkpoint_is_never_taken_for_one(synthetic_yaml, tmp_path):
-    train(load_run(synthetic_yaml, ["n_checkpoints=2", "run_final_eval=false"]))
-    folder = tmp_path / "out/checkpoints"
-    newest = newest_checkpoint("out")
-    newest.rename(folder / f".{newest.name}.partial")
-    with pytest.warns(
-        UserWarning, match="1728.partial is no whole checkpoint, skipped: it was being"
-    ):
-        assert newest_checkpoint("out").name == "896"
-    (folder / "896/trainer_state.pt").unlink()
-    with (
-        pytest.raises(CheckpointError, match="no complete checkpoint"),
-        pytest.warns(
-            UserWarning, match="896 is no whole checkpoint, skipped: trainer_state.pt is m"
-        ),
-    ):
-        newest_checkpoint("out")
-    with pytest.raises(CheckpointError, match=r"896 is damaged \(trainer_state.pt is missing"):
-        newest_checkpoint(folder / "896")
-
-
-def test_the_newest_checkpoint_is_the_one_of_most_samples(synthetic_yaml, tmp_path):
-    train(load_run(synthetic_yaml, ["n_checkpoints=2", "run_final_eval=false"]))
-    os.utime(tmp_path / "out/checkpoints/896")
-    assert newest_checkpoint("out").name == "1728"
+def test_the_sae_is_left_as_saelens_made_it(synthetic_yaml):
+    sae = train(load_run(synthetic_yaml, ["run_final_eval=false"])).sae
+    assert not {"training_forward_pass", "context"} & set(vars(sae))
+    assert not any(p._post_accumulate_grad_hooks for p in sae.parameters())
 
 
 def test_a_second_signal_does_not_spoil_the_saving(synthetic_yaml, monkeypatch):
@@ -326,7 +246,6 @@ def test_dying_while_saving_keeps_the_older_checkpoint(synthetic_yaml, monkeypat
 
 def test_dying_while_saving_the_result_leaves_no_half_of_it(synthetic_yaml, tmp_path, monkeypatch):
     def full_disk(_, path):
-        path.mkdir()
         (path / "cfg.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
@@ -367,29 +286,20 @@ def test_a_tiny_gemma_2_from_disk(language_model_yaml, tmp_path):
     assert result.sae.tracker.steps.item() == 40
 
 
-def test_language_model_run_is_interrupted_and_resumed(
-    language_model_yaml, token_dataset, tmp_path
-):
-    # Bit for bit where SAELens' own state allows it: token rows, a buffer of one batch, no mixing.
+def test_a_language_model_run_is_stopped_and_resumed(language_model_yaml, token_dataset):
     token_dataset.save_to_disk("tokens")
     settings = ["dataset_path=tokens", "is_dataset_tokenized=true", "n_batches_in_buffer=4"]
-    train(load_run(language_model_yaml, [*settings, "output_path=straight"]))
-    stop = StopFlag()
-    stopped = load_run(language_model_yaml, [*settings, "output_path=stopped"])
-    with pytest.raises(Interrupted):
-        train(stopped, on_step=stop_after(17, stop), stop=stop)
-    checkpoint = newest_checkpoint("stopped")
-    assert isinstance(SAE.load_from_disk(checkpoint), ATMSAE)
-    again = load_run(language_model_yaml, [*settings, "output_path=stopped"])
-    train(again, resume="stopped")
-    assert equal(trained_files(tmp_path / "straight"), trained_files(tmp_path / "stopped"))
+
+    def load(output):
+        return load_run(language_model_yaml, [*settings, f"output_path={output}"])
+
+    resumes_bit_for_bit(load)
+    assert isinstance(SAE.load_from_disk(newest_checkpoint("stopped")), ATMSAE)
 
 
-def test_language_model_run_with_prefetching_stops_too(language_model_yaml):
-    stop = StopFlag()
+def test_a_language_model_run_with_prefetching_stops(language_model_yaml):
     run = load_run(language_model_yaml, ["prefetch_llm_batches=true"])
-    with pytest.raises(Interrupted):
-        train(run, on_step=stop_after(5, stop), stop=stop)
+    assert stopped_after(5, run) == newest_checkpoint("out")
     assert newest_checkpoint("out").name == str(5 * 64)
 
 
@@ -465,7 +375,7 @@ def test_multi_sae_runner(hooked_model, token_dataset):
         override_dataset=token_dataset,
     ).run()
     assert saes["atm"].tracker.steps.item() == saes["paper"].tracker.steps.item() == 30
-    assert saes["paper"].draw_mask(1).probability.max() > 0
+    assert saes["paper"].draw_mask().probability.max() > 0
 
 
 def test_synthetic_runner(tmp_path):
@@ -485,21 +395,3 @@ def test_synthetic_runner(tmp_path):
     ).run()
     assert result.final_eval is not None
     assert type(SAE.load_from_disk(tmp_path / "sae")) is JumpReLUSAE
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("activation", ["jumprelu", "relu"])
-def test_compiled_training_is_one_graph_and_agrees_with_eager(activation, schedule):
-    fields = {"activation": activation, "schedule": schedule, "mask_warm_up_steps": 0}
-    eager, compiled = make_sae(**fields), make_sae(**fields)
-    compiled.load_state_dict(eager.state_dict())
-    compiled.training_forward_pass = torch.compile(
-        compiled.training_forward_pass, backend="eager", fullgraph=True
-    )
-    batches, dead = torch.randn(5, 32, 8), torch.zeros(24, dtype=torch.bool)
-    for sae in (eager, compiled):
-        for x in batches:
-            sae.training_forward_pass(step_input(x, dead)).loss.backward()
-    torch.testing.assert_close(compiled.W_dec.grad, eager.W_dec.grad)
-    torch.testing.assert_close(compiled.importance, eager.importance)
-    assert compiled.tracker.steps.item() == 5

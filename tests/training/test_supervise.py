@@ -15,7 +15,8 @@ def make_trainer(steps=12, **fields):
     torch.manual_seed(0)
     shape = {"architecture": "atm", "d_in": 8, "d_sae": 24, "k": 3}
     schedule = {"mask_warm_up_steps": 2, "schedule_steps": steps, "parent_start": 0.2}
-    sae = TrainingSAE.from_dict({**shape, **schedule, **fields})
+    atm = {} if "architecture" in fields else schedule
+    sae = TrainingSAE.from_dict({**shape, **atm, **fields})
     cfg = SAETrainerConfig(steps * 32, 32, lr=1e-2, lr_end=1e-3, n_batches_for_norm_estimate=3)
     return SAETrainer(cfg, sae, (torch.randn(32, 8) for _ in range(steps + 3)))
 
@@ -32,13 +33,14 @@ def all_hooks(trainer):
 
 def state_of(trainer):
     moments = trainer.optimizer.state_dict()["state"]
-    return {
+    state = {
         **trainer.sae.state_dict(),
         **{f"moment {i}": moment["exp_avg_sq"] for i, moment in moments.items()},
         "silent for": trainer.n_forward_passes_since_fired,
         "fired": trainer.act_freq_scores,
         "counts": torch.tensor([trainer.n_training_samples, trainer.n_frac_active_samples]),
     }
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def attributes(trainer):
@@ -67,7 +69,7 @@ def test_every_attribute_is_restored_also_after_an_exception(compiled):
     before, step, forward = attributes(trainer), trainer.step, trainer.sae.training_forward_pass
 
     class Failing(Hook):
-        def after_step(self, output):
+        def after_step(self, _output):
             raise KeyboardInterrupt
 
     with supervise(trainer, all_hooks(trainer)):
@@ -87,10 +89,10 @@ def test_nothing_is_left_if_a_hook_cannot_be_attached():
     before = attributes(trainer)
 
     class Failing(Hook):
-        def attach(self, undo):
+        def attach(self, _undo):
             raise ValueError
 
-    with pytest.raises(ValueError), supervise(trainer, [*all_hooks(trainer), Failing()]):  # noqa: PT011, PT012
+    with pytest.raises(ValueError), supervise(trainer, [*all_hooks(trainer), Failing()]):  # noqa: PT011
         pass
     assert attributes(trainer) == before
 

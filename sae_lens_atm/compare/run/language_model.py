@@ -14,7 +14,7 @@ from sae_lens.multi_sae_training_runner import (
 )
 from sae_lens.util import temporary_seed
 
-from sae_lens_atm.compare.plan.planned_run import Planned
+from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.curve import curve_points
 from sae_lens_atm.compare.run.group import GroupRunner
 from sae_lens_atm.compare.run.language_model_figures import evaluate_on_language_model
@@ -39,7 +39,7 @@ from sae_lens_atm.training.run_file import LanguageModelRun
 
 
 def train_group(
-    group: Sequence[Planned], folder: Path, points: int, on_step: OnStep, stop: StopFlag
+    group: Sequence[PlannedRun], folder: Path, points: int, on_step: OnStep, stop: StopFlag
 ) -> None:
     """Train and evaluate the runs of one seed that are not saved yet.
 

@@ -7,7 +7,7 @@ import torch
 from sae_lens import SAE
 from safetensors.torch import save_file
 
-from sae_lens_atm.compare.plan.planned_run import Planned
+from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED
 from sae_lens_atm.evaluation.first_letters import FirstLetters, figures_of, scores_of
 from sae_lens_atm.evaluation.language_model import HeldOutTokens, language_model_figures
@@ -18,7 +18,7 @@ from sae_lens_atm.training.run_file import LanguageModelRun
 
 @torch.no_grad()
 def evaluate_on_language_model(
-    planned: Planned,
+    planned: PlannedRun,
     folder: Path,
     model: Any,
     tokens: HeldOutTokens,

@@ -5,17 +5,21 @@ import torch
 from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 
-from sae_lens_atm.compare.plan.l0_target import Knob, L0Controller
+from sae_lens_atm.compare.plan.l0_target import L0Parameter
 from sae_lens_atm.compare.report.results import Curve
 from sae_lens_atm.compare.run.curve import (
-    History,
-    Probe,
+    CurveRecorder,
+    HeldOutBatch,
     curve_points,
     feature_groups,
     peak_resident_mib,
     still_moving,
 )
+from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model, children_of
+from sae_lens_atm.training.hooks import StepTimer
+from sae_lens_atm.training.supervise import supervise
+from tests.helpers import state_equal
 
 
 def hierarchy():
@@ -64,7 +68,7 @@ def test_points_end_with_the_last_step():
     assert curve_points(3, 20) == [1, 2, 3]
 
 
-def test_a_probe_sees_explained_variance_by_hand():
+def test_explained_variance_of_a_held_out_batch_by_hand():
     sae = TrainingSAE.from_dict({"architecture": "topk", "d_in": 2, "d_sae": 2, "k": 1})
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(2))
@@ -74,11 +78,11 @@ def test_a_probe_sees_explained_variance_by_hand():
     x = torch.tensor([[3.0, 1.0], [1.0, 3.0]])
     # reconstructed (3, 0) and (0, 3): residuals 1 and 1; about the mean (2, 2) variance 2 and 2
     sae.train()
-    assert Probe(x).look(sae) == {"explained_variance": pytest.approx(1 - 2 / 4)}
+    assert HeldOutBatch(x).evaluate(sae) == {"explained_variance": pytest.approx(1 - 2 / 4)}
     assert sae.training
 
 
-def test_a_probe_with_features_sees_absorption():
+def test_absorption_of_a_held_out_batch():
     model = hierarchy()
     sae = TrainingSAE.from_dict({"architecture": "topk", "d_in": 16, "d_sae": 9, "k": 3})
     torch.manual_seed(0)
@@ -89,72 +93,75 @@ def test_a_probe_with_features_sees_absorption():
         sae.W_enc.copy_(torch.linalg.pinv(vectors))
         sae.b_enc.zero_()
         sae.b_dec.copy_(model.feature_dict.bias)
-    seen = Probe(x, features.to_dense(), model).look(sae)
+    seen = HeldOutBatch(x, features.to_dense(), model).evaluate(sae)
     assert seen["explained_variance"] > 0.99
     assert seen["absorption_fraction"] < 0.02
 
 
 def trained(steps=20, architecture="atm", **fields):
-    sae = TrainingSAE.from_dict({"architecture": architecture, "d_in": 8, "d_sae": 16, **fields})
     torch.manual_seed(0)
+    sae = TrainingSAE.from_dict({"architecture": architecture, "d_in": 8, "d_sae": 16, **fields})
     cfg = SAETrainerConfig(steps * 32, 32, lr=1e-2, lr_end=1e-3)
     return SAETrainer(cfg, sae, (torch.randn(32, 8) for _ in range(steps)))
 
 
-def run(trainer, history):
-    step = trainer.step
-
-    def watched(batch):
-        output = step(batch)
-        history.after_step(output)
-        return output
-
-    trainer.step = watched
-    trainer.fit()
+def recorded(trainer, points, controller=None):
+    """Train with a recorder, and return it."""
+    timer = StepTimer(trainer.sae.device)
+    recorder = CurveRecorder(trainer, points, timer, None, controller)
+    hooks = [timer, *([] if controller is None else [controller]), recorder]
+    with supervise(trainer, hooks):
+        trainer.fit()
+    return recorder
 
 
-def test_a_history_of_a_training():
+def test_the_recorder_of_a_training():
     trainer = trained(k=2, mask_warm_up_steps=2)
-    history = History(trainer, [5, 10, 20], None, None)
-    run(trainer, history)
-    seen = history.curve()
-    assert seen.steps == [5, 10, 20]
-    assert seen.l0 == [2.0, 2.0, 2.0]
-    assert seen.coefficient == []
-    assert len(seen.explained_variance) == len(seen.dead_latents) == 3
-    assert history.step_ms > 0
-    assert history.seconds > 0
-    assert math.isnan(peak_resident_mib()) or history.peak_memory_mib >= 0
-    importance = history.importance({"a": [0, 1, 2], "none": []})
+    recorder = recorded(trainer, [5, 10, 20])
+    curve = recorder.curve()
+    assert curve.steps == [5, 10, 20]
+    assert curve.l0 == [2.0, 2.0, 2.0]
+    assert curve.coefficient == []
+    assert len(curve.explained_variance) == len(curve.dead_latents) == 3
+    assert recorder.step_ms > 0
+    assert recorder.seconds > 0
+    assert math.isnan(peak_resident_mib()) or recorder.peak_memory_mib >= 0
+    importance = recorder.importance({"a": [0, 1, 2], "none": []})
     assert importance.steps == [5, 10, 20]
     assert importance.latents == {"a": 3}
-    final = trainer.sae.draw_mask(1).importance[:3].sort().values
-    # quartiles of three numbers: the mid-point of the lower two, the middle, of the upper two
+    final = trainer.sae.draw_mask().importance[:3].sort().values
+    # Quartiles of three numbers: midpoint of the lower two, the middle, midpoint of the upper two.
     expected = [(final[0] + final[1]) / 2, final[1], (final[1] + final[2]) / 2]
     assert importance.groups["a"][-1] == pytest.approx([v.item() for v in expected])
-    assert importance.threshold[-1] == pytest.approx(trainer.sae.draw_mask(1).threshold.item())
+    assert importance.threshold[-1] == pytest.approx(trainer.sae.draw_mask().threshold.item())
 
 
-def test_others_have_no_importance():
+def test_recording_changes_nothing():
+    plain = trained(k=2)
+    plain.fit()
+    observed = trained(k=2)  # seeds the data anew
+    recorded(observed, [5, 10, 20])
+    assert state_equal(plain.sae.state_dict(), observed.sae.state_dict())
+
+
+def test_other_saes_have_no_importance():
     trainer = trained(architecture="standard", l1_coefficient=0.1)
-    controller = L0Controller(trainer, Knob("l1", True), 2.0)
-    history = History(trainer, [20], None, controller)
-    run(trainer, history)
-    assert history.importance({"a": [0]}) is None
-    assert history.curve().coefficient == [pytest.approx(controller.value)]
+    controller = L0Controller(trainer, L0Parameter("l1", True), 2.0)
+    recorder = recorded(trainer, [20], controller)
+    assert recorder.importance({"a": [0]}) is None
+    assert recorder.curve().coefficient == [pytest.approx(controller.value)]
 
 
-def test_a_history_goes_on(tmp_path):
+def test_a_recorder_is_restored_from_a_checkpoint(tmp_path):
+    recorder = recorded(trained(k=2), [5, 20])
+    recorder.on_checkpoint(tmp_path)
     trainer = trained(k=2)
-    history = History(trainer, [5, 20], None, None)
-    run(trainer, history)
-    history.save(tmp_path / "history.pt")
-    again = History(trained(k=2), [5, 20], None, None)
-    again.load(tmp_path / "history.pt")
-    assert again.curve() == history.curve()
-    assert again.importance({"a": [0, 1]}) == history.importance({"a": [0, 1]})
-    assert again.step_ms == history.step_ms
-    assert again.seconds > history.seconds - 1
+    again = CurveRecorder(trainer, [5, 20], StepTimer(trainer.sae.device))
+    again.load(tmp_path)
+    assert again.curve() == recorder.curve()
+    assert again.importance({"a": [0, 1]}) == recorder.importance({"a": [0, 1]})
+    assert again.step_ms == recorder.step_ms
+    assert again.seconds > recorder.seconds - 1
 
 
 def test_groups_are_the_latents_of_roots_parents_and_children():

@@ -1,6 +1,7 @@
-"""Whatever a file holds, it is read or refused in one clear line."""
+"""Files with any content are read, or refused with one clear line."""
 
 import json
+import os
 import shutil
 import warnings
 
@@ -9,17 +10,18 @@ import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sae_lens_atm.cli.main import app
-from sae_lens_atm.errors import CheckpointError, SettingsError
+from sae_lens_atm.errors import CheckpointError, Interrupted, SettingsError
 from sae_lens_atm.files import MANIFEST_FILENAME
 from sae_lens_atm.hub.loading import describe, load_sae
 from sae_lens_atm.training.checkpoints import newest_checkpoint
-from sae_lens_atm.training.preflight.checks import plan
+from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.preflight.checks import check_run
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run, parse_run
-from sae_lens_atm.training.watch import Watch
 
 RUN = {
     "runner": "synthetic",
@@ -71,15 +73,16 @@ def assert_clear(error):
     assert all(line.strip() for line in text.splitlines())
 
 
-# What hypothesis may take from one test to the next is made anew in each example.
-ours = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+# Fixtures of a function serve all examples: each example makes its files anew.
+EXAMPLES = 50 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 15
+ours = settings(max_examples=EXAMPLES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @ours
 @given(st.dictionaries(keys, values, max_size=3))
 def test_run_files_with_other_values(changes):
     try:
-        plan(parse_run(changed(RUN, changes)))
+        check_run(parse_run(changed(RUN, changes)))
     except SettingsError as error:
         assert_clear(error)
 
@@ -134,7 +137,7 @@ def test_hostile_run_files(tmp_path, text):
     assert not (tmp_path / "owned").exists()
 
 
-# --- what a run leaves on disk -------------------------------------------------------------------
+# --- files of a run -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +150,7 @@ def finished(tmp_path_factory):
 
 
 def damaged(draw, content):
-    """Bits flipped, an end cut off, a piece taken out, or something else in its place."""
+    """Flip a bit, cut off the end, remove a piece, or replace everything."""
     kind = draw(st.sampled_from(["flip", "cut", "gap", "other"]))
     if kind == "other":
         return draw(st.sampled_from([b"", b"{}", b"null", b"[]", b"\xff" * 100, b"PK\x03\x04"]))
@@ -159,7 +162,7 @@ def damaged(draw, content):
 
 
 def spoil(draw, folder):
-    """Spoil one file of a folder, and say whether that changed it."""
+    """Damage one file of a folder. Return its name, and whether it changed."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     path = draw(st.sampled_from(files))
     before = path.read_bytes()
@@ -184,10 +187,10 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_taken(finished, tmp_
         warnings.simplefilter("ignore")
         if differs and name != MANIFEST_FILENAME:
             with pytest.raises(CheckpointError) as caught:
-                plan(run, copy / "checkpoints/384")
+                newest_checkpoint(copy / "checkpoints/384")
             assert_clear(caught.value)
             assert newest_checkpoint(copy).name == "192"
-        plan(run, newest_checkpoint(copy))
+        check_run(run, newest_checkpoint(copy))
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 
 
@@ -200,11 +203,12 @@ def test_without_checksums_a_damaged_checkpoint_is_read_or_refused(finished, tmp
     (copy / "cfg.json").unlink()
     spoil(data.draw, checkpoint)
     run = parse_run(changed(RUN, {"output_path": str(copy)}))
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+    stop = StopFlag()
+    stop.request()  # before the first step
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        patch.setattr(Watch, "fit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises((CheckpointError, KeyboardInterrupt)) as caught:
-            train(run, checkpoint)
+        with pytest.raises((CheckpointError, Interrupted)) as caught:
+            train(run, checkpoint, stop=stop)
     if isinstance(caught.value, CheckpointError):
         assert_clear(caught.value)
 
@@ -221,6 +225,47 @@ def test_a_damaged_sae_is_read_or_refused(finished, tmp_path, data):
             list(describe(load_sae(str(copy))))
         except SettingsError as error:
             assert_clear(error)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state, _: state["W_dec"].fill_(float("nan")),
+        lambda state, _: state["b_enc"].fill_(float("inf")),
+        lambda state, _: state.update(W_dec=state["W_dec"][:5].clone()),
+        lambda state, _: state.pop("W_enc"),
+        lambda state, _: state.update(more=torch.ones(2)),
+        lambda _, cfg: cfg.update(d_sae=7),
+        lambda _, cfg: cfg.update(d_in="x"),
+        lambda _, cfg: cfg.update(architecture="gated"),
+        lambda _, cfg: cfg.update(architecture="nonsense"),
+        lambda _, cfg: cfg.pop("architecture"),
+        lambda _, cfg: cfg.update(dtype="float17"),
+    ],
+)
+def test_a_saved_sae_that_is_not_one(finished, synthetic_yaml, tmp_path, spoil):
+    folder = shutil.copytree(finished, tmp_path / "out")
+    state = load_file(folder / "sae_weights.safetensors")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    spoil(state, cfg)
+    save_file(state, folder / "sae_weights.safetensors")
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(SettingsError, match="cannot load out: "):
+        load_sae("out")
+    for command in (["inspect", "out"], ["evaluate", "out", "--on", str(synthetic_yaml)]):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_infinite_threshold_is_a_latent_that_never_fires(finished, tmp_path):
+    weights = shutil.copytree(finished, tmp_path / "out") / "sae_weights.safetensors"
+    state = load_file(weights)
+    state["threshold"][0] = float("inf")
+    save_file(state, weights)
+    assert load_sae("out").encode(torch.randn(64, 16))[:, 0].sum() == 0
 
 
 @pytest.mark.parametrize(

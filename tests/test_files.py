@@ -1,0 +1,81 @@
+import json
+import math
+
+import pytest
+
+from sae_lens_atm.files import (
+    MANIFEST_FILENAME,
+    manifest_mismatch,
+    read_json,
+    read_manifest,
+    saved_at_once,
+    to_json,
+    write_json,
+    write_manifest,
+    write_text,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_text_is_replaced_at_once(tmp_path):
+    path = tmp_path / "a.txt"
+    assert write_text(path, "old") == path
+    write_text(path, "new ü")
+    assert path.read_text(encoding="utf-8") == "new ü"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_files_move_together_and_the_last_one_completes_the_folder(tmp_path):
+    out = tmp_path / "new/out"
+    with saved_at_once(out) as partial:
+        assert partial.parent == out
+        for name in ("cfg.json", "z", "a"):
+            (partial / name).write_text(name)
+        assert not (out / "cfg.json").exists()
+    assert names(out) == ["a", "cfg.json", "z"]
+    with pytest.raises(OSError, match="disk"), saved_at_once(out) as partial:  # noqa: PT012
+        (partial / "cfg.json").write_text("half")
+        raise OSError("disk")
+    assert (out / "cfg.json").read_text() == "cfg.json"
+    with saved_at_once(out, last="z") as partial:  # what the failure left is removed
+        assert names(partial) == []
+    assert names(out) == ["a", "cfg.json", "z"]
+
+
+def test_json_has_null_for_nan_and_short_lists(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_json(path) == {}
+    content = {"a": [1.0, math.nan, 2.123456789], "b": {"c": math.nan, "d": "x"}, "e": 0.1234567}
+    write_json(path, content)
+    assert read_json(path) == {"a": [1.0, None, 2.12346], "b": {"c": None, "d": "x"}, "e": 0.123457}
+    assert '"a": [ 1.0, null, 2.12346 ]' in path.read_text()
+    assert json.loads(to_json(content))["e"] == 0.1234567
+
+
+def test_a_manifest_notices_every_change(tmp_path):
+    assert read_manifest(tmp_path) is None
+    assert manifest_mismatch(tmp_path) is None  # as in SAELens' checkpoints
+    contents = {"a": b"12345", "b": b"x" * 3_000_000}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    write_manifest(tmp_path, skipped_batches=3)
+    assert read_manifest(tmp_path)["skipped_batches"] == 3
+    assert manifest_mismatch(tmp_path) is None
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert manifest_mismatch(tmp_path).startswith(f"{name} ")
+        assert manifest_mismatch(tmp_path, checksums=False) is None
+        path.write_bytes(content + b"x")
+        assert f"{name} has {len(content) + 1} bytes" in manifest_mismatch(
+            tmp_path, checksums=False
+        )
+        path.unlink()
+        assert manifest_mismatch(tmp_path, checksums=False) == f"{name} is missing"
+        path.write_bytes(content)
+    for text in ("[]", "{}", '{"files": []}', '{"files": {"cfg.json": 3}}', "\0"):
+        (tmp_path / MANIFEST_FILENAME).write_text(text)
+        assert manifest_mismatch(tmp_path) is not None
