@@ -1,12 +1,12 @@
-"""What two processes make of a training step, and what wider SAEs on more of them would cost.
+"""Time and traffic of training steps in two processes, and estimates for wider SAEs.
 
     python benchmarks/scaling.py                       # two processes, one CPU thread each
     python benchmarks/scaling.py --json docs/scale/scaling.json
 
-In turns: a step of one process with the whole batch, one of one process with half of it, one of
-two with half each; medians of the time and of the CPU time of a process. What the two tell each
-other is counted. They wait for each other a dozen times a step: on a machine that has other work to
-do, that is what the time measures, and the CPU time is what a step takes.
+Three kinds of step alternate: one process with the whole batch, one process with half of it, and
+two processes with half each. The results are medians of the time, and of the CPU time of a process.
+The bytes that the two exchange are counted. They wait for each other a dozen times in a step. On a
+machine with other work the time measures this waiting, and the CPU time measures the step.
 """
 
 import json
@@ -27,9 +27,11 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from sae_lens_atm import ATMTrainingSAEConfig
-from sae_lens_atm.training.parallel import together
+from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
+from sae_lens_atm.training.parallel import AcrossRanks, RankExchange
 from sae_lens_atm.training.preflight.memory import PEAK, SHARE, products, sae_size
 from sae_lens_atm.training.ranks import Ranks
+from sae_lens_atm.training.supervise import supervise
 
 SHAPES = {"small": (256, 128, 1024, 16), "C": (1024, 512, 4096, 32)}  # batch, d_in, d_sae, k
 RANKS = 2
@@ -49,18 +51,19 @@ def contenders(d_in: int, d_sae: int, k: int) -> dict[str, Any]:
 
 
 def traffic(cfg: Any) -> int:
-    """Bytes that a rank of a step has summed up with the others'; float32, no ties in a choice."""
+    """Return the bytes that a rank sums up with the others in a step, in float32, without ties."""
     weights, d_in, d_sae = cfg.d_in * cfg.d_sae, cfg.d_in, cfg.d_sae
     gradients = 2 * weights + d_in + d_sae
-    found = gradients + d_sae  # and which latents fired
+    found = gradients + d_sae  # counts of the latents that fired
     choices = 1
     threshold = 1
+    bad_batch = 8  # whether a rank rejects the batch, a whole number of 64 bits
     if isinstance(cfg, ATMTrainingSAEConfig):
-        found += 5 * d_sae + d_in  # signals, energy, exposure, mean input
+        found += 4 * d_sae + d_in + 1  # signals, energy, mean input, whether the batch is finite
         found += weights if cfg.parent_weight > 0 else 0
-        choices += 1
+        choices += cfg.masked_weight > 0  # the masked pass chooses again
     digits = 3 * 2**11 * 8  # three histograms of whole numbers
-    return 4 * (found + threshold) + choices * digits
+    return 4 * (found + threshold) + bad_batch + choices * digits
 
 
 # --- what is timed -------------------------------------------------------------------------------
@@ -94,14 +97,14 @@ def trainer_of(cfg: Any, batch: int) -> SAETrainer[Any, Any]:
 
 
 def seconds(work: Callable[[], object]) -> tuple[float, float]:
-    """How long it took, and for how long the CPU was at it."""
+    """Return the time and the CPU time of a call."""
     start, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - start, time.process_time() - cpu
 
 
 def measured(cfg: Any, batch: int, ranks: Ranks, repeats: int) -> dict[str, float]:
-    """Seconds of the three kinds of step, and bytes that travelled."""
+    """Return the seconds of the three kinds of step, and the bytes that were exchanged."""
     whole = torch.randn(4, batch, cfg.d_in, generator=torch.Generator().manual_seed(1))
     share = [ranks.own_rows(x) for x in whole]
     one, half, several = (trainer_of(cfg, batch) for _ in range(3))
@@ -114,7 +117,10 @@ def measured(cfg: Any, batch: int, ranks: Ranks, repeats: int) -> dict[str, floa
 
     names = ("whole", "share", "together")
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    with together(several, ranks):
+    context = AcrossRanks(ranks)
+    guard = BadBatchGuard(several, 10, ranks.max_over_ranks)
+    hooks = [RankExchange(several, ranks, context), guard, DeferredUpdates(several, context)]
+    with supervise(several, hooks):
         for turn in range(repeats + 2):
             batches = whole[turn % 4], share[turn % 4]
             kinds: dict[str, Callable[[], object]] = {
@@ -131,11 +137,11 @@ def measured(cfg: Any, batch: int, ranks: Ranks, repeats: int) -> dict[str, floa
                 if turn >= 2:
                     times[name].append(took)
                 if name == "together":
-                    told = sum(counted)
+                    exchanged = sum(counted)
     return {
         **{name: median(took for took, _ in found) for name, found in times.items()},
         **{f"{name}, CPU": median(cpu for _, cpu in found) for name, found in times.items()},
-        "bytes": told,
+        "bytes": exchanged,
     }
 
 
@@ -153,39 +159,41 @@ def _process(rank: int, port: int, repeats: int, path: str) -> None:
     dist.destroy_process_group()
 
 
-# --- what is told --------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------
 
 
 def table(found: dict[str, Any]) -> str:
-    """Ratios to a step of one process with the whole batch."""
+    """Return ratios to a step of one process with the whole batch."""
     lines = [
-        "| | two, half each: time | CPU time of each | one, half: CPU time | MB told | formula |",
+        "| | two, half each: time | CPU time of each | one, half: CPU time | MB exchanged "
+        "| formula |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for name, f in found.items():
         ratio = f["together"] / f["whole"]
         cpu = [f[f"{n}, CPU"] / f["whole, CPU"] for n in ("together", "share")]
-        told, formula = (f"{f[key] / 1e6:.2f}" for key in ("bytes", "expected_bytes"))
-        lines.append(f"| {name} | {ratio:.2f} | {cpu[0]:.2f} | {cpu[1]:.2f} | {told} | {formula} |")
+        megabytes = [f[key] / 1e6 for key in ("bytes", "expected_bytes")]
+        cells = " | ".join(f"{value:.2f}" for value in (ratio, *cpu, *megabytes))
+        lines.append(f"| {name} | {cells} |")
     return "\n".join(lines)
 
 
 def sharded(found: dict[str, Any]) -> str:
-    """What a step tells with all latents on each rank, and with a share of the latents on each."""
-    lines = ["| | MB told | two decoded batches, MB | ratio |", "|---|--:|--:|--:|"]
+    """Return the traffic with all latents on each rank, and with a share of the latents on each."""
+    lines = ["| | MB exchanged | two decoded batches, MB | ratio |", "|---|--:|--:|--:|"]
     for shape, (batch, d_in, _, _) in SHAPES.items():
-        told = found[f"{shape}, atm, masks and pressure"]["bytes"] / 1e6
+        exchanged = found[f"{shape}, atm, masks and pressure"]["bytes"] / 1e6
         decoded = 2 * 4 * batch * d_in / 1e6
-        lines.append(f"| {shape} | {told:.2f} | {decoded:.2f} | {told / decoded:.1f} |")
+        lines.append(f"| {shape} | {exchanged:.2f} | {decoded:.2f} | {exchanged / decoded:.1f} |")
     return "\n".join(lines)
 
 
 def carried(_: Any = None, batch: int = 4096) -> str:
-    """The model at Gemma-2-27b's width: per rank, the work being that of the whole batch."""
+    """Return estimates at Gemma-2-27b's width, for each rank. The work is the whole batch's."""
     gib = 2**30
     lines = [
         "| latents | state, GiB | gradients and inputs, GiB | PFLOP a step | s on one A100 | "
-        + "GB told a step | "
+        + "GB exchanged a step | "
         + " | ".join(f"s at {name}" for name in LINKS)
         + " |",
         "|--:|--:|--:|--:|--:|--:|" + "--:|" * len(LINKS),
@@ -195,11 +203,11 @@ def carried(_: Any = None, batch: int = 4096) -> str:
         size = sae_size(cfg)
         passing = size.parameters + 4 * cfg.d_in * d_sae
         work = products(cfg, batch) * 2 * batch * cfg.d_in * d_sae
-        told = traffic(cfg)
-        links = " | ".join(f"{2 * told / rate:.2f}" for rate in LINKS.values())
+        exchanged = traffic(cfg)
+        links = " | ".join(f"{2 * exchanged / rate:.2f}" for rate in LINKS.values())
         lines.append(
             f"| {d_sae:,} | {size.resident / gib:.1f} | {passing / gib:.1f} | {work / 1e15:.2f} | "
-            f"{work / SHARE / PEAK[torch.bfloat16]:.2f} | {told / 1e9:.1f} | {links} |"
+            f"{work / SHARE / PEAK[torch.bfloat16]:.2f} | {exchanged / 1e9:.1f} | {links} |"
         )
     return "\n".join(lines)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from sae_lens import SAETrainer
@@ -15,6 +15,7 @@ from sae_lens_atm.method.step_context import StepContext
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 from sae_lens_atm.training.supervise import Forward, Hook, Step, replace_attribute
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 MaxOverRanks = Callable[[int], int]
 """Returns the largest of the numbers that the processes of a training pass."""
 
@@ -150,6 +151,11 @@ class BadBatchGuard(Hook):
                 yield batch
 
 
+def not_compiled(function: _Function) -> _Function:
+    """Keep a function out of the graphs of `torch.compile`."""
+    return cast(_Function, torch.compiler.disable(function))
+
+
 class UpdateQueue(StepContext):
     """A step context that queues updates."""
 
@@ -157,7 +163,7 @@ class UpdateQueue(StepContext):
         self.updates: list[Callable[[], None]] = []
 
     @override
-    @torch.compiler.disable
+    @not_compiled
     def after_step(self, update: Callable[[], None]) -> None:
         self.updates.append(update)
 

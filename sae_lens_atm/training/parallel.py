@@ -30,7 +30,7 @@ from sae_lens_atm.errors import RankLostError
 from sae_lens_atm.method.importance import Signals
 from sae_lens_atm.method.statistics import BatchStatistics
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
-from sae_lens_atm.training.guard import UpdateQueue
+from sae_lens_atm.training.guard import UpdateQueue, not_compiled
 from sae_lens_atm.training.ranks import Ranks, largest_across_ranks
 from sae_lens_atm.training.supervise import Forward, Hook, Step, replace_attribute
 
@@ -66,7 +66,7 @@ class AcrossRanks(UpdateQueue):
         self._ranks = ranks
 
     @override
-    @torch.compiler.disable
+    @not_compiled
     def average(self, statistics: BatchStatistics) -> BatchStatistics:
         # A rank whose batch is not finite measures no latent. Then no rank does.
         usable = statistics.measured.any().reshape(1)
@@ -86,7 +86,7 @@ class AcrossRanks(UpdateQueue):
         )
 
     @override
-    @torch.compiler.disable
+    @not_compiled
     def minimum(self, values: Tensor) -> Tensor:
         positive = values.where(values > 0, torch.inf).flatten()
         least = torch.cat([positive, positive.new_full((1,), torch.inf)]).amin(0, keepdim=True)
@@ -94,7 +94,7 @@ class AcrossRanks(UpdateQueue):
         return least[least.isfinite()]
 
     @override
-    @torch.compiler.disable
+    @not_compiled
     def largest(self, values: Tensor, per_row: float) -> tuple[Tensor, Tensor]:
         count = int(per_row * len(values) * self._ranks.size)
         return largest_across_ranks(values, count, self._ranks)
@@ -139,7 +139,7 @@ class RankExchange(Hook):
             self._ranks.mean_(parameter.grad)
 
     def _queued(self, update: Any) -> Any:
-        @torch.compiler.disable
+        @not_compiled
         def update_topk_threshold(acts: Tensor) -> None:
             values = (acts.values() if acts.is_sparse else acts).detach()
             self._context.after_step(partial(update, self._context.minimum(values)))
@@ -201,7 +201,7 @@ class BatchTopKAcrossRanks(BatchTopK):
         self._ranks = ranks
 
     @override
-    @torch.compiler.disable
+    @not_compiled
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not self.training:
             return super().forward(x)

@@ -1,4 +1,4 @@
-"""What draws random numbers leaves everybody else's where they were."""
+"""Global random state: saved and restored, and left alone by training and evaluation."""
 
 import random
 import subprocess
@@ -9,8 +9,19 @@ import pytest
 import torch
 
 from sae_lens_atm.compare.evaluate_saved import data_of, evaluate_saved
+from sae_lens_atm.data.random_state import load_random_state, save_random_state
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run
+
+
+def test_a_saved_state_is_restored(tmp_path):
+    torch.rand(3)
+    save_random_state(tmp_path)
+    expected = torch.rand(5)
+    load_random_state(tmp_path)
+    assert torch.equal(torch.rand(5), expected)
+    load_random_state(tmp_path / "checkpoint of SAELens")  # has none
+    assert not torch.equal(torch.rand(5), expected)
 
 
 def next_numbers():
@@ -29,7 +40,7 @@ def seeded():
     random.seed(5)
 
 
-def test_training_and_evaluating(run_file):
+def test_training_and_evaluating_leave_it_alone(run_file):
     seeded()
     expected = next_numbers()
     seeded()
@@ -45,7 +56,7 @@ def test_runs_do_not_depend_on_it(run_file):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_importing():
+def test_importing_leaves_it_alone():
     code = """
 import random
 import numpy, torch
@@ -59,12 +70,12 @@ assert before[1:] == after[1:]
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_the_number_of_threads_changes_rounding_only(run_file):
+def test_the_number_of_threads_changes_rounding_only(synthetic_yaml):
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            result = train(load_run(run_file, [f"output_path=threads-{threads}"]))
+            result = train(load_run(synthetic_yaml, [f"output_path=threads-{threads}"]))
             found.append(result.sae.state_dict())
     finally:
         torch.set_num_threads(before)

@@ -1,13 +1,8 @@
-import json
-import multiprocessing
 import os
-import pickle
 import re
 import signal
-import socket
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 
 import pytest
@@ -19,57 +14,20 @@ from sae_lens.synthetic.training import SyntheticActivationIterator
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
 
-from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, RankLostError, SettingsError
-from sae_lens_atm.method.selection import largest_positive
+from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, RankLostError
 from sae_lens_atm.training.checkpoints import newest_checkpoint
-from sae_lens_atm.training.parallel import _Together, together
-from sae_lens_atm.training.preflight.checks import plan
-from sae_lens_atm.training.ranks import joined, largest_of_all
+from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
+from sae_lens_atm.training.parallel import AcrossRanks, RankExchange
+from sae_lens_atm.training.ranks import joined
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run, parse_run
+from sae_lens_atm.training.supervise import supervise
 from tests.conftest import CONTEXT
-from tests.helpers import load_script
+from tests.helpers import PRESETS
+from tests.training.processes import run_on
 
 ROOT = Path(__file__).parents[2]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["tests.training.test_parallel"])
 STEPS, BATCH, D_IN, D_SAE = 10, 24, 8, 24
-
-
-def run_on(ranks, function, *arguments, lost=()):
-    """What each of some processes, which can talk to each other, returns from the function."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    answers = SERVER.Queue()
-    places = [(rank, ranks, port, str(Path.cwd())) for rank in range(ranks)]
-    processes = [
-        SERVER.Process(target=_child, args=(place, answers, function, arguments))
-        for place in places
-    ]
-    for process in processes:
-        process.start()
-    found = dict(answers.get(timeout=120) for _ in range(ranks - len(lost)))
-    for process in processes:
-        process.join(60)
-        assert process.exitcode is not None, "it does not end"
-    errors = [answer for answer in found.values() if isinstance(answer, str)]
-    assert not errors, errors[0]
-    return {rank: pickle.loads(answer) for rank, answer in found.items()}
-
-
-def _child(place, answers, function, arguments):
-    rank, ranks, port, folder = place
-    os.chdir(folder)
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    try:
-        answers.put((rank, pickle.dumps(function(*arguments))))
-    except BaseException:
-        answers.put((rank, traceback.format_exc()))
-    answers.close()
-    answers.join_thread()
 
 
 def run_of(**fields):
@@ -85,7 +43,7 @@ def run_of(**fields):
     )
 
 
-# --- one step on several ranks is one on one -----------------------------------------------------
+# --- one step on several ranks is one step of one process ----------------------------------------
 
 
 ATM = {
@@ -96,31 +54,17 @@ ATM = {
     "mask_end": 0.8,
     "parent_start": 0.3,
     "parent_tau": 0.2,
-    "l0_coefficient": 0.01,
     "l1_coefficient": 0.01,
-    "jumprelu_init_threshold": 0.1,
-    "jumprelu_bandwidth": 0.5,
 }
 CASES = {
-    **{
-        f"{activation}, {schedule}": {**ATM, "activation": activation, "schedule": schedule}
-        for activation, schedule in zip(
-            ("batchtopk", "batchtopk", "batchtopk", "jumprelu", "relu"),
-            ("dual", "interleaved", "masked", "dual", "masked"),
-            strict=True,
-        )
-    },
+    **{preset: {**ATM, **fields} for preset, fields in PRESETS.items()},
     "dense": {**ATM, "kernels": "dense"},
-    "mask per sample": {**ATM, "mask_granularity": "sample"},
-    "falling k": {**ATM, "k_start": 2.0},
     "mean norm": {**ATM, "normalize_activations": "expected_average_only_in"},
     "whitening": {**ATM, "normalize_activations": "covariance_whitening"},
     "batchtopk": {"architecture": "batchtopk", "k": 2.3},
     "matryoshka": {"architecture": "matryoshka_batchtopk", "k": 2, "matryoshka_widths": [6, 24]},
-    "topk": {"architecture": "topk", "k": 2},
     "jumprelu": {"architecture": "jumprelu", "l0_coefficient": 0.1, "jumprelu_bandwidth": 0.5},
     "standard": {"architecture": "standard"},
-    "gated": {"architecture": "gated"},
 }
 
 
@@ -133,7 +77,7 @@ def batches(ranks):
 
 
 def trained(fields, ranks=None, compiled=False, autocast=False):
-    """All that some steps of SAELens' trainer leave behind."""
+    """Train some steps, and return everything that they change."""
     torch.manual_seed(0)
     sae = TrainingSAE.from_dict(run_of(sae=fields).runner.sae.to_dict())
     if compiled:
@@ -163,7 +107,10 @@ def trained(fields, ranks=None, compiled=False, autocast=False):
     if ranks is None:
         trainer.fit()
     else:
-        with together(trainer, ranks):
+        context = AcrossRanks(ranks)
+        guard = BadBatchGuard(trainer, 10, ranks.max_over_ranks)
+        hooks = [RankExchange(trainer, ranks, context), guard, DeferredUpdates(trainer, context)]
+        with supervise(trainer, hooks):
             trainer.fit()
     moments = trainer.optimizer.state_dict()["state"]
     return {
@@ -180,7 +127,7 @@ def trained_all(cases, **options):
         return {name: trained(fields, ranks, **options) for name, fields in cases.items()}
 
 
-FOUR = ("batchtopk, dual", "mask per sample", "whitening")
+FOUR = ("default", "whitening")
 
 
 @pytest.fixture(scope="module")
@@ -214,12 +161,11 @@ def test_four_ranks_are_one_process(on_four, name):
     assert_all_are(trained(CASES[name]), on_four, name)
 
 
-def test_the_cases_have_in_them_what_could_go_wrong():
-    state = trained(CASES["batchtopk, dual"])
+def test_the_cases_contain_what_could_go_wrong():
+    state = trained(CASES["default"])
     assert (state["parent_tracker.parents"] >= 0).any()
     assert (state["silent for"] > 0).any()
     assert state["topk_threshold"] > 0
-    assert not torch.equal(trained(CASES["mask per sample"])["W_dec"], state["W_dec"])
 
 
 def compiled_and_rounded():
@@ -228,51 +174,12 @@ def compiled_and_rounded():
             "compiled": trained(ATM, ranks, compiled=True),
             "autocast": trained({**ATM, "dtype": "float32"}, ranks, autocast=True),
             "rounded": trained({**ATM, "dtype": "bfloat16"}, ranks),
-            "choices": choices(ranks),
         }
-
-
-def choices(ranks):
-    """What this rank chooses of its share of some values."""
-    return {
-        name: largest_of_all(ranks.own_rows(values), count, ranks)
-        for name, (values, count) in values_to_choose_from().items()
-    }
-
-
-def values_to_choose_from():
-    generator = torch.Generator().manual_seed(2)
-    normal = torch.randn(64, 40, generator=generator)
-    return {
-        "float32": (normal, 100),
-        "float64": (normal.double(), 99),
-        "bfloat16, with many ties": (normal.bfloat16(), 300),
-        "whole numbers": (normal.round(), 70),
-        "all equal": (torch.ones(64, 40), 1000),
-        "none wanted": (normal, 0),
-        "more than there are": (normal, 5000),
-        "exactly what there is": (normal, int((normal > 0).sum())),
-        "nothing above 0": (-normal.abs(), 10),
-        "all in one share": (torch.cat([normal[:32] - 9, normal[32:] + 9]), 500),
-        "large and small": (normal * torch.logspace(-37, 37, 64)[:, None], 777),
-        "many": (torch.randn(64, 4000, generator=generator), 2000),
-    }
 
 
 @pytest.fixture(scope="module")
 def others():
     return run_on(2, compiled_and_rounded)
-
-
-@pytest.mark.parametrize("name", values_to_choose_from())
-def test_the_largest_of_all_are_those_of_the_whole(others, name):
-    values, count = values_to_choose_from()[name]
-    places, kept = largest_positive(values, count)
-    half = values.numel() // 2
-    shares = [others[rank]["choices"][name] for rank in (0, 1)]
-    found = torch.cat([share[0] + rank * half for rank, share in enumerate(shares)])
-    assert torch.equal(found, places)
-    assert torch.equal(torch.cat([share[1] for share in shares]), kept)
 
 
 def test_compiled_ranks_are_one_process(others):
@@ -298,20 +205,21 @@ def files(folder):
     }
 
 
-def losing_rank_three():
-    """Training in which one rank dies in the middle of the sixth step, between two gradients."""
-    reduce, done = _Together._reduce_gradient, []
-    gradients = 4  # parameters of the SAE
+def losing_a_rank(which, where):
+    """Train until one rank dies in the sixth step."""
 
-    def die_there(self, parameter):
-        done.append(parameter)
-        if os.environ["RANK"] == "3" and len(done) == 5 * gradients + 3:
-            os._exit(9)
-        return reduce(self, parameter)
+    def die(*_):
+        os._exit(9)
 
-    _Together._reduce_gradient = die_there
+    def on_step(trainer, _):
+        if trainer.n_training_steps + 1 == 5 and os.environ["RANK"] == str(which):
+            if where == "gradients":  # some gradients are averaged by then
+                list(trainer.sae.parameters())[2].register_post_accumulate_grad_hook(die)
+            else:  # all ranks have accepted the batch, and one has changed its threshold
+                trainer.sae.update_averages = die
+
     with pytest.raises(RankLostError) as caught:
-        train(run_of(**RUN, output_path="several"))
+        train(run_of(**RUN, output_path="several"), on_step=on_step)
     return str(caught.value)
 
 
@@ -325,11 +233,18 @@ def stopping_rank_one():
     return caught.value.signal_number
 
 
-def test_a_lost_rank_a_signal_and_other_numbers_of_ranks_change_nothing(tmp_path):
-    train(run_of(**RUN, output_path="straight"))
-    messages = run_on(4, losing_rank_three, lost=[3])
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The result of one process that is not stopped."""
+    folder = tmp_path_factory.mktemp("straight")
+    train(run_of(**RUN, output_path=str(folder)))
+    return files(folder)
+
+
+def test_a_lost_rank_a_signal_and_other_numbers_of_ranks_change_nothing(straight, tmp_path):
+    messages = run_on(4, losing_a_rank, 3, "gradients", lost=[3])
     for rank, message in messages.items():
-        assert "another process of this training is gone" in message
+        assert "another process of this training has ended" in message
         assert message.endswith("saved several/checkpoints/120") == (rank == 0)
     assert [p.name for p in Path("several/checkpoints").iterdir()] == ["120"]
 
@@ -338,9 +253,18 @@ def test_a_lost_rank_a_signal_and_other_numbers_of_ranks_change_nothing(tmp_path
 
     train(run_of(**RUN, output_path="several"), resume="several")
     found = files("several")
-    for what, tensor in files("straight").items():
+    for what, tensor in straight.items():
         torch.testing.assert_close(found[what], tensor)
     assert not list(tmp_path.glob("**/.*.partial"))
+
+
+def test_a_rank_lost_while_averages_are_exchanged_undoes_the_step(straight):
+    (message,) = run_on(2, losing_a_rank, 1, "averages", lost=[1]).values()
+    assert message.endswith("saved several/checkpoints/120")
+    train(run_of(**RUN, output_path="several"), resume="several")
+    found = files("several")
+    for what, tensor in straight.items():
+        torch.testing.assert_close(found[what], tensor)
 
 
 def with_bad_batches(which, fields):
@@ -379,7 +303,7 @@ def test_a_bad_batch_of_one_rank_is_skipped_by_all(which, sae):
 def test_too_many_bad_batches_of_one_rank_stop_all():
     fields = {"output_path": "bad", "max_bad_batches": 2}
     for message in run_on(2, with_bad_batches, [3, 5, 6], fields).values():
-        assert message.startswith("2 batches in a row at step 3 hold NaN or Inf values")
+        assert message.startswith("2 bad batches in a row at step 3: ")
         assert message.endswith("saved bad/checkpoints/72")
     assert newest_checkpoint("bad").name == "72"
 
@@ -468,11 +392,11 @@ def test_torchrun_with_a_killed_worker_leaves_a_checkpoint(synthetic_yaml):
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "2, with 32 of each batch" in "".join(lines)
-    told = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1
-    assert "another process of this training is gone" in told[0]
+    errors_shown = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(errors_shown) == 1
+    assert "another process of this training has ended" in errors_shown[0]
     checkpoint = newest_checkpoint("out")
-    assert told[0].endswith(f"saved {checkpoint}")
+    assert errors_shown[0].endswith(f"saved {checkpoint}")
     seen = []
     run = load_run(synthetic_yaml, ["run_final_eval=false", *settings])
 
@@ -483,49 +407,3 @@ def test_torchrun_with_a_killed_worker_leaves_a_checkpoint(synthetic_yaml):
     with pytest.raises(Interrupted):
         train(run, resume=checkpoint, on_step=stop)
     assert seen == [int(checkpoint.name) + 64]
-
-
-def test_what_does_not_go_into_the_number_of_processes(synthetic_yaml, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SettingsError, match="batch_size is 64: allowed is a multiple of 3"):
-        plan(load_run(synthetic_yaml))
-    facts = plan(load_run(synthetic_yaml, ["batch_size=66"]))
-    assert facts["processes"] == "3, with 22 of each batch"
-    for name in ("device", "sae.device"):
-        with pytest.raises(SettingsError, match=f"{name} is 'cuda:1': allowed is 'cuda', one for"):
-            plan(load_run(synthetic_yaml, [f"{name}=cuda:1", "batch_size=66"]))
-
-
-def test_a_process_without_a_gpu_says_so(synthetic_yaml, monkeypatch):
-    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with (
-        pytest.raises(SettingsError, match="process 3 of this machine finds no GPU: there are 2"),
-        joined(load_run(synthetic_yaml, ["device=cuda"])),
-    ):
-        pass
-
-
-# --- the page ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scaling():
-    return load_script("benchmarks/scaling.py")
-
-
-def test_the_tables_are_those_of_the_figures(scaling):
-    page = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
-    found = json.loads((ROOT / "docs/scale/scaling.json").read_text())
-    for name in ("table", "sharded", "carried"):
-        marked = f"<!-- {name}: docs/scale/scaling.json -->\n\n{getattr(scaling, name)(found)}\n\n"
-        assert marked + "<!-- end -->" in page
-
-
-def test_the_traffic_counted_is_that_of_the_formula(scaling):
-    found = json.loads((ROOT / "docs/scale/scaling.json").read_text())
-    for shape, (_, *sizes) in scaling.SHAPES.items():
-        for name, cfg in scaling.contenders(*sizes).items():
-            assert found[f"{shape}, {name}"]["bytes"] == scaling.traffic(cfg)

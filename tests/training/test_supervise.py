@@ -61,6 +61,21 @@ def test_a_supervised_training_equals_a_plain_one(preset):
     assert state_equal(state_of(plain), state_of(supervised))
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_supervised_training_can_be_compiled(preset):
+    torch._dynamo.reset()
+    plain = make_trainer(**PRESETS[preset])
+    plain.fit()
+    compiled = make_trainer(**PRESETS[preset])
+    compiled.sae.training_forward_pass = torch.compile(
+        compiled.sae.training_forward_pass, backend="eager"
+    )
+    with supervise(compiled, all_hooks(compiled)):
+        compiled.fit()
+    for name, tensor in state_of(plain).items():
+        torch.testing.assert_close(state_of(compiled)[name], tensor)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_attribute_is_restored_also_after_an_exception(compiled):
     trainer = make_trainer(normalize_activations="expected_average_only_in")

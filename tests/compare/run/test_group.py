@@ -64,7 +64,7 @@ def test_all_saes_of_a_group_skip_bad_batches(
 
 def test_too_many_bad_batches_stop_a_group(language_model_comparison_yaml, spoil):
     spoil([3], lambda x: x / 0, times=4)
-    with pytest.raises(NonFiniteBatchError, match="^4 bad batches in a row at step 3"):
+    with pytest.raises(NonFiniteBatchError, match=r"^4 bad batches in a row at step 3"):
         train_one_group(language_model_comparison_yaml, "max_bad_batches=4")
 
 

@@ -48,7 +48,7 @@ def spoil(monkeypatch):
 
 def test_the_limit_of_bad_batches_is_the_run_files(train_atm, spoil):
     spoil(range(5, 8))
-    with pytest.raises(NonFiniteBatchError, match="^3 bad batches in a row at step 5"):
+    with pytest.raises(NonFiniteBatchError, match=r"^3 bad batches in a row at step 5"):
         train_atm("max_bad_batches=3")
     assert train_atm("max_bad_batches=4").is_dir()
 

@@ -1,4 +1,4 @@
-"""The whole path of the shipped run files, on tiny random models in folders of the real names."""
+"""The shipped run files from loader to evaluation, on tiny models in folders of the real names."""
 
 import json
 import math
@@ -10,7 +10,6 @@ import torch
 from datasets import Dataset
 from sae_lens import SAE, JumpReLUSAE
 from sae_lens.training.activations_store import ActivationsStore
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -21,12 +20,11 @@ from transformers import (
 )
 
 from sae_lens_atm import ATMSAE
-from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.training.checkpoints import newest_checkpoint
-from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run, shipped_config
 from tests.conftest import CONTEXT
+from tests.training.runs import resumes_bit_for_bit, stopped_after
 
 WIDTH = 16
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "dogs", "ran", "after", "bright", "things"]
@@ -208,20 +206,6 @@ def explained_variance(x, reconstruction):
     return 1 - (x - reconstruction).square().sum() / (x - x.mean(0)).square().sum()
 
 
-def stop_after_17():
-    stop = StopFlag()
-
-    def on_step(trainer, _):
-        if trainer.n_training_steps == 16:
-            stop.request()
-
-    return {"on_step": on_step, "stop": stop}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_a_shipped_run_file_from_loader_to_evaluation(path, served):
     run = settings(path, "training_tokens=12800", "lr=1e-2")
     result = train(run)
@@ -254,20 +238,13 @@ def test_resumed_equals_straight_bit_for_bit(path):
     family = path[0]
     exact = [*EXACT, f"dataset_path=tokens/{family.folder}", "streaming=false"]
     exact += ["is_dataset_tokenized=true", "exclude_special_tokens=false", "n_eval_batches=1"]
-    train(settings(path, *exact, "output_path=straight"))
-    with pytest.raises(Interrupted):
-        train(settings(path, *exact, "output_path=stopped"), **stop_after_17())
-    torch.manual_seed(12345)  # a new process
-    train(settings(path, *exact, "output_path=stopped"), resume="stopped")
-    for name in ("sae_weights.safetensors", "sparsity.safetensors"):
-        assert equal(load_file(f"straight/{name}"), load_file(f"stopped/{name}"))
+    resumes_bit_for_bit(lambda output: settings(path, *exact, f"output_path={output}"))
 
 
 @pytest.mark.parametrize("path", ["gemma-2"], indirect=True)
 def test_a_prefetching_run_resumes_where_it_stopped(path, served):
     more = ["prefetch_llm_batches=8"]
-    with pytest.raises(Interrupted):
-        train(settings(path, *more), **stop_after_17())
+    stopped_after(17, settings(path, *more))
     before = list(served)
     served.clear()
     result = train(settings(path, *more), resume="out")
