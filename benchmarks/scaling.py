@@ -29,7 +29,7 @@ from torch.multiprocessing.spawn import spawn
 from sae_lens_atm import ATMTrainingSAEConfig
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
 from sae_lens_atm.training.parallel import AcrossRanks, RankExchange
-from sae_lens_atm.training.preflight.memory import PEAK, SHARE, products, sae_size
+from sae_lens_atm.training.preflight.memory import sae_size
 from sae_lens_atm.training.ranks import Ranks
 from sae_lens_atm.training.supervise import supervise
 
@@ -38,6 +38,7 @@ RANKS = 2
 GEMMA_27B = 4608  # d_in
 WIDTHS = (2**14, 2**16, 2**18, 2**20)
 LINKS = {"25 GB/s": 25e9, "300 GB/s": 300e9}  # a network card of 200 Gbit/s; NVLink of an A100
+PEAK, SHARE = 312e12, 0.3  # an A100's operations a second in bfloat16, and the share of it assumed
 
 
 def contenders(d_in: int, d_sae: int, k: int) -> dict[str, Any]:
@@ -64,6 +65,24 @@ def traffic(cfg: Any) -> int:
         choices += cfg.masked_weight > 0  # the masked pass chooses again
     digits = 3 * 2**11 * 8  # three histograms of whole numbers
     return 4 * (found + threshold) + bad_batch + choices * digits
+
+
+def products(cfg: Any, batch: int) -> float:
+    """Return the number of products of a (batch, d_in) and a (d_in, d_sae) matrix in a step.
+
+    It is the mean over the schedule, with dense products as on a GPU, and with dead latents.
+    """
+    count = 6.0  # encode, decode; four in the backward pass, one of them for the decoder's bias
+    if hasattr(cfg, "aux_loss_coefficient"):
+        count += 3  # decode dead latents, and back
+    if isinstance(cfg, ATMTrainingSAEConfig):
+        count += 1  # the contribution
+        if cfg.mask_rate > 0:
+            count += 3 * cfg.mask_end  # decode under the mask, and back
+        if cfg.parent_weight > 0:
+            rows = min(cfg.parent_rows, cfg.d_sae) / batch
+            count += (1 + rows) * (1 - cfg.parent_start)
+    return count
 
 
 # --- what is timed -------------------------------------------------------------------------------
@@ -207,7 +226,7 @@ def carried(_: Any = None, batch: int = 4096) -> str:
         links = " | ".join(f"{2 * exchanged / rate:.2f}" for rate in LINKS.values())
         lines.append(
             f"| {d_sae:,} | {size.resident / gib:.1f} | {passing / gib:.1f} | {work / 1e15:.2f} | "
-            f"{work / SHARE / PEAK[torch.bfloat16]:.2f} | {exchanged / 1e9:.1f} | {links} |"
+            f"{work / SHARE / PEAK:.2f} | {exchanged / 1e9:.1f} | {links} |"
         )
     return "\n".join(lines)
 

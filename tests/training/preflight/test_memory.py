@@ -231,5 +231,5 @@ def test_the_comment_of_the_shipped_comparison_is_computed():
     parts = memory.memory(runs[0], GEMMA_2B)
     rest = (sum(parts.values()) - parts["SAE with Adam"]) / GIB
     written = " ".join(path.read_text().replace("#", "").split())
-    assert f"The {len(runs)} SAEs of a seed take {saes:.1f} GiB" in written
-    assert f"{saes + rest:.1f} GiB in all" in written
+    assert f"the {len(runs)} SAEs of a seed take {saes:.1f} GiB" in written
+    assert f"{saes + rest:.1f} GiB with the rest" in written
