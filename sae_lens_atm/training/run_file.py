@@ -161,10 +161,10 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     Raises:
         SettingsError: one line for each mistake.
     """
-    if "architectures" in content:
-        raise SettingsError("architectures: this is a comparison, use `sae-lens-atm compare`")
     if "sweep" in content:
         raise SettingsError("sweep: this is a sweep, use `sae-lens-atm sweep`")
+    if "architectures" in content:
+        raise SettingsError("architectures: this is a comparison, use `sae-lens-atm compare`")
     runner = content.get("runner")
     if runner not in RUNNERS:
         raise SettingsError(f"runner must be one of {', '.join(RUNNERS)}, got {shown(runner)}")
