@@ -37,8 +37,9 @@ SHAPES = {"small": (256, 128, 1024, 16), "C": (1024, 512, 4096, 32)}  # batch, d
 RANKS = 2
 GEMMA_27B = 4608  # d_in
 WIDTHS = (2**14, 2**16, 2**18, 2**20)
+# Assumed operations per second: 30% of the peak of an A100 in bfloat16.
+OPERATIONS = 0.3 * 312e12
 LINKS = {"25 GB/s": 25e9, "300 GB/s": 300e9}  # a network card of 200 Gbit/s; NVLink of an A100
-PEAK, SHARE = 312e12, 0.3  # an A100's operations a second in bfloat16, and the share of it assumed
 
 
 def contenders(d_in: int, d_sae: int, k: int) -> dict[str, Any]:
@@ -68,24 +69,25 @@ def traffic(cfg: Any) -> int:
 
 
 def products(cfg: Any, batch: int) -> float:
-    """Return the number of products of a (batch, d_in) and a (d_in, d_sae) matrix in a step.
+    """Return the matrix products of a dense training step, averaged over the schedule.
 
-    It is the mean over the schedule, with dense products as on a GPU, and with dead latents.
+    The unit is the product of a (batch, d_in) and a (d_in, d_sae) matrix. Dead latents are revived
+    in every step.
     """
-    count = 6.0  # encode, decode; four in the backward pass, one of them for the decoder's bias
+    count = 6.0  # encode and decode; four in the backward pass, one for the decoder's bias
     if hasattr(cfg, "aux_loss_coefficient"):
-        count += 3  # decode dead latents, and back
+        count += 3  # decode dead latents, and the backward pass
     if isinstance(cfg, ATMTrainingSAEConfig):
         count += 1  # the contribution
         if cfg.mask_rate > 0:
-            count += 3 * cfg.mask_end  # decode under the mask, and back
+            count += 3 * cfg.mask_end  # decode in the masked pass, and the backward pass
         if cfg.parent_weight > 0:
             rows = min(cfg.parent_rows, cfg.d_sae) / batch
             count += (1 + rows) * (1 - cfg.parent_start)
     return count
 
 
-# --- what is timed -------------------------------------------------------------------------------
+# --- timing --------------------------------------------------------------------------------------
 
 
 def trainer_of(cfg: Any, batch: int) -> SAETrainer[Any, Any]:
@@ -226,7 +228,7 @@ def carried(_: Any = None, batch: int = 4096) -> str:
         links = " | ".join(f"{2 * exchanged / rate:.2f}" for rate in LINKS.values())
         lines.append(
             f"| {d_sae:,} | {size.resident / gib:.1f} | {passing / gib:.1f} | {work / 1e15:.2f} | "
-            f"{work / SHARE / PEAK:.2f} | {exchanged / 1e9:.1f} | {links} |"
+            f"{work / OPERATIONS:.2f} | {exchanged / 1e9:.1f} | {links} |"
         )
     return "\n".join(lines)
 

@@ -1,16 +1,11 @@
-"""The formulas of benchmarks/scaling.py, compared with training steps."""
+"""The counts of benchmarks/scaling.py: bytes exchanged and matrix products of a training step."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import (
-    BatchTopKTrainingSAEConfig,
-    JumpReLUTrainingSAEConfig,
-    SAETrainer,
-    TrainingSAE,
-)
+from sae_lens import BatchTopKTrainingSAEConfig, JumpReLUTrainingSAEConfig, SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,11 +13,15 @@ from sae_lens_atm import ATMTrainingSAEConfig
 from tests.helpers import load_script
 
 ROOT = Path(__file__).parents[1]
-BATCH, D_IN, D_SAE = 512, 288, 2048
+BATCH, D_IN, D_SAE = 512, 288, 2048  # the proportions of Gemma-2-2b with 16k latents
 
 
-def test_the_traffic_counted_is_that_of_the_formula():
-    scaling = load_script("benchmarks/scaling.py")
+@pytest.fixture(scope="module")
+def scaling():
+    return load_script("benchmarks/scaling.py")
+
+
+def test_the_traffic_counted_is_that_of_the_formula(scaling):
     found = json.loads((ROOT / "docs/scale/scaling.json").read_text())
     for shape, (_, *sizes) in scaling.SHAPES.items():
         for name, cfg in scaling.contenders(*sizes).items():
@@ -30,31 +29,28 @@ def test_the_traffic_counted_is_that_of_the_formula():
 
 
 def products_of_a_step(cfg, step=0):
-    """Products of a training step, half of the latents being dead."""
+    """Count the products of a real training step with half of the latents dead."""
     sae = TrainingSAE.from_dict(cfg.to_dict())
-    settings = SAETrainerConfig(100 * BATCH, BATCH, lr=1e-4, lr_end=1e-5, autocast=True)
-    trainer = SAETrainer(settings, sae, iter(()))
-    x = torch.randn(BATCH, D_IN)
-    trainer.step(x)
+    trainer_cfg = SAETrainerConfig(100 * BATCH, BATCH, lr=1e-4, lr_end=1e-5, autocast=True)
+    trainer = SAETrainer(trainer_cfg, sae, iter(()))
     if hasattr(sae, "tracker"):
         sae.tracker.steps.fill_(step)
     trainer.n_forward_passes_since_fired[: D_SAE // 2] = 1e9
     with FlopCounterMode(display=False) as operations:
-        trainer.step(x)
+        trainer.step(torch.randn(BATCH, D_IN))
     return operations.get_total_flops() / (2 * BATCH * D_IN * D_SAE)
 
 
-def test_products_are_those_of_real_steps():
-    scaling = load_script("benchmarks/scaling.py")
-    sizes = {"d_in": D_IN, "d_sae": D_SAE, "k": 8}
-    atm = ATMTrainingSAEConfig(**sizes, parent_rows=128)
-    # of 10,000 steps: 100 without masks, masks to 60%, pressure on children from 20%
+def test_products_are_those_of_real_steps(scaling):
+    shape = {"d_in": D_IN, "d_sae": D_SAE}
+    # Of 10,000 steps masks are active until 60%, and the pressure on children from 20%.
+    cfg = ATMTrainingSAEConfig(**shape, k=8, parent_rows=128)
     phases = {150: 0.2, 5000: 0.4, 9000: 0.4}
-    counted = sum(share * products_of_a_step(atm, step) for step, share in phases.items())
-    assert scaling.products(atm, BATCH) == pytest.approx(counted, abs=0.1)
-    for cfg in (
-        BatchTopKTrainingSAEConfig(**sizes),
-        JumpReLUTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE),
-        ATMTrainingSAEConfig(**sizes, mask_rate=0, parent_weight=0),
+    counted = sum(share * products_of_a_step(cfg, step) for step, share in phases.items())
+    assert scaling.products(cfg, BATCH) == pytest.approx(counted, abs=0.1)
+    for other in (
+        BatchTopKTrainingSAEConfig(**shape, k=8),
+        JumpReLUTrainingSAEConfig(**shape),
+        ATMTrainingSAEConfig(**shape, k=8, mask_rate=0, parent_weight=0),
     ):
-        assert scaling.products(cfg, BATCH) == pytest.approx(products_of_a_step(cfg), abs=0.1)
+        assert scaling.products(other, BATCH) == pytest.approx(products_of_a_step(other), abs=0.1)

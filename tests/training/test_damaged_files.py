@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from sae_lens_atm.cli.main import app
 from sae_lens_atm.errors import CheckpointError, Interrupted, SettingsError
 from sae_lens_atm.files import MANIFEST_FILENAME
-from sae_lens_atm.hub.loading import describe, load_sae
+from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.training.checkpoints import newest_checkpoint
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.preflight.checks import check_run
@@ -222,7 +222,7 @@ def test_a_damaged_sae_is_read_or_refused(finished, tmp_path, data):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            list(describe(load_sae(str(copy))))
+            load_sae(str(copy))
         except SettingsError as error:
             assert_clear(error)
 

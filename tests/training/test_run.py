@@ -174,16 +174,16 @@ def test_nothing_finished_is_overwritten(synthetic_yaml, tmp_path):
     run = load_run(synthetic_yaml, ["run_final_eval=false", "n_checkpoints=1"])
     train(run)
     for resume in (None, "out"):
-        with pytest.raises(SettingsError, match="output_path out already holds a finished SAE"):
+        with pytest.raises(SettingsError, match=r"^output_path out "):
             train(run, resume=resume)
     (tmp_path / "out/cfg.json").unlink()
-    with pytest.raises(SettingsError, match=r"out/checkpoints holds checkpoints .*--resume"):
+    with pytest.raises(SettingsError, match=r"out/checkpoints .*--resume"):
         train(run)
 
 
 def test_unwritable_output(synthetic_yaml, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(SettingsError, match="output_path file/out is not writable"):
+    with pytest.raises(SettingsError, match=r"^output_path file/out "):
         train(load_run(synthetic_yaml, ["output_path=file/out"]))
 
 
@@ -226,7 +226,7 @@ def test_a_signal_while_the_result_is_saved_does_not_lose_it(synthetic_yaml, mon
 def test_a_device_that_is_not_there(synthetic_yaml, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("device", "sae.device"):
-        with pytest.raises(SettingsError, match=f"{name} is 'cuda:1': this machine has no CUDA"):
+        with pytest.raises(SettingsError, match=f"^{name} .*cuda:1"):
             train(load_run(synthetic_yaml, [f"{name}=cuda:1"]))
 
 
@@ -306,12 +306,12 @@ def test_a_language_model_run_with_prefetching_stops(language_model_yaml):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("sae.d_in=17", "sae.d_in is 17: allowed is 16, the hook's width"),
+        ("sae.d_in=17", "^sae.d_in .*17"),
         ("hook_name=model.layers.9", "model.layers.9"),
         ("model_name=./nowhere", r"cannot load model_name './nowhere'"),
         ("dataset_path=./nowhere", r"dataset_path './nowhere'"),
-        ("dataset_path=''", "dataset_path: missing"),
-        ("n_batches_in_buffer=3", "n_batches_in_buffer is 3: times context_size 16 it must reach"),
+        ("dataset_path=''", "^dataset_path"),
+        ("n_batches_in_buffer=3", "^n_batches_in_buffer .*3"),
     ],
 )
 def test_what_does_not_fit_the_model_is_said_before_training(
