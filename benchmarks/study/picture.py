@@ -37,12 +37,10 @@ COLOURS = {
 
 
 def draw(axes: Axes, title: str, path: str) -> None:
-    """Draw one point for each architecture, with standard deviations over seeds."""
-    only_l0 = (
-        float(title.rsplit(" ", 1)[1]) if "L0 " in title[:-1] and title[-1].isdigit() else None
-    )
+    """Draw one panel: a point for each architecture, with its deviation over seeds."""
+    wanted = float(title.rsplit(" ", 1)[1]) if "L0 " in title[:-1] and title[-1].isdigit() else None
     for row in read_results(ROOT / path).rows:
-        if row.entry not in COLOURS or (only_l0 is not None and row.l0_target != only_l0):
+        if row.entry not in COLOURS or (wanted is not None and row.l0_target != wanted):
             continue
         absorbed, explained = (
             row.figures[name] for name in ("absorption_fraction", "explained_variance")

@@ -91,8 +91,8 @@ def _digits(name: str) -> int:
 
 
 def _mean(row: Row, name: str) -> float | None:
-    spread = row.figures.get(name)
-    return None if spread is None else spread.mean
+    found = row.figures.get(name)
+    return None if found is None else found.mean
 
 
 def best_baseline(results: Results, name: str, one_step: bool) -> Row | None:

@@ -1,4 +1,4 @@
-"""Evaluate saved SAEs, whoever trained them, on the data of a run or comparison file."""
+"""Evaluate saved SAEs, trained here or elsewhere, on the data of a run or comparison file."""
 
 from collections.abc import Sequence
 from pathlib import Path

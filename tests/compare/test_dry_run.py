@@ -1,7 +1,7 @@
 import pytest
 
 from sae_lens_atm.compare import dry_run, load_comparison
-from sae_lens_atm.compare.dry_run import _duration, describe_plan
+from sae_lens_atm.compare.dry_run import describe_plan
 from sae_lens_atm.compare.plan.sweep_file import load_sweep
 from sae_lens_atm.training.run_file import shipped_config
 
@@ -44,10 +44,3 @@ def test_the_shipped_sweep_can_be_planned(quick):
     assert {p.settings.architecture for p in comparison.planned} == {"atm", "batchtopk"}
     assert comparison.sweep.objective == "absorption_fraction"
     assert describe_plan(comparison, 2)["L0"] == "4"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(3, "3 s"), (89, "89 s"), (150, "2 min"), (9000, "2.5 h")]
-)
-def test_durations_have_a_unit_of_their_size(seconds, text):
-    assert _duration(seconds) == text

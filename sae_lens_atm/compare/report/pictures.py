@@ -113,11 +113,11 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
     picture, ((left, right),) = _figure(1, 2, (12, 4.4))
     _draw_importance(left, importance)
     styles = entry_styles(results.entries)
-    beside = [r for r in results.runs if (r.seed, r.l0_target) == (run.seed, run.l0_target)]
+    same_seed = [r for r in results.runs if (r.seed, r.l0_target) == (run.seed, run.l0_target)]
     name = "absorption_fraction"
-    if not any(r.curve and r.curve.absorption_fraction for r in beside):
+    if not any(r.curve and r.curve.absorption_fraction for r in same_seed):
         name = "explained_variance"
-    for other in beside:
+    for other in same_seed:
         if other.curve is not None and getattr(other.curve, name):
             right.plot(
                 other.curve.steps,

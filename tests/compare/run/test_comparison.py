@@ -1,6 +1,7 @@
 """Whole comparisons of few steps."""
 
 import json
+import math
 import shutil
 import signal
 from itertools import combinations
@@ -13,6 +14,7 @@ from sae_lens import SAE
 from sae_lens_atm.compare import compare, load_comparison, planned_jobs, read_results
 from sae_lens_atm.compare.report.html import write_all
 from sae_lens_atm.compare.run.comparison import summarise
+from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.errors import Interrupted, SettingsError
 from sae_lens_atm.metrics import stability
 from sae_lens_atm.training.hooks import StopFlag
@@ -36,6 +38,22 @@ class Events:
     def ended(self, job, error):
         assert error is None, error
         self.done.append(job.label)
+
+
+def run_here(comparison, stop_after=math.inf):
+    """Run all jobs in this process, and request a stop after some steps (a multiple of 25)."""
+    stop, left = StopFlag(), stop_after
+
+    def on_progress(steps):
+        nonlocal left
+        left -= steps
+        if left <= 0:
+            stop.request(signal.SIGINT)
+
+    for jobs in make_jobs(comparison):
+        for job in jobs:
+            job.work(on_progress, stop)
+    return summarise(comparison, {})
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +134,7 @@ def test_stability_compares_the_saved_saes(results, finished):
 def test_nothing_is_left_to_do_and_nothing_changes(results, finished, comparison_yaml):
     comparison = load_comparison(comparison_yaml, [f"output_path={finished}"])
     assert planned_jobs(comparison) == []
-    again = compare(comparison, 1, Events())
+    again = compare(comparison, 2, Events())
     assert again.runs == results.runs
     assert not (finished / "pools").exists()
     assert not list(finished.glob("runs/*/checkpoints"))
@@ -165,8 +183,9 @@ def test_a_change_reruns_only_what_it_changes(results, finished, comparison_yaml
 
 
 def test_runs_of_a_seed_see_the_same_batches(comparison_yaml, tmp_path):
-    """Entries of the same settings come out equal, another seed's does not: with 20.5 batches asked
-    for, some drawn into a pool of 8, a checkpoint on the way."""
+    """Entries with equal settings give equal SAEs, and other seeds give others.
+
+    The runs have 20.5 batches from a pool of 8, and a checkpoint on the way."""
     again = ["architectures.again.architecture=topk", "l0=[2]", "pool_batches=8"]
     odd = ["training_samples=1312", "n_checkpoints=3", "architectures.atm.trained=false"]
     comparison = load_comparison(comparison_yaml, [*again, *odd])
@@ -185,13 +204,12 @@ def test_activations_are_normalised_before_training(comparison_yaml, tmp_path):
     norm = ["sae.normalize_activations=expected_average_only_in", "n_batches_for_norm_estimate=20"]
     short = [*norm, "l0=[2]", "seeds=[0]", "training_samples=6400"]
     short += ["architectures.jumprelu.trained=false"]
-    straight = compare(load_comparison(comparison_yaml, [*short, "output_path=a"]), 1, Events())
+    straight = run_here(load_comparison(comparison_yaml, [*short, "output_path=a"]))
     comparison = load_comparison(comparison_yaml, [*short, "output_path=b"])
-    stop = StopFlag()
     with pytest.raises(Interrupted):
-        compare(comparison, 1, Events(stop, after=150), stop)
+        run_here(comparison, stop_after=130)  # the pool has 100 steps
     (_,) = (tmp_path / "b").glob("runs/*/checkpoints/*/history.pt")
-    halted = compare(comparison, 1, Events())
+    halted = run_here(comparison)
     for one, other in zip(straight.runs, halted.runs, strict=True):
         first, second = (
             SAE.load_from_disk(tmp_path / name / run.folder / "sae").W_dec
@@ -203,7 +221,7 @@ def test_activations_are_normalised_before_training(comparison_yaml, tmp_path):
 def test_two_comparisons_do_not_share_a_folder(comparison_yaml, tmp_path):
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.lock"), pytest.raises(SettingsError, match="output_path"):
-        compare(load_comparison(comparison_yaml), 1, Events())
+        compare(load_comparison(comparison_yaml), 2, Events())
 
 
 def weights(folder):
@@ -217,22 +235,21 @@ def test_an_interrupted_comparison_resumes_bit_for_bit(comparison_yaml, tmp_path
     """Runs are stopped on the way. What resumes includes an L0 controller and ATM's state."""
     short = ["seeds=[0]", "l0=[2]", "training_samples=6400"]
     straight = load_comparison(comparison_yaml, [*short, "output_path=straight"])
-    whole = compare(straight, 1, Events())
+    whole = run_here(straight)
     comparison = load_comparison(comparison_yaml, [*short, "output_path=halting"])
-    stopped = 0
-    for _ in range(6):
-        stop = StopFlag()
-        try:  # the pool has 100 steps, and so has each of three runs
-            halted = compare(comparison, 1, Events(stop, after=150), stop)
-            break
-        except Interrupted:
-            stopped += len(list((tmp_path / "halting").glob("runs/*/checkpoints/*/history.pt")))
-    assert stopped >= 2
-    expected, found = weights(tmp_path / "straight"), weights(tmp_path / "halting")
-    assert expected.keys() == found.keys()
+    # The pool has 100 steps, and so has each of three runs: one is stopped in each of three calls.
+    for entry in ("atm", "topk", "jumprelu"):
+        with pytest.raises(Interrupted):
+            run_here(comparison, stop_after=110)
+        assert (
+            len(list((tmp_path / "halting").glob(f"runs/{entry}*/checkpoints/*/history.pt"))) == 1
+        )
+    halted = run_here(comparison)
+    expected, resumed = weights(tmp_path / "straight"), weights(tmp_path / "halting")
+    assert expected.keys() == resumed.keys()
     for name, state in expected.items():
         for key, value in state.items():
-            assert torch.equal(value, found[name][key]), (name, key)
+            assert torch.equal(value, resumed[name][key]), (name, key)
     for one, other in zip(whole.runs, halted.runs, strict=True):
         assert one.curve == other.curve
         assert one.importance == other.importance
@@ -260,14 +277,14 @@ def test_a_run_that_fails_is_reported_and_leaves_the_others(comparison_yaml, tmp
 def test_an_unwritable_folder_is_an_error_before_training(comparison_yaml):
     comparison = load_comparison(comparison_yaml, [f"output_path={comparison_yaml}/x"])
     with pytest.raises(SettingsError, match="output_path"):
-        compare(comparison, 1, Events())
+        compare(comparison, 2, Events())
 
 
 def test_on_a_language_model(language_model_comparison_yaml, tmp_path):
     comparison = load_comparison(language_model_comparison_yaml)
     assert [job.label for job in planned_jobs(comparison)] == ["seed 0", "seed 1"]
     events = Events()
-    results = compare(comparison, 1, events)
+    results = compare(comparison, 2, events)
     assert events.done == ["seed 0", "seed 1"]
     assert len(results.runs) == 8
     assert results.parents == []
@@ -286,7 +303,7 @@ def test_on_a_language_model(language_model_comparison_yaml, tmp_path):
     more = ["architectures.topk.role=baseline", "seeds=[0]"]
     (job,) = planned_jobs(load_comparison(language_model_comparison_yaml, more))
     assert job.steps == 20
-    again = compare(load_comparison(language_model_comparison_yaml, more), 1, Events())
+    again = compare(load_comparison(language_model_comparison_yaml, more), 2, Events())
     before = {r.entry: r.figures for r in results.runs if r.seed == 0}
     for run in again.runs:
         if run.entry in before:
@@ -298,12 +315,12 @@ def test_a_group_on_a_language_model_resumes(language_model_comparison_yaml, tmp
     comparison = load_comparison(language_model_comparison_yaml, overrides)
     stop = StopFlag()
     with pytest.raises(Interrupted):
-        compare(comparison, 1, Events(stop, after=25), stop)
+        compare(comparison, 2, Events(stop, after=25), stop)
     (stopped,) = (tmp_path / "out").glob("groups/*/stopped")
     done = torch.load(next(stopped.glob("atm*/trainer_state.pt")), weights_only=False)
     assert 0 < done["n_training_steps"] < 100
     events = Events()
-    results = compare(comparison, 1, events)
+    results = compare(comparison, 2, events)
     assert {run.entry for run in results.runs} == {"atm", "batchtopk", "gated", "untrained"}
     for run in results.runs:
         if run.curve is not None:
@@ -318,7 +335,7 @@ def test_its_own_learning_rate_reaches_a_language_models_sae(
 ):
     base = ["seeds=[0]", "architectures.gated.trained=false"]
     slow = [*base, "architectures.batchtopk.run.lr=1e-9", "output_path=slow"]
-    compare(load_comparison(language_model_comparison_yaml, slow), 1, Events())
+    compare(load_comparison(language_model_comparison_yaml, slow), 2, Events())
     saes = {
         path.parent.parent.name.partition("-l0")[0]: SAE.load_from_disk(path.parent)
         for path in (tmp_path / "slow").glob("runs/*/sae/cfg.json")
