@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from sae_lens import SAETrainer, TrainingSAE
-from sae_lens.util import temporary_seed
 
 from sae_lens_atm.compare.plan.comparison_file import Comparison
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
@@ -21,9 +19,10 @@ from sae_lens_atm.compare.run.synthetic import pool_of
 from sae_lens_atm.compare.run.tasks import make_jobs, steps_of
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.preflight.checks import check_devices
+from sae_lens_atm.training.preflight.timing import NotTimed, duration, seconds_per_step
 from sae_lens_atm.training.run_file import SyntheticRun
 
-_TIMED_STEPS = 5  # of each entry
+_SECONDS_PER_ENTRY = 2.0  # time limit for the steps of an entry
 
 
 def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
@@ -80,15 +79,20 @@ def _estimate(comparison: Comparison, left: Sequence[PlannedRun], at_once: int) 
     before = torch.get_num_threads()
     torch.set_num_threads(threads_per_job(at_once))
     try:
-        seconds = {name: _seconds_per_step(p) for name, p in {p.entry: p for p in left}.items()}
+        seconds = {
+            name: seconds_per_step(p.run, _SECONDS_PER_ENTRY)
+            for name, p in {p.entry: p for p in left}.items()
+        }
+    except NotTimed as reason:
+        return {"estimate": f"none: {reason}"}
     finally:
         torch.set_num_threads(before)
     total = sum(seconds[p.entry] * steps_of(p) for p in left)
-    duration = _duration((total + _seconds_of_data(comparison, left)) / at_once)
+    estimate = duration((total + _seconds_of_data(comparison, left)) / at_once)
     more = "" if comparison.is_synthetic else ", and the language model's forward passes"
     return {
         "ms a step": ", ".join(f"{name} {1000 * s:.1f}" for name, s in seconds.items()),
-        "estimate": f"about {duration}{more}",
+        "estimate": f"about {estimate}{more}",
     }
 
 
@@ -114,25 +118,3 @@ def _seconds_of_data(comparison: Comparison, left: Sequence[PlannedRun]) -> floa
     else:
         shapes = [(steps_of(p), cast(SyntheticRun, p.run).runner.batch_size) for p in left]
     return seconds_per_sample * sum(steps * size for steps, size in shapes)
-
-
-def _seconds_per_step(planned: PlannedRun) -> float:
-    runner = planned.run.runner
-    batch = getattr(runner, "batch_size", None) or getattr(runner, "train_batch_size_tokens", 1)
-    with temporary_seed(0):
-        x = torch.randn(batch, runner.sae.d_in, device=runner.device)
-        sae = TrainingSAE[Any].from_dict(runner.sae.to_dict()).to(runner.device)
-        trainer: SAETrainer[Any, Any] = SAETrainer(runner.to_sae_trainer_config(), sae, iter(()))
-        trainer.step(x)
-        start = time.perf_counter()
-        for _ in range(_TIMED_STEPS):
-            trainer.step(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-    return (time.perf_counter() - start) / _TIMED_STEPS
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -39,13 +39,8 @@ from sae_lens_atm.compare.report.results import Sweep
 from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.first_letters import FirstLetterConfig
-from sae_lens_atm.training.run_file import (
-    SyntheticRun,
-    apply_overrides,
-    parse_fields,
-    parse_run,
-    read_yaml,
-)
+from sae_lens_atm.training.run_file import SyntheticRun, apply_overrides, parse_run, read_yaml
+from sae_lens_atm.training.schema import parse_fields
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationErro
 from sae_lens_atm.compare.plan.planned_run import EntrySettings
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.metrics.figures import FIGURES
-from sae_lens_atm.training.run_file import describe_errors
+from sae_lens_atm.training.schema import describe_errors
 
 SAME_FOR_ALL = (
     "runner",

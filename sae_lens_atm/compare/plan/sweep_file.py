@@ -33,7 +33,7 @@ from sae_lens_atm.compare.plan.sweep_points import Axes, Range, Values, parse_sw
 from sae_lens_atm.compare.report.results import Point, Sweep
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.metrics.figures import FIGURES, NEEDS
-from sae_lens_atm.training.run_file import shown
+from sae_lens_atm.training.schema import shown
 
 
 def load_sweep(

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.metrics.figures import FIGURES, figure
-from sae_lens_atm.training.run_file import describe_errors, did_you_mean, shown
+from sae_lens_atm.training.schema import describe_errors, did_you_mean, shown
 
 Values = dict[str, Any]
 
