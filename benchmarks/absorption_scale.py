@@ -1,9 +1,9 @@
-"""Time and memory of the absorption metric at the scale of a 16k SAE, on made-up activations.
+"""Measure time and memory of the absorption metric for a 16k SAE, on random activations.
 
     python benchmarks/absorption_scale.py
 
-A forest of features of which nodes have children in half of the cases; of the latents each detects
-one feature, imperfectly, and the latents of children now and then in place of their parents'.
+Each parent has three children. Each latent detects one feature with a recall of .9. The latents of
+half of the children absorb their parents.
 """
 
 import json
@@ -23,12 +23,14 @@ def main(
     parents: int = 2000,
     samples: int = 100_000,
     d_in: int = 768,
-    active: Annotated[int, typer.Option(help="Features active a sample, about.")] = 32,
+    active: Annotated[
+        int, typer.Option(help="Approximate number of active features a sample.")
+    ] = 32,
     batch: int = 1024,
     threads: int = 2,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Written there.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File for the result.")] = None,
 ) -> None:
-    """Time and memory of the absorption metric."""
+    """Measure time and memory of the absorption metric."""
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     children = {p: [parents + 3 * p + i for i in range(3)] for p in range(parents)}

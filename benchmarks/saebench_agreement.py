@@ -1,14 +1,16 @@
-"""SAEBench's absorption of one SAE, word by word, with a given probe and given words.
+"""Run SAEBench's absorption eval on one SAE with a given probe and given words.
 
     PYTHONPATH=sae_lens_atm/saebench ENVIRONMENT/bin/python benchmarks/saebench_agreement.py \\
         MODEL_FOLDER SAE_FOLDER words.json probe.safetensors found.json
 
-ENVIRONMENT is what `sae-lens-atm saebench --env ENVIRONMENT` makes. Only what SAEBench would draw
-by chance is given to it: `words.json` holds `train` and `test`, lists of words, and may hold
-`template`, `token_position`, `seed`, `batch_size` and `epochs` (of the L1 probe);
-`probe.safetensors` holds `weight` (26, d_model) and `bias` (26,). The probes on latents, the choice
-of latents, the prompts' examples and the calculator are SAEBench's. The prompts are in what is
-written, so that another implementation can be given the same ones.
+`sae-lens-atm saebench --env ENVIRONMENT` makes the environment. The files replace what SAEBench
+would draw at random. `words.json` holds the lists of words `train` and `test`, and optionally
+`template`, `token_position`, `seed`, `batch_size` and `epochs` (of the L1 probe).
+`probe.safetensors` holds `weight` (26, d_model) and `bias` (26,).
+
+The probes on latents, the choice of latents, the examples in the prompts and the calculator are
+SAEBench's. The output has one entry for each word and the prompts, so that another implementation
+can use the same prompts.
 """
 
 import json
@@ -52,7 +54,7 @@ NAME = "sae"
 
 @dataclass
 class Given:
-    """What is not left to chance."""
+    """Values that SAEBench would draw at random."""
 
     train: list[str]
     test: list[str]
@@ -64,7 +66,7 @@ class Given:
 
 
 def prompts_of(words, given):
-    """SAEBench's prompts for a half of the words, with examples from the same half."""
+    """Return SAEBench's prompts for one half of the words, with examples from that half."""
     prompts, _ = create_dataset_probe_training(
         words, first_letter_formatter(), 1, given.template, train_test_fraction=1.0
     )
@@ -72,7 +74,7 @@ def prompts_of(words, given):
 
 
 def place_probe(model, probe_file, given, layer, folder):
-    """Put the probe and its data where SAEBench looks before it trains one."""
+    """Store the probe and its data in the folder from which SAEBench loads a probe."""
     train, test = prompts_of(given.train, given), prompts_of(given.test, given)
     place = folder / f"{model.cfg.model_name}" / f"layer_{layer}"
     hook = f"blocks.{layer}.hook_resid_post"
@@ -95,7 +97,7 @@ def place_probe(model, probe_file, given, layer, folder):
 
 
 def absorption(model, sae, probe_file, given, folder):
-    """SAEBench's two experiments: which latents stand for a letter, and what absorbs them."""
+    """Run SAEBench's two experiments: the main latents of each letter, and their absorption."""
     layer = sae.cfg.hook_layer
     random.seed(given.seed)
     torch.manual_seed(given.seed)
@@ -132,7 +134,7 @@ def absorption(model, sae, probe_file, given, folder):
 
 
 def by_letter(metrics, words):
-    """What SAEBench's `run_eval` averages over, with the way there."""
+    """Return the scores that SAEBench's `run_eval` averages, and their intermediate values."""
     rates = {row["letter"]: row for _, row in _aggregate_results_df(words).iterrows()}
     letters = {}
     for _, row in metrics.iterrows():
@@ -150,7 +152,7 @@ def by_letter(metrics, words):
 
 
 def by_word(scores, words):
-    """One entry a word that the probe tells right, in the calculator's order."""
+    """Return one entry for each word that the probe classifies correctly."""
     probe = {
         row["token"]: row[f"score_probe_{row['answer_letter']}"] for _, row in scores.iterrows()
     }

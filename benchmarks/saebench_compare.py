@@ -1,4 +1,4 @@
-"""Our absorption of a SAE beside SAEBench's own, word by word and letter by letter.
+"""Compare this package's absorption of an SAE with SAEBench's, for each word and letter.
 
     export PYTHONPATH=sae_lens_atm/saebench
     python benchmarks/saebench_compare.py MODEL_FOLDER SAE_FOLDER words.json probe.safetensors
@@ -7,10 +7,12 @@
     python benchmarks/saebench_compare.py \\
         MODEL_FOLDER SAE_FOLDER words.json probe.safetensors found.json
 
-The first draws words and trains probes, for both. The second, in SAEBench's environment, writes
-what SAEBench finds, with the prompts that it drew, so that the third looks at the same activations.
-Compared are the calculator (given SAEBench's main latents), and all of it (with main latents of our
-own finding, whose L1 probe starts elsewhere).
+The first command draws words and trains probes for both implementations. The second runs in
+SAEBench's environment, and writes SAEBench's scores and prompts. The third uses the same prompts.
+
+Two things are compared: the calculator alone, with SAEBench's main latents, and the whole metric,
+with main latents of this package. The L1 probes that choose main latents have different random
+starts.
 """
 
 import json
@@ -36,7 +38,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def give(model_folder, words_file, probe_file, hook):
-    """Write the words and the probes that both are to use."""
+    """Write the words and the probes for both implementations."""
     model = load_model(model_folder, "cpu", torch.float32)
     letters = look_at_first_letters(model, hook, SMALL_MODEL)
     words = {"train": letters.words[0], "test": letters.words[1]}
@@ -64,7 +66,7 @@ def main(model_folder, sae_folder, words_file, probe_file, found_file=None):
 
     train, test = words("train"), words("test")
     by_word = {row["word"]: row for row in found["words"]}
-    # SAEBench draws new prompts for the words that it looks for absorption in.
+    # SAEBench draws new prompts for the words on which it measures absorption.
     prompts = [
         by_word[word]["prompt"] if word in by_word else found["prompts"]["test"][word]
         for word in given["test"]
@@ -88,7 +90,7 @@ def main(model_folder, sae_folder, words_file, probe_file, found_file=None):
         )
         same = abs(fraction.item() - row["absorption_fraction"]) < 1e-4
         differing += not same or bool(full) != row["absorption_full"]
-    print(f"calculator: {len(by_word)} words, {differing} differing")
+    print(f"calculator: {len(by_word)} words, {differing} with different scores")
 
     yes = probe.score(test.x) > 0
     f1 = f1_scores(yes, torch.nn.functional.one_hot(test.letter, 26).bool())

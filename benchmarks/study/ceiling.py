@@ -1,8 +1,9 @@
-"""What an SAE with one linear encoder could reach: the true dictionary, its encoder trained.
+"""An upper bound for SAEs with a linear encoder: the true dictionary with a trained encoder.
 
-A BatchTopK SAE whose decoder is the model's own features, frozen; encoder, biases and threshold are
-trained as in the comparison (same batches, rate and steps). It absorbs nothing by construction, so
-what the metric still finds is its floor: features that overlap in a crowded space.
+The decoder of a BatchTopK SAE is set to the synthetic model's features and frozen. Encoder, biases
+and threshold are trained as in the comparison: same batches, learning rate and steps. Such an SAE
+cannot absorb. The absorption that the metric still measures comes from features that are not
+orthogonal.
 
     python benchmarks/study/ceiling.py configs/compare-sister-a.yaml ceiling.json
 """
@@ -25,7 +26,7 @@ from sae_lens_atm.training.run_file import SyntheticRun
 
 
 def train_encoder(run: SyntheticRun, l0: float, seed: int) -> dict[str, float]:
-    """The figures of the true dictionary under a trained encoder."""
+    """Train the encoder, and return the figures of the SAE."""
     cfg = run.runner
     model = synthetic_model(run, Path())
     features = torch.nn.functional.normalize(model.feature_dict.feature_vectors.detach(), dim=1)
@@ -45,7 +46,7 @@ def train_encoder(run: SyntheticRun, l0: float, seed: int) -> dict[str, float]:
 
 
 def main(config: Path, output: Path, l0: float = 4, seeds: int = 3) -> None:
-    """Train and evaluate; write every seed's figures, their means and deviations."""
+    """Train and evaluate each seed; write the figures, their means and standard deviations."""
     torch.set_num_threads(1)
     run = load_comparison(config).planned[0].run
     assert isinstance(run, SyntheticRun)

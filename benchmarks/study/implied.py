@@ -1,9 +1,11 @@
-"""Which latents ATM takes for parents of which, told apart by the true hierarchy.
+"""Count the latent pairs that ATM takes for child and parent, and compare them with the hierarchy.
 
-Trains ATM, names each latent by the feature that its decoder row is nearest to, and counts the
-pairs (child, parent) that are implied at the end, and the energy charged for them, by what the two
-features truly are to each other. Two readings of "implied", of the same SAE: by the parent's own
-lift (`implied_parents`), and by its mean activation where it fires, as it was told at first.
+The script trains ATM and assigns to each latent the feature nearest to its decoder row. It then
+counts the pairs (child, parent) at the end of training, and their energy in the pressure on
+children. Pairs are sorted by the true relation of the two features.
+
+Two rules are applied to the same SAE. The present rule compares with the parent's own lift
+(`implied_parents`). The old rule compares with the parent's mean activation when it fires.
 
     python benchmarks/study/implied.py configs/compare-sister-a.yaml implied.json
 """
@@ -28,12 +30,12 @@ from sae_lens_atm.files import to_json
 from sae_lens_atm.method.parents import implied_parents, lift
 from sae_lens_atm.training.run_file import SyntheticRun
 
-NAMED = 0.7  # cosine to the nearest feature, below which a latent is none's
+NAMED = 0.7  # a latent is assigned to a feature from this cosine on
 POOL = 1000  # batches, as in the comparison
 
 
 def train(run: SyntheticRun, model: SyntheticModel, l0: float, seed: int) -> ATMTrainingSAE:
-    """ATM as the comparison trains it."""
+    """Train ATM as the comparison does."""
     cfg = run.runner
     with temporary_seed(seed):
         sae = TrainingSAE[Any].from_dict({**cfg.sae.to_dict(), "k": l0})
@@ -44,21 +46,21 @@ def train(run: SyntheticRun, model: SyntheticModel, l0: float, seed: int) -> ATM
 
 
 def ancestors(model: SyntheticModel) -> dict[int, set[int]]:
-    """Of every feature those above it in its tree."""
+    """Return the ancestors of every feature in its tree."""
     assert model.hierarchy is not None
     parents = {c: p for p, cs in children_of(model.hierarchy).items() for c in cs}
-    found: dict[int, set[int]] = {}
+    result: dict[int, set[int]] = {}
     for feature in range(model.cfg.num_features):
-        found[feature], above = set(), parents.get(feature)
+        result[feature], above = set(), parents.get(feature)
         while above is not None:
-            found[feature].add(above)
+            result[feature].add(above)
             above = parents.get(above)
-    return found
+    return result
 
 
 @torch.no_grad()
 def readings(sae: ATMTrainingSAE, rows: Tensor) -> dict[str, Tensor]:
-    """The parents of all latents, by each reading."""
+    """Return the parents of all latents by each rule."""
     tracker, averages = sae.parent_tracker, sae.tracker.averages()
     assert tracker is not None
     mean_input = tracker.mean_input / tracker.weight
@@ -73,7 +75,7 @@ def readings(sae: ATMTrainingSAE, rows: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def count(sae: ATMTrainingSAE, model: SyntheticModel, batch: Tensor) -> dict[str, dict[str, float]]:
-    """Pairs, and energy charged for them, by kind; of each reading."""
+    """Return the number of pairs and their energy for each rule, by relation of the features."""
     cosine = cosine_similarities(sae.W_dec, model.feature_dict.feature_vectors)
     nearest, feature = cosine.max(1)
     above = ancestors(model)
@@ -82,7 +84,7 @@ def count(sae: ATMTrainingSAE, model: SyntheticModel, batch: Tensor) -> dict[str
     overlap = cosine_similarities(sae.W_dec, sae.W_dec).clamp(min=0).square()
     counts: dict[str, dict[str, float]] = {}
     for name, parents in readings(sae, torch.arange(len(feature))).items():
-        pairs, paid = Counter[str](), Counter[str]()
+        pairs, charged = Counter[str](), Counter[str]()
         for child, slot in (parents >= 0).nonzero().tolist():
             parent = int(parents[child, slot])
             kind = "others"
@@ -91,10 +93,10 @@ def count(sae: ATMTrainingSAE, model: SyntheticModel, batch: Tensor) -> dict[str
             elif int(feature[parent]) in above[int(feature[child])]:
                 kind = "true"
             pairs[kind] += 1
-            paid[kind] += float(energy[child] * overlap[child, parent])
+            charged[kind] += float(energy[child] * overlap[child, parent])
         kinds = ("true", "others", "unclear")
         counts[name] = {f"pairs, {k}": pairs[k] for k in kinds} | {
-            f"energy, {k}": paid[k] for k in kinds
+            f"energy, {k}": charged[k] for k in kinds
         }
     return counts
 
@@ -105,7 +107,7 @@ def main(
     l0: Annotated[list[float] | None, typer.Option()] = None,
     seeds: int = 3,
 ) -> None:
-    """Train, count; write every seed's counts."""
+    """Train at each L0 with each seed, count, and write the counts."""
     torch.set_num_threads(1)
     run = load_comparison(config).planned[0].run
     assert isinstance(run, SyntheticRun)
@@ -118,8 +120,8 @@ def main(
         for seed in range(seeds)
     ]
     output.write_text(to_json({"config": config.name, "runs": runs}) + "\n")
-    for found in runs:
-        print(found)
+    for run_counts in runs:
+        print(run_counts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that train several SAEs, and those that look at what came out."""
+"""The commands that train many SAEs, and those that show and redraw their results."""
 
 from pathlib import Path
 from typing import Annotated
@@ -36,15 +36,14 @@ from sae_lens_atm.compare.report.tables import (
     sweep_tables,
     test_table,
 )
-from sae_lens_atm.compare.wandb_sweep import write_wandb_sweep
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.files import to_json
 from sae_lens_atm.training.quiet import silence_saelens
 
-Jobs = Annotated[int, typer.Option(min=1, help="Runs at once, each in a process.")]
-Quick = Annotated[bool, typer.Option(help="What `quick` in the file makes of it.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Number of processes.")]
+Quick = Annotated[bool, typer.Option(help="Apply the settings under `quick` in the file.")]
 OnlyPlan = Annotated[
-    bool, typer.Option("--dry-run", help="Check, print the plan and the time it takes, stop.")
+    bool, typer.Option("--dry-run", help="Check everything, print the plan and its time, and stop.")
 ]
 
 
@@ -55,10 +54,10 @@ def compare_command(
     quick: Quick = False,
     only_plan: OnlyPlan = False,
 ) -> None:
-    """Train several architectures at the same L0, and tell which is better at what.
+    """Train several architectures at the same L0, and report how they differ.
 
-    What is finished is kept: the same command goes on after an interruption, and after a change of
-    the file trains only what it changes.
+    Finished runs are kept. The same command resumes after an interruption. After a change of the
+    file it trains only the runs that changed.
     """
     with clear_errors():
         _carry_out(load_comparison(config_path(config), overrides or [], quick), jobs, only_plan)
@@ -72,24 +71,17 @@ def sweep(
     only_plan: OnlyPlan = False,
     ray: Annotated[
         str | None,
-        typer.Option(help="Run on a Ray cluster: its address, `auto`, or `local` for one here."),
-    ] = None,
-    wandb: Annotated[
-        Path | None, typer.Option(help="Write it as a sweep of wandb's into this folder, and stop.")
+        typer.Option(help="Run on a Ray cluster: its address, `auto`, or `local` for a new one."),
     ] = None,
 ) -> None:
-    """Train at many settings, on a grid or drawn at random, and tell which are best.
+    """Train at many settings, on a grid or at random, and report the best.
 
-    A comparison whose entries are the points: kept, resumed and reported in the same way.
+    Finished runs are kept, and the same command resumes, as in `compare`.
     """
     with clear_errors():
-        elsewhere = ray is not None
-        found = load_sweep(config_path(config), overrides or [], quick, elsewhere)
-        if wandb is not None:
-            for path in write_wandb_sweep(found, wandb):
-                console.print(f"wrote {path}", highlight=False)
-            return
-        _carry_out(found, jobs, only_plan, ray)
+        absolute_paths = ray is not None
+        comparison = load_sweep(config_path(config), overrides or [], quick, absolute_paths)
+        _carry_out(comparison, jobs, only_plan, ray)
 
 
 def _carry_out(
@@ -104,48 +96,51 @@ def _carry_out(
         with RunsProgress(console, len(to_do), sum(job.steps for job in to_do)) as progress:
             results = compare(comparison, jobs, progress, cluster=cluster)
     except Interrupted:
-        _show_and_keep(summarise(comparison, {}), comparison.output)
+        _print_and_write(summarise(comparison, {}), comparison.output)
         raise
-    _show_and_keep(results, comparison.output)
+    _print_and_write(results, comparison.output)
     if results.failed:
         lines = (f"{label}: {error}" for label, error in results.failed.items())
         exit_with("\n".join(lines), 1)
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="The results.json of a comparison.")],
-    output: Annotated[Path | None, typer.Option(help="Where to draw; else beside it.")] = None,
+    results: Annotated[Path, typer.Argument(help="The results.json of a comparison or sweep.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the report. By default that of the file.")
+    ] = None,
 ) -> None:
-    """Draw the report of a comparison again."""
+    """Draw the report of a comparison or sweep again."""
     with clear_errors():
-        found = read_results(results)
+        loaded = read_results(results)
         folder = output or results.parent
         folder.mkdir(parents=True, exist_ok=True)
-        _print_results(found, draw_all(found, folder))
+        _print_results(loaded, draw_all(loaded, folder))
 
 
 def evaluate(
-    saes: Annotated[list[str], typer.Argument(help="Folders, or Hub ids: REPO:SAE_ID.")],
+    saes: Annotated[list[str], typer.Argument(help="Folders, or REPO:SAE_ID on the Hub.")],
     on: Annotated[
-        str, typer.Option(help="A run or comparison file (or the name of a shipped one).")
+        str,
+        typer.Option(help="A run, comparison or sweep file, or the name of a shipped one."),
     ],
     overrides: Overrides = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here.")
+        Path | None, typer.Option("--json", help="Write the figures to this file.")
     ] = None,
 ) -> None:
-    """Evaluate saved SAEs, whoever trained them, on the data of a config."""
+    """Evaluate saved SAEs on the data of a configuration file."""
     with clear_errors():
         silence_saelens()
-        hub_logging.set_verbosity_error()  # of its tries the last one is told, by us
+        hub_logging.set_verbosity_error()  # its client logs every retry; the last error is enough
         figures = evaluate_saved(saes, data_of(str(config_path(on)), overrides or []))
         console.print(figures_table(f"On the data of {on}", figures))
         if json_file is not None:
             json_file.write_text(to_json(figures), encoding="utf-8")
 
 
-def _show_and_keep(results: Results, folder: Path) -> None:
-    if results.runs:  # else there may be results of an earlier call, worth more than none
+def _print_and_write(results: Results, folder: Path) -> None:
+    if results.runs:  # else results of an earlier call may be there: keep them
         _print_results(results, write_all(results, folder))
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of long work: a progress bar, or lines where there is no terminal."""
+"""Progress of long work: a bar on a terminal, lines in a log file. And tables of figures."""
 
 import time
 from collections.abc import Mapping
@@ -21,21 +21,26 @@ from typing_extensions import Self
 
 from sae_lens_atm.compare.run.processes import Job
 from sae_lens_atm.metrics.figures import ARROWS
-from sae_lens_atm.metrics.figures import figure as how_shown
+from sae_lens_atm.metrics.figures import figure as figure_info
 from sae_lens_atm.sae.forward_pass import mean_l0
 
-_REFRESH = 20  # steps between two readings: each waits for the device
-_LINES = 10  # lines over a whole run where there is no terminal
+_REFRESH = 20  # steps between two readings, each of which waits for the device
+_LINES = 10  # lines for a whole run in a log file
 
 
 class Progress:
-    """Shows loss, L0, masked fraction and the time left of a training run."""
+    """Shows loss, L0, masked fraction and remaining time of a training run.
+
+    Args:
+        console: where to print.
+        steps: number of steps of the run.
+    """
 
     def __init__(self, console: Console, steps: int) -> None:
         self._console = console
         self._steps = steps
         self._bar = RichProgress(
-            TextColumn("training"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -43,7 +48,7 @@ class Progress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("training", total=steps, figures="")
+        self._task = self._bar.add_task("before step 1", total=steps, figures="")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -53,7 +58,7 @@ class Progress:
         self._bar.stop()
 
     def on_step(self, trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> None:
-        """Show the step that was just done."""
+        """Show a completed step."""
         step = trainer.n_training_steps + 1
         every = _REFRESH if self._console.is_terminal else max(self._steps // _LINES, 1)
         if step % every and step != self._steps:
@@ -63,13 +68,19 @@ class Progress:
         masked = output.metrics.get("masked_fraction")
         if callable(masked):
             figures += f"  masked {float(masked()):.0%}"
-        self._bar.update(self._task, completed=step, figures=figures)
+        self._bar.update(self._task, description="training", completed=step, figures=figures)
         if not self._console.is_terminal:
             self._console.print(f"step {step}/{self._steps}  {figures}")
 
 
 class RunsProgress:
-    """Shows how the runs of a comparison get on."""
+    """Shows the progress of the runs of a comparison.
+
+    Args:
+        console: where to print.
+        runs: number of runs.
+        steps: number of steps of all runs.
+    """
 
     def __init__(self, console: Console, runs: int, steps: int) -> None:
         self._console = console
@@ -98,10 +109,12 @@ class RunsProgress:
         self._bar.stop()
 
     def started(self, job: Job) -> None:
+        """Add a bar for a run."""
         self._started[job.label] = time.monotonic()
         self._tasks[job.label] = self._bar.add_task(job.label, total=max(job.steps, 1))
 
     def advanced(self, job: Job, steps: int) -> None:
+        """Count steps of a run."""
         self._done += steps
         self._bar.advance(self._all, steps)
         self._bar.advance(self._tasks[job.label], steps)
@@ -114,6 +127,7 @@ class RunsProgress:
         return f", about {max(left, 0) / 60:.0f} min left"
 
     def ended(self, job: Job, error: str | None) -> None:
+        """Remove the bar of a run, and print its time or its error."""
         self._ended += 1
         self._bar.remove_task(self._tasks.pop(job.label))
         self._bar.update(self._all, description=f"{self._ended}/{self._runs}")
@@ -127,13 +141,16 @@ class RunsProgress:
 
 
 def figures_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
-    """One row a figure, with an arrow to its better side; one column a SAE."""
+    """Return a table with a row for each figure and a column for each SAE.
+
+    An arrow shows whether more or less is better.
+    """
     table = Table(title=title)
     table.add_column("figure")
     for name in columns:
         table.add_column(name, justify="right")
     for figure in next(iter(columns.values()), {}):
         values = [columns[name].get(figure, float("nan")) for name in columns]
-        label = figure + ARROWS[how_shown(figure).better]
+        label = figure + ARROWS[figure_info(figure).better]
         table.add_row(label, *(f"{v:d}" if isinstance(v, int) else f"{v:.4g}" for v in values))
     return table

@@ -1,7 +1,7 @@
-"""What every command prints, and how it ends.
+"""What all commands share: the console, errors and exit codes.
 
-Exit codes: 0 done, 1 failed while running, 2 bad input (one line on stderr for each thing that is
-wrong), 130 and 143 stopped by SIGINT or SIGTERM, with a checkpoint.
+Exit codes: 0 success; 1 failed while running; 2 bad input, with one line on stderr for each
+mistake; 130 and 143 stopped by SIGINT or SIGTERM.
 """
 
 import os
@@ -14,13 +14,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from sae_lens_atm import saebench
 from sae_lens_atm.errors import (
     CheckpointError,
     HubError,
     Interrupted,
     NonFiniteBatchError,
     RankLostError,
+    SAEBenchError,
     SettingsError,
 )
 from sae_lens_atm.training.ranks import is_main_of_node, rank
@@ -28,27 +28,27 @@ from sae_lens_atm.training.run_file import shipped_config
 
 BAD_INPUT = 2
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="KEY=VALUE or KEY.SUBKEY=VALUE; repeatable.")
+    list[str] | None,
+    typer.Option("--set", help="Set KEY=VALUE or KEY.SUBKEY=VALUE of the file. Repeatable."),
 ]
-"""Settings of a command that change those of its file."""
 console = Console()
 if not console.is_terminal and "COLUMNS" not in os.environ:
-    console = Console(width=160)  # a log has no width of its own
+    console = Console(width=160)  # a log file has no width
 
 
 @contextmanager
 def clear_errors() -> Generator[None]:
-    """Turn what a user can mend into one line on stderr and an exit code."""
+    """Turn errors into lines on stderr and an exit code."""
     try:
         yield
     except Interrupted as stop:
         again = "the same command" if stop.checkpoint is None else f"--resume {stop.checkpoint}"
-        exit_with(f"{stop}; go on with {again}", 128 + stop.signal_number)
+        exit_with(f"{stop}; resume with {again}", 128 + stop.signal_number)
     except KeyboardInterrupt:
         exit_with("stopped", 130)
     except (SettingsError, CheckpointError) as error:
         exit_with(str(error), BAD_INPUT)
-    except (NonFiniteBatchError, RankLostError, HubError, saebench.SAEBenchError) as error:
+    except (NonFiniteBatchError, RankLostError, HubError, SAEBenchError) as error:
         exit_with(str(error), 1)
     except typer.Exit:
         raise
@@ -57,18 +57,25 @@ def clear_errors() -> Generator[None]:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         where = f"process {rank()}: " if rank() else ""
-        exit_with(f"{where}{reason} (SAE_LENS_ATM_DEBUG=1 shows where)", 1, everywhere=True)
+        hint = "set SAE_LENS_ATM_DEBUG=1 for the traceback"
+        exit_with(f"{where}{reason} ({hint})", 1, on_every_rank=True)
 
 
-def exit_with(message: str, code: int, everywhere: bool = False) -> NoReturn:
-    """End the command."""
-    for line in message.splitlines() if everywhere or is_main_of_node() else ():
+def exit_with(message: str, code: int, on_every_rank: bool = False) -> NoReturn:
+    """Print an error and end the command.
+
+    Args:
+        message: the error. Each of its lines becomes one line.
+        code: the exit code.
+        on_every_rank: print it on every rank, and not only on the main rank of a node.
+    """
+    for line in message.splitlines() if on_every_rank or is_main_of_node() else ():
         typer.echo(f"error: {line}", err=True)
     raise typer.Exit(code)
 
 
 def config_path(config: str) -> Path:
-    """A file, or the one of a name that comes with the package."""
+    """Return the path of a configuration file, or of a shipped one by its name."""
     path = Path(config)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
@@ -76,7 +83,7 @@ def config_path(config: str) -> Path:
 
 
 def facts_table(facts: dict[str, Any]) -> Table:
-    """Names and values, a line each."""
+    """Return a table of names and values, one row each."""
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
         table.add_row(f"[dim]{name}", str(value))

@@ -1,8 +1,8 @@
-"""SAEs of several architectures at the same L0, on the same data, over seeds."""
+"""Compare architectures: train SAEs at the same L0, on the same data, over several seeds."""
 
 from sae_lens_atm.compare.dry_run import dry_run
 from sae_lens_atm.compare.plan.comparison_file import Comparison, load_comparison
-from sae_lens_atm.compare.report.output import draw_all, write_all
+from sae_lens_atm.compare.report.html import draw_all, write_all
 from sae_lens_atm.compare.report.results import Results, read_results
 from sae_lens_atm.compare.run.comparison import compare, summarise
 from sae_lens_atm.compare.run.tasks import planned_jobs

@@ -1,4 +1,4 @@
-"""What a comparison would do and how long it would take, found out in seconds."""
+"""The plan of a comparison, and an estimate of its time from a few timed steps."""
 
 import tempfile
 import time
@@ -8,32 +8,49 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from sae_lens import SAETrainer, TrainingSAE
-from sae_lens.util import temporary_seed
 
 from sae_lens_atm.compare.plan.comparison_file import Comparison
-from sae_lens_atm.compare.plan.planned_run import Planned
-from sae_lens_atm.compare.run.batch_pool import kept_model, synthetic_model
+from sae_lens_atm.compare.plan.planned_run import PlannedRun
+from sae_lens_atm.compare.run.batch_pool import model_folder, synthetic_model
 from sae_lens_atm.compare.run.comparison import check
-from sae_lens_atm.compare.run.processes import threads_each
+from sae_lens_atm.compare.run.processes import threads_per_job
 from sae_lens_atm.compare.run.stored_run import is_trained
 from sae_lens_atm.compare.run.synthetic import pool_of
 from sae_lens_atm.compare.run.tasks import make_jobs, steps_of
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.preflight.checks import check_devices
+from sae_lens_atm.training.preflight.timing import NotTimed, duration, seconds_per_step
 from sae_lens_atm.training.run_file import SyntheticRun
 
-_TIMED_STEPS = 5  # of each entry
+_SECONDS_PER_ENTRY = 2.0  # time limit for the steps of an entry
 
 
 def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
-    """What a comparison would do, and about how long it would take here."""
+    """Check a comparison, and return its plan with an estimate of its time on this machine.
+
+    Args:
+        comparison: the plan.
+        at_once: maximum number of processes.
+
+    Raises:
+        SettingsError: the output folder is not writable, or the data do not fit.
+    """
+    facts = describe_plan(comparison, at_once)
+    try:
+        for p in comparison.planned:
+            check_devices(p.run)
+    except SettingsError as error:  # a dry run may be on another machine than the comparison
+        return {**facts, "estimate": f"none: {error}"}
+    return {**facts, **_estimate(comparison, _to_train(comparison), at_once)}
+
+
+def describe_plan(comparison: Comparison, at_once: int) -> dict[str, Any]:
+    """Check a comparison, and return its plan as names and values for a table."""
     check(comparison)
     *_, jobs = make_jobs(comparison)
-    planned, folder = comparison.planned, comparison.output
-    left = [p for p in planned if p.settings.trained and not is_trained(p, folder)]
+    planned = comparison.planned
     facts = {
-        "runs": f"{len(planned)}, of which {len(planned) - len(left)} need no training (any more)",
+        "runs": f"{len(planned)}, {len(_to_train(comparison))} of them to train",
         "jobs": f"{len(jobs)}, {at_once} at once",
         "SAEs in a job": ""
         if comparison.is_synthetic
@@ -47,71 +64,57 @@ def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
         "steps of a run": ", ".join(
             f"{n:,}" for n in sorted({p.run.runner.total_training_steps for p in planned})
         ),
-        "output": folder,
+        "output": comparison.output,
     }
-    facts = {name: fact for name, fact in facts.items() if fact != ""}
-    try:
-        for p in planned:
-            check_devices(p.run)
-    except SettingsError as error:  # a plan may be made elsewhere than it is carried out
-        return {**facts, "estimate": f"none: {error}"}
-    return {**facts, **_estimate(comparison, left, at_once)}
+    return {name: fact for name, fact in facts.items() if fact != ""}
 
 
-def _estimate(comparison: Comparison, left: Sequence[Planned], at_once: int) -> dict[str, str]:
+def _to_train(comparison: Comparison) -> list[PlannedRun]:
+    return [
+        p for p in comparison.planned if p.settings.trained and not is_trained(p, comparison.output)
+    ]
+
+
+def _estimate(comparison: Comparison, left: Sequence[PlannedRun], at_once: int) -> dict[str, str]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads_each(at_once))
+    torch.set_num_threads(threads_per_job(at_once))
     try:
-        seconds = {name: _seconds_a_step(p) for name, p in {p.entry: p for p in left}.items()}
+        seconds = {
+            name: seconds_per_step(p.run, _SECONDS_PER_ENTRY)
+            for name, p in {p.entry: p for p in left}.items()
+        }
+    except NotTimed as reason:
+        return {"estimate": f"none: {reason}"}
     finally:
         torch.set_num_threads(before)
     total = sum(seconds[p.entry] * steps_of(p) for p in left)
-    duration = _duration((total + _seconds_of_data(comparison, left)) / at_once)
+    estimate = duration((total + _seconds_of_data(comparison, left)) / at_once)
     more = "" if comparison.is_synthetic else ", and the language model's forward passes"
     return {
         "ms a step": ", ".join(f"{name} {1000 * s:.1f}" for name, s in seconds.items()),
-        "estimate": f"about {duration}{more}",
+        "estimate": f"about {estimate}{more}",
     }
 
 
-def _seconds_of_data(comparison: Comparison, left: Sequence[Planned]) -> float:
-    """Time to draw the batches of synthetic data: once a seed, or where that is too much, a run."""
+def _seconds_of_data(comparison: Comparison, left: Sequence[PlannedRun]) -> float:
+    """Return the time to draw the synthetic batches.
+
+    They are drawn once for each seed; if they are too large to store, once for each run.
+    """
     if not comparison.is_synthetic or not left:
         return 0.0
     run = cast(SyntheticRun, left[0].run)
-    # Made in another place than the comparison's, as a dry run leaves nothing behind.
-    with tempfile.TemporaryDirectory() as elsewhere:
-        kept = kept_model(run, comparison.output)
-        there = kept is not None and kept.exists()
-        model = synthetic_model(run, comparison.output if there else Path(elsewhere))
+    # A dry run leaves no files behind: the model is made in a temporary folder.
+    with tempfile.TemporaryDirectory() as temporary:
+        stored = model_folder(run, comparison.output)
+        exists = stored is not None and stored.exists()
+        model = synthetic_model(run, comparison.output if exists else Path(temporary))
     start = time.perf_counter()
     model.sample(run.runner.batch_size)
-    seconds_a_sample = (time.perf_counter() - start) / run.runner.batch_size
+    seconds_per_sample = (time.perf_counter() - start) / run.runner.batch_size
     pools = {pool.path: pool for pool in (pool_of(p, comparison.output) for p in left)}
     if all(pool.is_worth_keeping for pool in pools.values()):
         shapes = [pool.shape[:2] for pool in pools.values() if not pool.path.exists()]
     else:
         shapes = [(steps_of(p), cast(SyntheticRun, p.run).runner.batch_size) for p in left]
-    return seconds_a_sample * sum(steps * size for steps, size in shapes)
-
-
-def _seconds_a_step(planned: Planned) -> float:
-    runner = planned.run.runner
-    batch = getattr(runner, "batch_size", None) or getattr(runner, "train_batch_size_tokens", 1)
-    with temporary_seed(0):
-        x = torch.randn(batch, runner.sae.d_in, device=runner.device)
-        sae = TrainingSAE[Any].from_dict(runner.sae.to_dict()).to(runner.device)
-        trainer: SAETrainer[Any, Any] = SAETrainer(runner.to_sae_trainer_config(), sae, iter(()))
-        trainer.step(x)
-        start = time.perf_counter()
-        for _ in range(_TIMED_STEPS):
-            trainer.step(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
-    return (time.perf_counter() - start) / _TIMED_STEPS
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    return seconds_per_sample * sum(steps * size for steps, size in shapes)

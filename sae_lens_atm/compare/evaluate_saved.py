@@ -1,4 +1,4 @@
-"""Figures of SAEs that were saved, here or by other people, on the data of a config."""
+"""Evaluate saved SAEs, trained here or elsewhere, on the data of a run or comparison file."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,33 +32,43 @@ from sae_lens_atm.training.run_file import Run, SyntheticRun, apply_overrides, p
 from sae_lens_atm.training.synthetic_run import build_synthetic_model
 
 
-class Data(NamedTuple):
-    """What SAEs are evaluated on."""
+class EvaluationData(NamedTuple):
+    """The data on which SAEs are evaluated, as a run, and the settings of the first letters."""
 
     run: Run
     first_letters: FirstLetterConfig | None = None
 
 
-def data_of(path: str, overrides: Sequence[str] = ()) -> Data:
-    """The data that a config describes; of a comparison or a sweep, those of its first run. A
-    language model that the comparison makes is made, if it is not there."""
+def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
+    """Return the data of a file; for a comparison or a sweep, the data of its first run.
+
+    A language model that the comparison makes is made first, if it is not stored.
+
+    Args:
+        path: a run, comparison or sweep file.
+        overrides: `key.subkey=value` pairs.
+    """
     content = apply_overrides(read_yaml(path), overrides)
     if content.pop("sweep", None) is not None and not is_comparison(content):
         content = as_comparison(content)
     if not is_comparison(content):
-        return Data(parse_run(content))
+        return EvaluationData(parse_run(content))
     comparison = parse_comparison(content, Path(path).stem)
     first = comparison.planned[0]
     if first.lm is not None:
         make_spelling_lm(first.lm, spelling_lm_folder(comparison.output, first.lm))
-    return Data(first.run, first.first_letters)
+    return EvaluationData(first.run, first.first_letters)
 
 
-def evaluate_saved(references: Sequence[str], data: Data) -> dict[str, dict[str, float]]:
-    """Evaluate SAEs, each a folder or `REPO:SAE_ID`, on the same samples.
+def evaluate_saved(references: Sequence[str], data: EvaluationData) -> dict[str, dict[str, float]]:
+    """Evaluate SAEs on the same samples, and return the figures of each.
+
+    Args:
+        references: folders, or `REPO:SAE_ID` on the Hub.
+        data: the data.
 
     Raises:
-        SettingsError: one cannot be loaded, or does not fit the data.
+        SettingsError: an SAE cannot be loaded, or its `d_in` does not fit the data.
     """
     run = data.run
     check_devices(run)
@@ -66,14 +76,14 @@ def evaluate_saved(references: Sequence[str], data: Data) -> dict[str, dict[str,
     d_in = run.runner.sae.d_in
     for reference, sae in saes.items():
         if sae.cfg.d_in != d_in:
-            raise SettingsError(f"{reference} has d_in {sae.cfg.d_in}: allowed is {d_in}")
+            raise SettingsError(f"d_in of {reference} is {sae.cfg.d_in}: allowed is {d_in}")
         sae.to(run.runner.device)
     if isinstance(run, SyntheticRun):
-        return _on_synthetic_data(saes, run)
+        return _evaluate_on_synthetic_data(saes, run)
     cfg = run.runner
     model = load_language_model(cfg)
     tokens = hold_out(make_store(cfg, model), cfg)
-    for sae in saes.values():  # where it is to be looked at is the config's to say
+    for sae in saes.values():  # SAELens evaluates at the hook in the SAE's metadata
         sae.cfg.metadata.hook_name = cfg.hook_name
         sae.cfg.metadata.hook_head_index = cfg.hook_head_index
     figures = {n: language_model_figures(sae, model, tokens, cfg)[0] for n, sae in saes.items()}
@@ -84,7 +94,9 @@ def evaluate_saved(references: Sequence[str], data: Data) -> dict[str, dict[str,
     return figures
 
 
-def _on_synthetic_data(saes: dict[str, SAE[Any]], run: SyntheticRun) -> dict[str, dict[str, float]]:
+def _evaluate_on_synthetic_data(
+    saes: dict[str, SAE[Any]], run: SyntheticRun
+) -> dict[str, dict[str, float]]:
     model = build_synthetic_model(run)
     cfg, seed = run.runner, batch_seed(run.seed, -2)
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Synthetic hierarchies made for measuring absorption: parents also fire without a child.
+"""Synthetic hierarchies for measuring absorption, in which parents also fire without a child.
 
-SAELens' own generator (`SyntheticModelConfig.hierarchy`) compensates probabilities until nearly
-every parent always has an active child; such a parent is no more than the sum of its children,
-and absorbing it is no error. Here each node has an active child with probability `coverage`.
+In SAELens' own generator (`SyntheticModelConfig.hierarchy`), nearly every active parent has an
+active child, as it compensates probabilities. Such a parent is the sum of its children, and
+absorbing it is no error. Here an active node has an active child with probability `coverage`.
 """
 
 from dataclasses import dataclass
@@ -21,21 +21,22 @@ from sae_lens.synthetic import (
 
 @dataclass(frozen=True)
 class HierarchyModelConfig:
-    """A forest of features, and lone features beside it. The defaults are our "sister A".
+    """A forest of features, and single features outside it. The defaults are our "sister A".
 
     Args:
-        hidden_dim: dimensions that the features share.
+        hidden_dim: dimensions of the activations.
         roots: number of trees.
-        max_root_probability: firing probability of the first root; the others' fall geometrically.
+        max_root_probability: firing probability of the first root. It decreases geometrically from
+            root to root.
         min_root_probability: firing probability of the last root.
-        branching: children of each node that has any.
+        branching: number of children of each node that has children.
         depth: levels below the roots.
         coverage: probability that an active node has an active child.
-        mutually_exclusive: at most one child of a node is active at a time.
-        lone_features: features outside the trees.
-        lone_probability: firing probability of those.
+        mutually_exclusive: whether at most one child of a node is active at a time.
+        lone_features: number of features outside the trees.
+        lone_probability: firing probability of the lone features.
         mean_magnitude: mean of an active feature's magnitude.
-        std_magnitude: standard deviation of it.
+        std_magnitude: standard deviation of an active feature's magnitude.
         bias: norm of the constant that is added to every activation.
         seed: seed of the feature directions.
     """
@@ -70,18 +71,19 @@ class HierarchyModelConfig:
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)!r}: allowed is {allowed}")
+            raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
     @property
     def num_features(self) -> int:
+        """The number of features, in the trees and outside."""
         tree = sum(self.branching**level for level in range(self.depth + 1))
         return self.roots * tree + self.lone_features
 
 
 def build_hierarchy_model(cfg: HierarchyModelConfig, device: str = "cpu") -> SyntheticModel:
-    """The hierarchy as a SAELens `SyntheticModel`, for its runner and its evaluation.
+    """Return the hierarchy as SAELens' `SyntheticModel`.
 
-    Features are numbered depth first, tree by tree, the lone ones last.
+    Features are numbered depth first, tree by tree. The lone features come last.
     """
     probabilities: list[float] = []
     # Independent children of this probability leave a node without one with 1 - coverage.
@@ -126,7 +128,7 @@ def build_hierarchy_model(cfg: HierarchyModelConfig, device: str = "cpu") -> Syn
 
 
 def children_of(hierarchy: Hierarchy) -> dict[int, list[int]]:
-    """Feature index of every node that has children, with the indices of those."""
+    """Return the feature index of every node with children, and the indices of its children."""
     found: dict[int, list[int]] = {}
     todo = list(hierarchy.roots)
     while todo:

@@ -1,1 +1,1 @@
-"""Figures of one SAE."""
+"""Figures of one SAE, on synthetic data or on a language model."""

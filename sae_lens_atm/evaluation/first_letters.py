@@ -1,7 +1,7 @@
-"""What a language model knows of the first letters of its words, and what a SAE makes of that.
+"""Absorption of first letters: words, prompts and probes of a language model, scores of an SAE.
 
-Words, prompts and probes are SAEBench 0.6.0's, with every random choice by a seed. The scores are
-those of `metrics.first_letter`.
+Words, prompts and probes are those of SAEBench 0.6.0, but every random choice is seeded. The scores
+are computed by `metrics.first_letter`.
 """
 
 import random
@@ -32,14 +32,15 @@ _LETTERS = 26
 
 @dataclass(frozen=True)
 class FirstLetterConfig:
-    """How first letters are looked at; the defaults are SAEBench's.
+    """Settings for first letters. The defaults are SAEBench's.
 
     Args:
-        probe_epochs: epochs of the letters' probes; a small model needs more.
-        probe_lr: their learning rate.
-        sparse_batch_size: batch of the probes of a SAE's activations. With few words take 128: in
-            large batches 50 epochs are too few steps, and the wrong latents come out.
-        seed: of the split of the words, the prompts, and the probes.
+        probe_epochs: training epochs of the letter probes. A small model needs more.
+        probe_lr: learning rate of the letter probes.
+        sparse_batch_size: batch size of the probes on an SAE's activations. With few words, set
+            128. In larger batches, 50 epochs have too few steps, and the probes choose wrong
+            latents.
+        seed: seed of the split of the words, of the prompts and of the probes.
     """
 
     probe_epochs: int = 50
@@ -50,54 +51,54 @@ class FirstLetterConfig:
     def __post_init__(self) -> None:
         for name in ("probe_epochs", "probe_lr", "sparse_batch_size"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: allowed is more than 0")
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
 
 
 SMALL_MODEL = FirstLetterConfig(probe_epochs=100, probe_lr=5e-2, sparse_batch_size=128)
-"""For a model of few words and dimensions."""
+"""Settings for a model with few words and dimensions."""
 
 
 class FirstLetters(NamedTuple):
-    """The words of one model, as its residual stream has them."""
+    """The words of a model, their activations, and the letter probes."""
 
     train: Words
     test: Words
     asked: Tensor
-    """The test words in other prompts, in which absorption is looked for."""
+    """Activations of the test words in other prompts, for absorption."""
     probe: Probe
     probe_f1: Tensor
-    """On the test words, ``(26,)``."""
+    """F1 of each letter's probe on the test words, shape ``(26,)``."""
     words: tuple[list[str], list[str]]
-    """Those to train on, and those to test on."""
+    """The training words and the test words."""
     cfg: FirstLetterConfig
 
     @property
     def counts(self) -> Tensor:
-        """The letters that count; none if they are fewer than 20."""
+        """The letters with a good probe, bool; all false if they are fewer than 20."""
         counts = self.probe_f1 > PROBE_F1
         return counts & (counts.sum() >= MIN_LETTERS)
 
     @property
     def shares(self) -> Tensor:
-        """Of all words, those of each letter."""
+        """The share of each letter among the words."""
         every = torch.cat([self.train.letter, self.test.letter])
         return every.bincount(minlength=_LETTERS) / len(every)
 
 
 def words_of(tokenizer: Any) -> list[str]:
-    """The vocabulary's words in ASCII letters, one leading space allowed, in alphabetical order."""
+    """Return the vocabulary's words of ASCII letters, sorted. They may start with one space."""
     strings = (tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab())
     plain = {word for word in strings if word.removeprefix(" ").isalpha() and word.isascii()}
     return sorted(plain)
 
 
 def letter_of(word: str) -> int:
-    """0 for a word in A, up to 25."""
+    """Return the index of a word's first letter: 0 for A, 25 for Z."""
     return ord(word.strip()[0].lower()) - ord("a")
 
 
 def prompt(word: str, examples: Sequence[str], randomness: random.Random) -> str:
-    """The question for a word's first letter, after ten others that are answered."""
+    """Return a prompt that asks for a word's first letter, after ten answered examples."""
     shown = randomness.sample(examples, _EXAMPLES)
     while word in shown:
         shown = randomness.sample(examples, _EXAMPLES)
@@ -113,21 +114,29 @@ def residual_stream(
     model_kwargs: dict[str, Any] | None = None,
     batch_size: int = 64,
 ) -> Tensor:
-    """The residual stream on the last token of the word asked for, ``(prompts, d_in)``."""
+    """Return the activations on the last token of the word in question, ``(prompts, d_in)``.
+
+    Args:
+        model: the language model.
+        hook_name: where the activations are read.
+        prompts: the prompts, from `prompt`.
+        model_kwargs: more arguments of the forward pass.
+        batch_size: prompts in a batch.
+    """
     device = next(model.parameters()).device
     bos = model.tokenizer.bos_token_id
-    found: list[Tensor] = []
+    activations: list[Tensor] = []
     for start in range(0, len(prompts), batch_size):
         texts = list(prompts[start : start + batch_size])
         batch = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
         rows = [torch.tensor(row if bos is None else [bos, *row]) for row in batch]
-        # What follows the word it reads does not change it: the model only looks back.
+        # Padding follows the word, and attention is causal.
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
         _, cache = model.run_with_cache(tokens, names_filter=[hook_name], **(model_kwargs or {}))
         at = torch.tensor([len(row) - 1 - _AFTER_THE_WORD for row in rows], device=device)
         stream = cache[hook_name].flatten(2)
-        found.append(stream[torch.arange(len(at), device=device), at].float())
-    return torch.cat(found)
+        activations.append(stream[torch.arange(len(at), device=device), at].float())
+    return torch.cat(activations)
 
 
 def look_at_first_letters(
@@ -136,7 +145,13 @@ def look_at_first_letters(
     cfg: FirstLetterConfig,
     model_kwargs: dict[str, Any] | None = None,
 ) -> FirstLetters:
-    """Split the words, put the prompts to the model, train the letters' probes.
+    """Split the words, compute their activations, and train the letter probes.
+
+    Args:
+        model: the language model.
+        hook_name: where the activations are read.
+        cfg: the settings.
+        model_kwargs: more arguments of the forward pass.
 
     Raises:
         SettingsError: the vocabulary has too few words.
@@ -148,19 +163,19 @@ def look_at_first_letters(
     train, test = shuffled[:split], shuffled[split:]
     if len(test) <= _EXAMPLES:
         raise SettingsError(
-            f"first_letters: the vocabulary has {len(every)} words in ASCII letters, "
-            f"too few for prompts with {_EXAMPLES} examples"
+            f"first_letters: the vocabulary has {len(every)} words of ASCII letters, too few for "
+            f"prompts with {_EXAMPLES} examples"
         )
 
     def streams(words: Sequence[str], examples: Sequence[str]) -> Tensor:
         prompts = [prompt(word, examples, randomness) for word in words]
         return residual_stream(model, hook_name, prompts, model_kwargs)
 
-    def seen(words: Sequence[str]) -> Words:
+    def labelled(words: Sequence[str]) -> Words:
         x = streams(words, words)
         return Words(x, torch.tensor([letter_of(word) for word in words], device=x.device))
 
-    training, testing = seen(train), seen(test)
+    training, testing = labelled(train), labelled(test)
     generator = torch.Generator().manual_seed(cfg.seed)
     probe = train_probe(training, generator, epochs=cfg.probe_epochs, lr=cfg.probe_lr)
     is_letter = functional.one_hot(testing.letter, _LETTERS).bool()
@@ -171,7 +186,7 @@ def look_at_first_letters(
 
 @torch.no_grad()
 def scores_of(sae: SAE[Any], letters: FirstLetters) -> FirstLetterScores:
-    """What a SAE makes of the letters of the stream that it was trained on."""
+    """Return the scores of an SAE, trained at the hook where the activations were read."""
 
     def acts(x: Tensor) -> Tensor:
         rows = [sae.encode(part.to(sae.device, sae.dtype)).to_dense() for part in x.split(4096)]
@@ -193,7 +208,7 @@ def scores_of(sae: SAE[Any], letters: FirstLetters) -> FirstLetterScores:
 
 
 def figures_of(scores: FirstLetterScores, letters: FirstLetters) -> dict[str, float]:
-    """The figures that a comparison reports."""
+    """Return the figures for the tables of a comparison."""
     return {
         "absorption_full": scores.full,
         "absorption_fraction": scores.fraction,

@@ -1,11 +1,17 @@
-"""Figures of a SAE on a synthetic model: SAELens' own, and absorption beside them."""
+"""Figures of an SAE on a synthetic model: SAELens' own, and absorption."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from sae_lens import SAE
-from sae_lens.synthetic import SyntheticModel, eval_sae_on_synthetic_data
+from sae_lens.evals import ExplainedVarianceCalculator
+from sae_lens.synthetic import SyntheticModel, feature_uniqueness, mean_correlation_coefficient
+from sae_lens.synthetic.evals import (
+    ClassificationMetricsCalculator,
+    L0Calculator,
+    ShrinkageCalculator,
+)
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
@@ -15,29 +21,39 @@ from sae_lens_atm.metrics import Absorption, AbsorptionScores
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that `evaluate_closely` found."""
+    """The result of `evaluate_closely`."""
 
     figures: dict[str, float]
     alive: Tensor
-    """Which latents fired at all, boolean."""
+    """Which latents fired, bool, shape ``(d_sae,)``."""
     absorption: AbsorptionScores | None
-    """None where the model has no hierarchy."""
+    """None if the model has no hierarchy."""
     parent_probability: list[float]
     """How often each parent was active."""
     signed: bool
-    """Whether any activation was negative, as AbsTopK's may be."""
+    """Whether activations can be negative, as in AbsTopK."""
 
 
 def evaluate(
     sae: SAE[Any], model: SyntheticModel, samples: int, seed: int, batch_size: int = 4096
 ) -> dict[str, float]:
-    """Figures on samples that depend on the seed alone; global random state is left as it was."""
+    """Return figures of an SAE on fresh samples of a synthetic model.
+
+    The samples depend on the seed alone. The global random state is restored.
+
+    Args:
+        sae: the SAE. It is evaluated in eval mode.
+        model: the synthetic model.
+        samples: number of samples.
+        seed: seed of the samples.
+        batch_size: samples in a batch.
+    """
     return evaluate_closely(sae, model, samples, seed, batch_size).figures
 
 
 @torch.no_grad()
 def is_signed(sae: SAE[Any]) -> bool:
-    """Whether activations can be negative, as AbsTopK's: seen on noise."""
+    """Return whether activations can be negative, as in AbsTopK. Tried on noise."""
     with temporary_seed(0):
         x = torch.randn(256, sae.cfg.d_in).to(sae.device, sae.dtype)
     return bool((sae.encode(x).to_dense() < 0).any())
@@ -47,54 +63,58 @@ def is_signed(sae: SAE[Any]) -> bool:
 def evaluate_closely(
     sae: SAE[Any], model: SyntheticModel, samples: int, seed: int, batch_size: int = 4096
 ) -> Evaluation:
-    """`evaluate`, with what lies behind the figures.
+    """Return the figures of `evaluate`, and values for single latents and parents.
 
-    ``mse`` is the squared error of a sample, summed over dimensions, and ``cosine`` that of a
-    sample and its reconstruction, both averaged over samples as in SAELens' language-model evals.
+    ``mse`` is the squared error summed over dimensions, ``cosine`` the cosine similarity of a
+    sample and its reconstruction. Both are means over samples, as in SAELens' evaluation on
+    language models. The other figures of SAELens come from its own calculators.
     """
-    training = sae.training
+    was_training = sae.training
     sae.eval()
-    signed = is_signed(sae)
+    vectors, signed = model.feature_dict.feature_vectors, is_signed(sae)
+    children = children_of(model.hierarchy) if model.hierarchy is not None else {}
+    parents = torch.tensor(list(children), dtype=torch.long, device=vectors.device)
+    absorption = Absorption(sae.W_dec, vectors, children, signed=signed) if children else None
+    l0, true_l0, shrinkage = L0Calculator(), L0Calculator(), ShrinkageCalculator()
+    explained = ExplainedVarianceCalculator()
+    classification = ClassificationMetricsCalculator(sae.W_dec, vectors)
+    fired = torch.zeros(sae.cfg.d_sae, device=sae.device)
+    parents_fired = torch.zeros(len(parents), device=vectors.device)
+    squared_error, cosine = 0.0, 0.0
     with temporary_seed(seed):
-        result = eval_sae_on_synthetic_data(
-            sae, model.feature_dict, model.activation_generator, samples, batch_size
-        )
-        children = children_of(model.hierarchy) if model.hierarchy is not None else {}
-        parents = torch.tensor(list(children), dtype=torch.long)
-        metric: Absorption | None = None
-        fired = torch.zeros(sae.cfg.d_sae)
-        parents_fired = torch.zeros(len(parents))
-        squared_error, cosine = 0.0, 0.0
         for start in range(0, samples, batch_size):
             x, features = model.sample_with_features(min(batch_size, samples - start))
             features = features.to_dense()
             acts = sae.encode(x).to_dense()
             x_hat = sae.decode(acts)
+            l0.add_batch(acts)
+            true_l0.add_batch(features)
+            shrinkage.add_batch(x_hat, x)
+            explained.add_batch(x_hat, x)
+            classification.add_batch(acts, features)
             squared_error += (x - x_hat).pow(2).sum().item()
             cosine += torch.cosine_similarity(x, x_hat, dim=-1).sum().item()
-            fired += (acts != 0).sum(0).cpu()
-            if children:
-                if metric is None:
-                    vectors = model.feature_dict.feature_vectors
-                    metric = Absorption(sae.W_dec, vectors, children, signed=signed)
-                metric.update(acts, features)
-                parents_fired += (features[:, parents.to(features.device)] > 0).sum(0).cpu()
-    sae.train(training)
+            fired += (acts != 0).sum(0)
+            if absorption is not None:
+                absorption.update(acts, features)
+                parents_fired += (features[:, parents] > 0).sum(0)
+    sae.train(was_training)
+    detection, alive = classification.compute(), (fired > 0).cpu()
     figures: dict[str, float] = {
-        "l0": result.sae_l0,
-        "explained_variance": result.explained_variance,
+        "l0": l0.compute(),
+        "explained_variance": explained.compute(),
         "mse": squared_error / samples,
         "cosine": cosine / samples,
-        "mcc": result.mcc,
-        "f1": result.classification.f1_score,
-        "precision": result.classification.precision,
-        "recall": result.classification.recall,
-        "uniqueness": result.uniqueness,
-        "shrinkage": result.shrinkage,
-        "dead_latents": result.dead_latents,
-        "true_l0": result.true_l0,
+        "mcc": mean_correlation_coefficient(sae.W_dec, vectors),
+        "f1": detection.f1_score,
+        "precision": detection.precision,
+        "recall": detection.recall,
+        "uniqueness": feature_uniqueness(sae.W_dec, vectors),
+        "shrinkage": shrinkage.compute(),
+        "dead_latents": int((~alive).sum()),
+        "true_l0": true_l0.compute(),
     }
-    scores = metric.compute() if metric is not None else None
+    scores = None if absorption is None else absorption.compute()
     if scores is not None:
         figures |= {
             "absorption_full": scores.full,
@@ -105,4 +125,5 @@ def evaluate_closely(
             "parents_learned": scores.parents_learned,
             "children_learned": scores.children_learned,
         }
-    return Evaluation(figures, fired > 0, scores, (parents_fired / samples).tolist(), signed)
+    probabilities = (parents_fired / samples).tolist()
+    return Evaluation(figures, alive, scores, probabilities, signed)

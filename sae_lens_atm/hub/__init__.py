@@ -1,1 +1,1 @@
-"""Load SAEs from disk or the Hub, and push them there."""
+"""Load SAEs from folders or from the Hugging Face Hub, and push them to the Hub."""

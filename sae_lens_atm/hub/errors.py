@@ -1,4 +1,4 @@
-"""What went wrong between us and the Hugging Face Hub, in one line."""
+"""Turn errors of the Hugging Face Hub into messages of one line."""
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -18,11 +18,14 @@ from sae_lens_atm.errors import HubError, SettingsError
 
 @contextmanager
 def clear_hub_errors(what: str) -> Generator[None]:
-    """Say in one line what went wrong with `what`, such as `repo you/saes`.
+    """Turn errors of the Hub's client into our own.
+
+    Args:
+        what: the subject of the message, such as `repo you/saes`.
 
     Raises:
-        SettingsError: there is no such thing on the Hub.
-        HubError: anything else between here and there.
+        SettingsError: it does not exist on the Hub.
+        HubError: another error of the Hub or of the connection.
     """
     try:
         yield
@@ -36,17 +39,17 @@ def clear_hub_errors(what: str) -> Generator[None]:
 
 
 def explained(error: Exception, what: str) -> Exception | None:
-    """An error whose message says it, or None for one that has nothing to do with the Hub."""
+    """Return an error of ours, or None if the error does not come from the Hub."""
     chain = list(_causes(error))
     if any(isinstance(e, OfflineModeIsEnabled) for e in chain):
-        return HubError(f"{what}: HF_HUB_OFFLINE is set, so the Hub is not asked")
+        return HubError(f"{what}: HF_HUB_OFFLINE is set: unset it to use the Hub")
     for cause in chain:
         if isinstance(cause, HfHubHTTPError):
             return _answered(cause, what)
         if isinstance(cause, HTTPError):
             reason = " ".join(f"{type(cause).__name__}: {cause}".split())
             return HubError(
-                f"{what}: no connection to {constants.ENDPOINT}, or it broke ({reason})"
+                f"{what}: no connection to {constants.ENDPOINT}, or it was lost ({reason})"
             )
     if isinstance(error, OSError):
         return HubError(f"{what}: {' '.join(str(error).split())}")
@@ -54,29 +57,31 @@ def explained(error: Exception, what: str) -> Exception | None:
 
 
 def _answered(error: HfHubHTTPError, what: str) -> Exception:
-    status, said = error.response.status_code, error.server_message
+    status, message = error.response.status_code, error.server_message
     if status == 401:
         return HubError(
-            f"{what}: the Hub knows no such repo, or wants a valid token (401): `hf auth login`, "
-            "or HF_TOKEN"
+            f"{what}: there is no such repo, or it needs a valid token (401): run `hf auth login`, "
+            "or set HF_TOKEN"
         )
     if status == 403:
-        return HubError(f"{what}: the token does not allow it (403{f', {said}' if said else ''})")
+        return HubError(
+            f"{what}: the token has no permission (403{f', {message}' if message else ''})"
+        )
     if isinstance(error, RevisionNotFoundError):
         return SettingsError(f"{what}: no such branch or revision")
     if isinstance(error, RepositoryNotFoundError):
-        return SettingsError(f"{what}: no such repo on the Hub, or none that the token may see")
+        return SettingsError(f"{what}: no such repo on the Hub, or the token has no access to it")
     if isinstance(error, EntryNotFoundError):
-        return SettingsError(f"{what}: not in that repo")
+        return SettingsError(f"{what}: the repo has no such file")
     if status == 412:
-        return HubError(f"{what}: somebody else has changed it in the meantime: push again")
-    reason = " ".join((said or error.response.reason_phrase).split())
-    return HubError(f"{what}: the Hub answers {status} ({reason})")
+        return HubError(f"{what}: it was changed meanwhile: push again")
+    reason = " ".join((message or error.response.reason_phrase).split())
+    return HubError(f"{what}: the Hub answered {status} ({reason})")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from: the client wraps some in errors of its own."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__
+    """Yield an error and its causes: the client wraps errors in others."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__

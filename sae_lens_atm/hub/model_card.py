@@ -1,6 +1,7 @@
-"""The model card of a repo of SAEs: one section a SAE, between marks, all else left as it is.
+"""The model card of a repo of SAEs, with one section for each SAE.
 
-What a section says is decided here, how in `model_card.md.j2`.
+The section stands between two comments. The rest of the card is left as it is. The facts of a
+section are collected here, its text is in `model_card.md.j2`.
 """
 
 import math
@@ -18,7 +19,7 @@ from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.metrics.figures import FIGURES
-from sae_lens_atm.metrics.figures import figure as how_shown
+from sae_lens_atm.metrics.figures import figure as figure_info
 
 _HEAD = """
 # Sparse autoencoders
@@ -28,21 +29,20 @@ For [SAELens](https://github.com/decoderesearch/SAELens), uploaded with sae-lens
 _TRAINING = {
     "training_tokens": "tokens",
     "training_samples": "samples",
-    "train_batch_size_tokens": "tokens a batch",
-    "batch_size": "samples a batch",
+    "train_batch_size_tokens": "tokens per batch",
+    "batch_size": "samples per batch",
     "context_size": "context",
     "lr": "learning rate",
-    "lr_scheduler_name": "its schedule",
-    "lr_warm_up_steps": "its warm-up steps",
-    "lr_decay_steps": "its decay steps",
+    "lr_scheduler_name": "learning rate, schedule",
+    "lr_warm_up_steps": "learning rate, warm-up steps",
+    "lr_decay_steps": "learning rate, decay steps",
     "adam_beta1": "Adam's beta 1",
     "adam_beta2": "Adam's beta 2",
     "seed": "seed",
 }
 _ATM = (
     "activation",
-    "schedule",
-    "mask_granularity",
+    "masked_weight",
     "mask_rate",
     "c_start",
     "c_end",
@@ -53,7 +53,7 @@ _ATM = (
     "parent_start",
 )
 _BETTER = {1: "more", -1: "less", 0: "-"}
-# SAELens' figures on language models that a comparison does not report.
+# Figures of SAELens on language models that a comparison does not report.
 _SAELENS_BETTER = {
     "explained_variance_legacy": "more",
     "cossim": "more",
@@ -72,21 +72,21 @@ class _Figure(NamedTuple):
 
 @dataclass(frozen=True)
 class Described:
-    """A SAE and what is known of it, nothing of it private."""
+    """An SAE and facts about it, without private ones."""
 
     sae: SAE[Any]
     runner: Mapping[str, Any]
-    """What it was trained with, where that was kept."""
+    """The configuration of its training run; empty if it was not saved."""
     figures: Mapping[str, Any]
     figures_from: str
 
 
 def section(described: Described, repo_id: str, revision: str, sae_id: str) -> str:
-    """What the card says of one SAE, in Markdown."""
+    """Return the section of one SAE, in Markdown."""
     sae, metadata = described.sae, described.sae.cfg.metadata
     details: dict[str, Any] = metadata.training_architecture_details or {}
     trained_as = metadata.training_architecture
-    uses_k = details.get("activation", "batchtopk") == "batchtopk"  # ATM has a k in any case
+    uses_k = details.get("activation", "batchtopk") == "batchtopk"  # other activations ignore it
     facts = {
         "model": metadata.model_name,
         "hook": metadata.hook_name,
@@ -127,7 +127,7 @@ def section(described: Described, repo_id: str, revision: str, sae_id: str) -> s
 
 
 def card_metadata(described: Described) -> dict[str, Any]:
-    """The card's YAML: lists are to be added to what is there."""
+    """Return the metadata of the card. Lists are added to those that the card has."""
     metadata = described.sae.cfg.metadata
     tags = ["saelens", "sae-lens-atm", "sparse-autoencoder", "mechanistic-interpretability"]
     if metadata.training_architecture == "atm":
@@ -142,24 +142,27 @@ def card_metadata(described: Described) -> dict[str, Any]:
 
 
 def updated_card(old: str | None, sae_id: str, text: str, metadata: Mapping[str, Any]) -> str:
-    """The card with the section of one SAE, new or in the place of its former one.
+    """Return a card with the section of one SAE added or replaced.
 
-    Whatever stands outside the marks is kept, other SAEs and what people wrote; so is metadata
-    that was there, to which ours is added.
+    Other sections, other text and other metadata are kept.
+
+    Args:
+        old: the present card, or None.
+        sae_id: the SAE's folder in the repo.
+        text: its section.
+        metadata: metadata to add.
 
     Raises:
-        SettingsError: the metadata of the old card cannot be read.
+        SettingsError: the metadata of the present card cannot be read.
     """
     content = _HEAD if old is None else old
     if not content.lstrip().startswith("---"):
-        content = (
-            f"---\n{{}}\n---\n{content}"  # without which RepoCard complains of there being none
-        )
+        content = f"---\n{{}}\n---\n{content}"  # RepoCard warns if there is no metadata
     try:
         card = RepoCard(content)
     except (ValueError, yaml.YAMLError) as error:
         raise SettingsError(
-            "README.md of the repo: the metadata at its top is no YAML mapping, mend it first"
+            "README.md of the repo: the metadata at its top is not a YAML mapping: correct it first"
         ) from error
     for key, value in metadata.items():
         if isinstance(value, list):
@@ -185,9 +188,9 @@ def _figures(figures: Mapping[str, Any]) -> list[_Figure]:
     order = [*(k for k in FIGURES if k in known), *(k for k in known if k not in FIGURES)]
     return [
         _Figure(
-            how_shown(name).label,
+            figure_info(name).label,
             f"{known[name]:,}" if isinstance(known[name], int) else f"{known[name]:.4g}",
-            _SAELENS_BETTER.get(name, _BETTER[how_shown(name).better]),
+            _SAELENS_BETTER.get(name, _BETTER[figure_info(name).better]),
         )
         for name in order
     ]
@@ -205,7 +208,7 @@ def _synthetic(runner: Mapping[str, Any]) -> str | None:
 
 
 def _hub_model(name: str | None) -> str | None:
-    """The Hub's id of a model, also by one of TransformerLens' short names."""
+    """Return the Hub's id of a model, given that or one of TransformerLens' short names."""
     try:
         return _hub_id(get_official_model_name(name or ""))
     except ValueError:
@@ -222,12 +225,12 @@ def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    """A value in a table's cell, where a line break or a bar would end it."""
-    shown = (
+    """Return a value for a cell of a table, without line breaks and bars."""
+    text = (
         f"{value:,}"
         if isinstance(value, int)
         else f"{value:g}"
         if isinstance(value, float)
         else str(value)
     )
-    return " ".join(shown.split()).replace("|", r"\|")
+    return " ".join(text.split()).replace("|", r"\|")

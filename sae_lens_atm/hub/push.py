@@ -1,4 +1,4 @@
-"""A saved SAE on the Hugging Face Hub: checked, made ready, sent in one commit."""
+"""Push a saved SAE to the Hugging Face Hub: check it, prepare its files, send one commit."""
 
 import json
 import re
@@ -28,7 +28,6 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 
-from sae_lens_atm.compare.run.stored_run import FIGURES
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import read_json
 from sae_lens_atm.hub.errors import clear_hub_errors
@@ -37,6 +36,8 @@ from sae_lens_atm.hub.model_card import Described, card_metadata, section, updat
 from sae_lens_atm.training.checkpoints import is_checkpoint
 
 README, MAIN = "README.md", "main"
+COMPARISON_FIGURES = "figures.json"
+"""The file beside an SAE's folder in which `compare` saves its figures."""
 _SENT = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, RUNNER_CFG_FILENAME)
 _FOLDER = r"\w[\w.=-]*"
 _PRIVATE = (
@@ -47,25 +48,25 @@ _PRIVATE = (
     "resume_from_checkpoint",
     "logger",
 )
-"""Of a runner's config: where it ran, and on whose account. It is not sent."""
+"""Fields of a runner's config that are not sent: paths and accounts."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A SAE ready to be sent."""
+    """An SAE that is ready to be sent."""
 
     repo_id: str
     revision: str
     sae_id: str
     id_was_given: bool
     files: dict[str, bytes | Path]
-    """By their names in the repo."""
+    """Content or path, by the name in the repo."""
     write_card: Callable[[str | None], str]
-    """From the card that is there, if any, the one that is to be."""
+    """Returns the new card, given the present one or None."""
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the files, in bytes."""
+        """Sizes of the files in bytes."""
         return {
             name: len(f) if isinstance(f, bytes) else f.stat().st_size
             for name, f in self.files.items()
@@ -75,29 +76,30 @@ class Upload:
 def prepare(
     path: str | Path, repo_id: str, sae_id: str | None = None, revision: str = MAIN
 ) -> Upload:
-    """Check a saved SAE and lay out what a push would send. Asks nobody.
+    """Check a saved SAE and prepare the files of a push. The Hub is not asked.
 
-    Only SAELens' four files are sent. Absolute paths in the two JSON files are cut to their last
-    part, and what a runner's config says of the machine and of accounts is left out.
+    Only SAELens' four files are sent. Local paths in the two JSON files are cut to their last
+    part. Fields about the machine and accounts are removed.
 
     Args:
-        path: an inference save, or a run's folder that holds one (`sae`, in a comparison).
-        repo_id: where to, `you/your-saes`.
-        sae_id: its folder in the repo, and what `SAE.from_pretrained` is to call it.
-        revision: a branch.
+        path: a saved SAE, or the folder of a run.
+        repo_id: the repo, for example ``"you/your-saes"``.
+        sae_id: the SAE's folder in the repo, the name for `SAE.from_pretrained`. By default made
+            from hook, architecture, width and L0.
+        revision: a branch of the repo.
 
     Raises:
         SettingsError: the SAE cannot be loaded or is not finite, or a name is not allowed.
     """
     _check_repo_id(repo_id)
     if sae_id is not None and not re.fullmatch(f"{_FOLDER}(/{_FOLDER})*", sae_id):
-        raise SettingsError(f"--id is {sae_id!r}: allowed are folders of letters, digits and _-.=")
+        raise SettingsError(f"--id must be folders of letters, digits and _-.=, got {sae_id!r}")
     folder = find_save(path)
     sae = load_checked(folder)
     files: dict[str, bytes | Path] = {}
     read = {name: _read(folder / name) for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME)}
     for name, value in (read[SAE_CFG_FILENAME].get("metadata") or {}).items():
-        setattr(sae.cfg.metadata, name, value)  # the card says no more than the files
+        setattr(sae.cfg.metadata, name, value)  # no private paths in the card
     sae_id_or_default = sae_id or default_id(sae)
     for name in _SENT:
         if (folder / name).is_file():
@@ -115,14 +117,18 @@ def prepare(
 
 
 def push(upload: Upload, private: bool = False) -> CommitInfo:
-    """Send a SAE and the card in one commit: a repo never holds half a SAE.
+    """Send an SAE and the card in one commit, so that a repo never holds half an SAE.
 
-    The repo is made if there is none. The commit is refused if another came in between, so that
-    no one's section of the card is lost.
+    The repo is created if it does not exist. The Hub rejects the commit if another commit was
+    made meanwhile, so that no section of the card is lost.
+
+    Args:
+        upload: the SAE, from `prepare`.
+        private: create the repo as private.
 
     Raises:
-        SettingsError: the branch is missing, or another SAE stands where nobody said to put one.
-        HubError: the Hub refuses, or cannot be reached. The repo is as it was.
+        SettingsError: the branch does not exist, or the default folder holds another SAE.
+        HubError: the Hub refused, or cannot be reached. The repo is unchanged.
     """
     what = f"repo {upload.repo_id}"
     if upload.revision != MAIN:
@@ -135,14 +141,14 @@ def push(upload: Upload, private: bool = False) -> CommitInfo:
         if former and not upload.id_was_given:
             raise SettingsError(
                 f"{what} already holds {upload.sae_id}: replace it with --id {upload.sae_id}, or "
-                "give another --id"
+                "set another --id"
             )
         card = None
         if README in present:
-            there = api.hf_hub_download(upload.repo_id, README, revision=info.sha)
-            card = Path(there).read_bytes().decode("utf-8", errors="replace")
+            present_card = api.hf_hub_download(upload.repo_id, README, revision=info.sha)
+            card = Path(present_card).read_bytes().decode("utf-8", errors="replace")
         files = {**upload.files, README: upload.write_card(card).encode()}
-        # Not `upload_folder`: with hf_xet installed it sends several commits.
+        # With hf_xet installed, `upload_folder` makes several commits.
         return api.create_commit(
             upload.repo_id,
             [
@@ -156,10 +162,10 @@ def push(upload: Upload, private: bool = False) -> CommitInfo:
 
 
 def find_save(path: str | Path) -> Path:
-    """The folder of the inference save that a path means.
+    """Return the folder of the saved SAE at a path, or in the folder of a run.
 
     Raises:
-        SettingsError: there is none, or several.
+        SettingsError: there is none, or there are several.
     """
     folder = Path(path)
     if not folder.exists():
@@ -171,35 +177,38 @@ def find_save(path: str | Path) -> Path:
     if len(saves) == 1:
         return saves[0]
     if saves:
-        raise SettingsError(f"{folder} holds {len(saves)} SAEs: push one, such as {saves[0]}")
+        raise SettingsError(
+            f"{folder} holds {len(saves)} SAEs: push one of them, for example {saves[0]}"
+        )
     if any(is_checkpoint(candidate) for candidate in folder.glob("checkpoints/*")):
-        raise SettingsError(f"{folder} holds a run that is not finished: --resume it first")
+        raise SettingsError(
+            f"{folder} holds an unfinished run: finish it with `train --resume` first"
+        )
     raise SettingsError(f"{folder} holds no {SAE_CFG_FILENAME}: it is not a saved SAE")
 
 
 def load_checked(folder: Path) -> SAE[Any]:
-    """Load a SAE that may be pushed: of an inference architecture, all of it finite.
+    """Load an SAE that can be pushed: in an inference format, with finite values.
 
-    A checkpoint is refused, not converted: its training may not be over, its SAE loads only with
-    this package, and whoever wants to publish it as it is can do so in one line.
+    Checkpoints are refused: their training may not be over, and only this package loads them.
 
     Raises:
-        SettingsError: it may not.
+        SettingsError: the SAE cannot be pushed. The message says why.
     """
-    sae = load_sae(str(folder))  # strict: shapes are those of the config
+    sae = load_sae(str(folder))  # this checks all shapes
     if sae.cfg.architecture() == "atm" or is_checkpoint(folder):
         raise SettingsError(
-            f"{folder} is a training checkpoint: push the run's output_path when it is finished, "
-            "or a folder that sae.save_inference_model(FOLDER) wrote"
+            f"{folder} is a training checkpoint: push the output_path of a finished run, or a "
+            "folder written by sae.save_inference_model"
         )
     for name, tensor in sae.state_dict().items():
         if not bool(tensor.isfinite().all()):
-            raise SettingsError(f"{folder}: {name} holds NaN or infinity")
+            raise SettingsError(f"{folder}: {name} holds NaN or Inf values")
     return sae
 
 
 def default_id(sae: SAE[Any]) -> str:
-    """A name for a SAE in a repo: where it belongs, what it is, how wide, how sparse."""
+    """Return a folder for an SAE in a repo, from its hook, architecture, width and L0."""
     metadata = sae.cfg.metadata
     parts = [metadata.training_architecture or sae.cfg.architecture(), str(sae.cfg.d_sae)]
     if metadata.l0 is not None:
@@ -209,7 +218,7 @@ def default_id(sae: SAE[Any]) -> str:
 
 
 def without_local_paths(value: Any) -> Any:
-    """The content of a JSON file without what is private in it (see `prepare`)."""
+    """Return the content of a JSON file without local paths and private fields."""
     if isinstance(value, dict):
         items = cast(dict[str, Any], value).items()
         return {k: without_local_paths(v) for k, v in items if k not in _PRIVATE}
@@ -219,7 +228,7 @@ def without_local_paths(value: Any) -> Any:
 
 
 def _is_local(text: str) -> bool:
-    windows, home = PureWindowsPath(text), Path.home()  # Windows' take both kinds of slashes
+    windows, home = PureWindowsPath(text), Path.home()  # handles both kinds of slashes
     return (
         bool(windows.root or windows.drive)
         or text.startswith(("~", "..", "file:"))
@@ -233,20 +242,20 @@ def _check_repo_id(repo_id: str) -> None:
     except HFValidationError as error:
         reason = " ".join(str(error).split())
         raise SettingsError(
-            f"repo id is {repo_id!r}: allowed is NAMESPACE/NAME ({reason})"
+            f"repo id must be NAMESPACE/NAME, got {repo_id!r} ({reason})"
         ) from error
     if "/" not in repo_id:
-        raise SettingsError(f"repo id is {repo_id!r}: allowed is NAMESPACE/NAME")
+        raise SettingsError(f"repo id must be NAMESPACE/NAME, got {repo_id!r}")
 
 
 def _repo(api: HfApi, upload: Upload, private: bool) -> ModelInfo:
-    """The repo at the head of the branch, made if there is none."""
+    """Return the repo at the head of the branch. Create it if it does not exist."""
     try:
         info = api.model_info(upload.repo_id, revision=upload.revision)
     except RevisionNotFoundError as error:
         raise SettingsError(
-            f"repo {upload.repo_id} has no branch {upload.revision!r}: `hf repos branch create "
-            f"{upload.repo_id} {upload.revision}` makes it"
+            f"repo {upload.repo_id} has no branch {upload.revision!r}: create it with `hf repos "
+            f"branch create {upload.repo_id} {upload.revision}`"
         ) from error
     except RepositoryNotFoundError:
         if upload.revision != MAIN:
@@ -254,18 +263,18 @@ def _repo(api: HfApi, upload: Upload, private: bool) -> ModelInfo:
         api.create_repo(upload.repo_id, private=private or None, exist_ok=True)
         info = api.model_info(upload.repo_id, revision=upload.revision)
     if private and not info.private:
-        raise SettingsError(f"repo {upload.repo_id} is public: --private does not change that")
+        raise SettingsError(f"repo {upload.repo_id} is public: --private applies to new repos only")
     return info
 
 
 def _figures(folder: Path, runner: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The figures kept with a SAE, and how they were come by."""
+    """Return the figures saved with an SAE, and a phrase on their origin."""
     stats = _read(folder / "eval_stats.json")
     if stats or folder.name != "sae":
-        data = "fresh samples" if "synthetic_model" in runner else "text of the training data set"
-        return stats, f"measured when training was finished, on {data} (`eval_stats.json`):"
-    kept = _read(folder.parent / FIGURES).get("figures", {})
-    return kept, "measured by `sae-lens-atm compare` on data held out from training:"
+        data = "fresh samples" if "synthetic_model" in runner else "text of the training dataset"
+        return stats, f"measured at the end of training, on {data} (`eval_stats.json`):"
+    figures = _read(folder.parent / COMPARISON_FIGURES).get("figures", {})
+    return figures, "measured by `sae-lens-atm compare` on data held out from training:"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -274,5 +283,5 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise SettingsError(f"{path} is not JSON") from error
     if not isinstance(content, dict):
-        raise SettingsError(f"{path} holds {type(content).__name__}: allowed is a mapping of keys")
+        raise SettingsError(f"{path} must hold a mapping of keys, got {type(content).__name__}")
     return without_local_paths(content)

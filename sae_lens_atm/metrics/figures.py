@@ -1,19 +1,20 @@
-"""The figures that a comparison reports: their names, which way is better, how they are shown."""
+"""The figures of an SAE: their labels, their better direction and their digits."""
 
 from typing import NamedTuple
 
 
 class Figure(NamedTuple):
-    """How one figure is shown."""
+    """The display settings of a figure."""
 
     label: str
     better: int
-    """1 if more is better, -1 if less is, 0 if neither."""
+    """1: higher is better. -1: lower is better. 0: neither."""
     digits: int = 3
+    """Digits after the decimal point."""
 
 
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
-"""To the better side."""
+"""Arrows to better values, by `Figure.better`."""
 
 FIGURES: dict[str, Figure] = {
     "l0": Figure("L0", 0, 2),
@@ -48,7 +49,7 @@ FIGURES: dict[str, Figure] = {
     "step_ms": Figure("step, ms", 0, 1),
     "peak_memory_mib": Figure("peak memory, MiB", 0, 0),
 }
-"""In the order of the tables. Anything else that is measured follows after."""
+"""The figures in the order of the tables. Other figures come after them."""
 NEEDS = {
     **dict.fromkeys(("mcc", "f1", "precision", "recall", "uniqueness"), "synthetic"),
     **dict.fromkeys(("recall_gap", "children_learned"), "synthetic"),
@@ -68,10 +69,10 @@ NEEDS = {
     ),
     "stability": "seeds",
 }
-"""What some of them need: synthetic data, a language model, first letters, one of these that has
-parents and children, several seeds."""
+"""What a figure needs: synthetic data, a language model, first letters, several seeds, or parents,
+which synthetic data and first letters have."""
 
 
 def figure(name: str) -> Figure:
-    """How a figure is shown, those unknown here included."""
+    """Return the display settings of a figure, or default ones for a name not in `FIGURES`."""
     return FIGURES.get(name, Figure(name.replace("_", " "), 0))

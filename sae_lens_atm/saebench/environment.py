@@ -1,4 +1,4 @@
-"""SAEBench's own environment: it asks for versions of libraries that SAELens does not run with."""
+"""The virtual environment of SAEBench, which needs other versions of libraries than SAELens."""
 
 import hashlib
 import shutil
@@ -15,49 +15,47 @@ from sae_lens_atm.errors import SAEBenchError, SettingsError
 
 SAE_BENCH = "0.6.0"
 REQUIREMENTS = "saebench-requirements.txt"
-"""Written last: a folder with it is whole."""
+"""This file is written last. A folder that holds it is complete."""
 
-_LIKE_OURS = (
-    "torch",
-    "sae-lens",
-    "transformer-lens",
-    "transformers",
-)  # the same SAE, the same model
+# In the same versions as here, so that SAE and model compute the same.
+_LIKE_OURS = ("torch", "sae-lens", "transformer-lens", "transformers")
 _USED = ("scikit-learn<1.10", "beartype", "collectibles", "seaborn", "tabulate", "openai")
 
 
 def requirements() -> list[str]:
-    """What is installed, SAEBench aside: what computes the SAE and the model, as it is here.
+    """Return the packages to install beside SAEBench itself.
 
-    SAEBench pins numpy<2 and torchvision, and needs neither; but one data set of its sparse probing
-    is a script, which datasets 4 does not run, and scikit-learn 1.10 drops a word that it says.
+    SAEBench pins numpy<2 and torchvision, and needs neither. One dataset of its sparse probing is a
+    script, which datasets 4 does not run. It uses an argument that scikit-learn 1.10 removed.
     """
     ours = [f"{name}=={version(name).partition('+')[0]}" for name in _LIKE_OURS]
     return [*ours, "datasets>=3.1,<4", *_USED]
 
 
 def default_folder() -> Path:
-    """In the user's cache, one for each set of versions."""
+    """Return the folder in the user's cache: one for each set of versions."""
     digest = hashlib.sha256(_listed().encode()).hexdigest()[:8]
     return user_cache_path("sae-lens-atm") / f"saebench-{SAE_BENCH}-{digest}"
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether the environment is all there, and of the present versions.
+def is_complete(folder: Path) -> bool:
+    """Return whether the environment is complete and has the present versions.
 
     Raises:
-        SettingsError: it is of other versions, or another thing.
+        SettingsError: it has other versions, or the folder is not an environment.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
-        found = (folder / REQUIREMENTS).read_text(encoding="utf-8")
+        versions = (folder / REQUIREMENTS).read_text(encoding="utf-8")
     except OSError:
-        raise SettingsError(f"{folder} is not an environment that this command made") from None
-    if found != _listed():
+        raise SettingsError(
+            f"{folder} is not an environment that this command made: choose another folder"
+        ) from None
+    if versions != _listed():
         raise SettingsError(
             f"the environment {folder} was made for other versions of "
-            f"{', '.join(_LIKE_OURS)}: delete it, or name another with --env"
+            f"{', '.join(_LIKE_OURS)}: delete it, or set another folder with --env"
         )
     return True
 
@@ -68,24 +66,25 @@ def _listed() -> str:
 
 
 def python_of(folder: Path) -> Path:
+    """Return the Python of an environment."""
     inside = Path("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     return folder / inside
 
 
 def prepare(folder: Path) -> None:
-    """Make the environment, unless it is there: to the side, renamed when it is whole.
+    """Make the environment if it is not complete, in a hidden folder that is renamed at the end.
 
     Raises:
-        SettingsError: the folder is something else.
-        SAEBenchError: it cannot be made.
+        SettingsError: the folder holds something else.
+        SAEBenchError: the installation failed.
     """
     folder = folder.absolute()
-    if is_whole(folder):
+    if is_complete(folder):
         return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
-            if not is_whole(folder):  # another process may just have made it
+            if not is_complete(folder):  # another process may have made it meanwhile
                 _make(folder)
     except OSError as error:
         raise SAEBenchError(f"cannot make the environment {folder}: {error}") from error
@@ -105,7 +104,7 @@ def _make(folder: Path) -> None:
         ) from error
     (partial / REQUIREMENTS).write_text(_listed(), encoding="utf-8")
     if folder.exists():
-        folder.rmdir()  # empty, or it would not have come to this
+        folder.rmdir()  # it is empty, see `is_complete`
     partial.rename(folder)
 
 

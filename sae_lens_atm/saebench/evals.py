@@ -1,4 +1,4 @@
-"""SAEBench's evals of one SAE: what is to be done, a process that does it, what it found."""
+"""Run SAEBench's evals on one SAE, in a process of SAEBench's environment."""
 
 import json
 import os
@@ -25,15 +25,15 @@ EVALS = tuple(SCORES)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be evaluated, checked."""
+class EvalRequest:
+    """What to evaluate."""
 
     sae: SAE[Any]
     model: str
-    """A name on the Hub or a folder."""
+    """A name on the Hub, or a folder."""
     evals: list[str]
     text: str | None
-    """A dataset on the Hub or a folder, or SAEBench's own."""
+    """A dataset on the Hub, or a folder. None is SAEBench's own."""
     quick: bool = False
 
 
@@ -43,54 +43,63 @@ def plan_evals(
     model: str | None = None,
     text: str | None = None,
     quick: bool = False,
-) -> Plan:
+) -> EvalRequest:
     """Check what can be checked before anything is installed.
 
+    Args:
+        sae: a folder, or ``REPO:SAE_ID`` on the Hub.
+        evals: names of evals, separated by commas.
+        model: a name on the Hub or a folder. By default the model in the SAE's metadata.
+        text: a dataset for the core eval. By default SAEBench's.
+        quick: run the core eval on few batches.
+
     Raises:
-        SettingsError: an eval or the SAE is unknown, or SAEBench cannot look at that SAE.
+        SettingsError: an eval or the SAE is unknown, or an eval cannot be run on the SAE.
     """
     names = [name.strip() for name in evals.split(",")]
     unknown = [name for name in names if name not in EVALS]
     if unknown:
-        raise SettingsError(f"--evals {', '.join(unknown)}: allowed are {', '.join(EVALS)}")
+        raise SettingsError(f"--evals must be among {', '.join(EVALS)}, got {', '.join(unknown)}")
     loaded = load_sae(sae)
     metadata = loaded.cfg.metadata
     model = model or metadata.model_name
     if not model:
-        raise SettingsError(f"{sae} does not say of which model it is: give --model")
+        raise SettingsError(f"{sae} has no model_name in its metadata: set --model")
     if not metadata.hook_name:
-        raise SettingsError(f"{sae} does not say of which hook it is: no hook_name in its metadata")
+        raise SettingsError(f"{sae} has no hook_name in its metadata, which SAEBench needs")
     residual = re.fullmatch(r"blocks\.\d+\.hook_resid_post", hooked_name(metadata.hook_name))
     if "absorption" in names and not residual:
         raise SettingsError(
-            f"{sae} is of the hook {metadata.hook_name}: SAEBench's absorption reads "
-            "blocks.N.hook_resid_post, whatever the SAE's hook; leave it out of --evals"
+            f"{sae} was trained at the hook {metadata.hook_name}: SAEBench's absorption always "
+            "reads blocks.N.hook_resid_post; leave absorption out of --evals"
         )
-    return Plan(loaded, _absolute(model), names, text and _absolute(text), quick)
+    return EvalRequest(loaded, _absolute(model), names, text and _absolute(text), quick)
 
 
 def _absolute(name: str) -> str:
-    """The process works in a folder of its own."""
+    """Return the absolute path of a folder: the process has another working directory."""
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def run_evals(plan: Plan, environment: Path) -> dict[str, Any]:
-    """Run the evals in the environment, their output on ours; their results as SAEBench has them.
+def run_evals(request: EvalRequest, environment: Path) -> dict[str, Any]:
+    """Run the evals in the environment, and return their results in SAEBench's format.
+
+    The output of the process goes to this process' terminal.
 
     Raises:
-        SAEBenchError: none was run.
+        SAEBenchError: no eval was run.
     """
     with tempfile.TemporaryDirectory(prefix="saebench-") as folder:
         home = Path(folder)
-        stock(plan.sae).save_model(home / "sae")
-        job = {name: value for name, value in vars(plan).items() if name != "sae"}
+        as_stock_sae(request.sae).save_model(home / "sae")
+        job = {name: value for name, value in vars(request).items() if name != "sae"}
         (home / "job.json").write_text(json.dumps({**job, "sae": str(home / "sae")}))
         child = subprocess.Popen(
             command(environment), cwd=home, env=child_environment(), stdin=subprocess.PIPE
         )
         with child:
             try:
-                child.wait()  # its stdin stays open, and tells it that we are there
+                child.wait()  # the process ends itself when this end of its stdin is closed
             except BaseException:
                 child.kill()
                 child.wait()  # after a KeyboardInterrupt the `with` doesn't
@@ -98,8 +107,8 @@ def run_evals(plan: Plan, environment: Path) -> dict[str, Any]:
         return read_results(home / "results.json", child.returncode)
 
 
-def stock(sae: SAE[Any]) -> SAE[Any]:
-    """The SAE in an architecture of SAELens' own, which is all that SAEBench knows."""
+def as_stock_sae(sae: SAE[Any]) -> SAE[Any]:
+    """Return the SAE in an architecture of SAELens. SAEBench does not load others."""
     if not isinstance(sae, ATMSAE):
         return sae
     fields = filter_valid_dataclass_fields(vars(sae.cfg), JumpReLUSAEConfig)
@@ -111,32 +120,36 @@ def stock(sae: SAE[Any]) -> SAE[Any]:
 
 
 def command(environment: Path) -> list[str]:
+    """Return the command line of the process."""
     python = str(python_of(environment.absolute()))
     return [python, "-m", "inside.run", "job.json", "results.json"]
 
 
 def child_environment() -> dict[str, str]:
-    """Ours, without what would lead that Python to our packages; with the folder of `inside`."""
+    """Return the environment variables of the process.
+
+    Its Python must find the package `inside`, and none of our other packages.
+    """
     kept = {name: v for name, v in os.environ.items() if name != "PYTHONHOME"}
     ours = {
         "PYTHONPATH": str(Path(__file__).parent),
         "PYTHONNOUSERSITE": "1",
-        "JAXTYPING_DISABLE": "1",  # it insists on a HookedTransformer, a TransformerBridge does
+        "JAXTYPING_DISABLE": "1",  # SAEBench's hints reject a TransformerBridge, which works
     }
     return {**kept, **ours}
 
 
 def read_results(file: Path, returncode: int) -> dict[str, Any]:
-    """What the process wrote.
+    """Return the results that the process wrote.
 
     Raises:
-        SAEBenchError: nothing, or why it ran no eval.
+        SAEBenchError: there are none. The message says why.
     """
     if returncode:
         how = f"exit code {returncode}"
         if returncode < 0:
             how = f"killed by {signal.Signals(-returncode).name}"
-        raise SAEBenchError(f"SAEBench ended early, {how}: see above")
+        raise SAEBenchError(f"SAEBench failed, {how}: see its output above")
     results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if "error" in results:
         raise SAEBenchError(f"SAEBench: {results['error']}")
@@ -144,5 +157,5 @@ def read_results(file: Path, returncode: int) -> dict[str, Any]:
 
 
 def failures(evals: Mapping[str, Any]) -> list[str]:
-    """One line for each eval that failed."""
+    """Return one line for each eval that failed."""
     return [f"{name}: {found['error']}" for name, found in evals.items() if "error" in found]

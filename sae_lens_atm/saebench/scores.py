@@ -1,4 +1,4 @@
-"""SAEBench's scores: which of them are shown, and which way each is better."""
+"""SAEBench's scores: which are shown, and whether more or less is better."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ SCORES: dict[str, dict[str, Figure]] = {
     "absorption": {
         "mean.mean_absorption_fraction_score": Figure("absorption, fraction", -1, 4),
         "mean.mean_full_absorption_score": Figure("absorption, full", -1, 4),
-        "mean.mean_num_split_features": Figure("latents of a letter", 0, 2),
+        "mean.mean_num_split_features": Figure("latents per letter", 0, 2),
         "probes.f1_probe": Figure("F1 of the letter probes", 0),
         "probes.f1_sparse_sae_1": Figure("F1 of one latent", 1),
     },
@@ -31,15 +31,17 @@ SCORES: dict[str, dict[str, Figure]] = {
         "llm.llm_test_accuracy": Figure("accuracy, no SAE", 0),
     },
 }
-"""By eval, then by where in SAEBench's `eval_result_metrics` it is. SAEBench's own plots show
-1 - absorption; its files, and these tables, absorption itself. Its `mse` is divided by the number
-of tokens twice, and left out."""
+"""Scores by eval, then by their place in SAEBench's `eval_result_metrics`.
+
+SAEBench's plots show 1 - absorption. Its files, and these tables, show absorption. Its `mse` is
+left out, as SAEBench divides it by the number of tokens twice.
+"""
 
 _BETTER = {1: "higher", -1: "lower", 0: None}
 
 
 def scores_of(evals: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The scores that were found, each with the side on which it is better."""
+    """Return the scores in the results, each with the direction in which it is better."""
     return [
         {
             "eval": name,
@@ -48,27 +50,27 @@ def scores_of(evals: Mapping[str, Any]) -> list[dict[str, Any]]:
             "value": value,
             "better": _BETTER[figure.better],
         }
-        for name, found in evals.items()
+        for name, results in evals.items()
         for path, figure in SCORES[name].items()
-        if (value := _value(found, path)) is not None
+        if (value := _value(results, path)) is not None
     ]
 
 
 def table(title: str, evals: Mapping[str, Any]) -> Table:
-    """One row a score, with an arrow to its better side."""
+    """Return a table with one row for each score, and an arrow to its better side."""
     rows = Table(title=title, caption="↑ higher is better, ↓ lower is better")
     rows.add_column("eval")
     rows.add_column("score")
     rows.add_column("value", justify="right")
-    for name, found in evals.items():
+    for name, results in evals.items():
         for path, figure in SCORES[name].items():
-            value = _value(found, path)
+            value = _value(results, path)
             if value is not None:
                 label = figure.label + ARROWS[figure.better]
                 rows.add_row(name, label, f"{value:.{figure.digits}f}")
     return rows
 
 
-def _value(found: Mapping[str, Any], path: str) -> float | None:
+def _value(results: Mapping[str, Any], path: str) -> float | None:
     group, _, name = path.partition(".")
-    return found.get("eval_result_metrics", {}).get(group, {}).get(name)
+    return results.get("eval_result_metrics", {}).get(group, {}).get(name)

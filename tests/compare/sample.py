@@ -1,6 +1,6 @@
-"""A small comparison made up for the report: everything that a real one can hold, the odd included.
+"""Results of a comparison for tests of the report, with all optional parts and some odd values.
 
-The numbers are invented. They follow the shape of real ones, so that pictures look like pictures.
+The numbers are random. They have the order of magnitude of real ones.
 """
 
 import base64
@@ -18,26 +18,26 @@ from sae_lens_atm.compare.report.results import (
     Entry,
     Figures,
     Importance,
+    PairedTest,
     Parent,
     Results,
     Row,
     Run,
     Spread,
-    Test,
 )
 
 ODD = "<b>&x"
-"""An entry's name that is not to become markup."""
+"""An entry's name that must be escaped."""
 L0S = (4.0, 8.0, 12.0)
 SEEDS = (0, 1, 2)
 STEPS = list(range(0, 9001, 500))
 
-# architecture, role, knob, how good it is (0 to 1)
+# architecture, role, L0 parameter, how good it is (0 to 1)
 _ENTRIES = {
     "atm": ("atm", "candidate", "k", 0.95),
     "topk": ("topk", "baseline", "k", 0.55),
     "batchtopk": ("batchtopk", "baseline", "k", 0.85),
-    "jumprelu": ("jumprelu", "baseline", "l0 coefficient, by controller", 0.75),
+    "jumprelu": ("jumprelu", "baseline", "l0, controlled", 0.75),
     ODD: ("matryoshka_batchtopk", "baseline", "k", 0.8),
     "masking off": ("atm", "control", "k", 0.82),
     "untrained": ("topk", "control", "k", -0.6),
@@ -74,10 +74,10 @@ def sample(language_model: bool = False, quick: bool = False) -> Results:
             name: Entry(
                 architecture=architecture,
                 role=role,
-                l0_knob=knob,
+                l0_parameter=parameter,
                 settings={"d_in": 64, "d_sae": 256, "lr": 1e-3, "steps": STEPS[-1]},
             )
-            for name, (architecture, role, knob, _) in _ENTRIES.items()
+            for name, (architecture, role, parameter, _) in _ENTRIES.items()
         },
         runs=runs,
         rows=rows,
@@ -159,7 +159,7 @@ def _figures(
     return figures
 
 
-def _curve(rng: random.Random, figures: Figures, steered: bool) -> Curve:
+def _curve(rng: random.Random, figures: Figures, controlled: bool) -> Curve:
     def towards(end: float | None, start: float, noise: float) -> list[float | None]:
         last = end or 0.0
         return [
@@ -170,13 +170,13 @@ def _curve(rng: random.Random, figures: Figures, steered: bool) -> Curve:
     return Curve(
         steps=STEPS,
         explained_variance=towards(figures["explained_variance"], -0.9, 0.004),
-        l0=towards(figures["l0"], 90 if steered else figures["l0"] or 0, 0.02),
+        l0=towards(figures["l0"], 90 if controlled else figures["l0"] or 0, 0.02),
         dead_latents=[max(0.0, v or 0) for v in towards(figures["dead_latents"], 0, 1)],
         # The first is None: no parent has a latent yet.
         absorption_fraction=[]
         if absorption is None
         else [None, *[abs(v or 0) for v in towards(absorption, 0.6, 0.01)][1:]],
-        coefficient=[0.01] * len(STEPS) if steered else [],
+        coefficient=[0.01] * len(STEPS) if controlled else [],
     )
 
 
@@ -234,8 +234,8 @@ def _rows(runs: list[Run]) -> list[Row]:
     return rows
 
 
-def _tests(rng: random.Random, rows: list[Row]) -> list[Test]:
-    tests: list[Test] = []
+def _tests(rng: random.Random, rows: list[Row]) -> list[PairedTest]:
+    tests: list[PairedTest] = []
     for l0 in L0S:
         at = {row.entry: row for row in rows if row.l0_target == l0}
         for figure, sign in _TESTED.items():
@@ -249,7 +249,7 @@ def _tests(rng: random.Random, rows: list[Row]) -> list[Test]:
             mine = means.pop("atm")
             baseline = max(means, key=lambda name: sign * means[name])
             tests.append(
-                Test(
+                PairedTest(
                     candidate="atm",
                     l0_target=l0,
                     figure=figure,
@@ -261,7 +261,7 @@ def _tests(rng: random.Random, rows: list[Row]) -> list[Test]:
                 )
             )
         tests.append(
-            Test(
+            PairedTest(
                 candidate="atm",
                 l0_target=l0,
                 figure="stability",
@@ -289,6 +289,6 @@ def row(entry, mean, matched=True, l0=4.0, figure="mcc"):
 
 def entries_of(**roles):
     return {
-        name: Entry(architecture=name, role=role, l0_knob="k", settings={})
+        name: Entry(architecture=name, role=role, l0_parameter="k", settings={})
         for name, role in roles.items()
     }

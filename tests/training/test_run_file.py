@@ -9,6 +9,7 @@ from sae_lens_atm.training.run_file import (
     LanguageModelRun,
     SyntheticRun,
     apply_overrides,
+    batch_size_of,
     load_run,
     parse_run,
     shipped_config,
@@ -46,57 +47,65 @@ def test_language_model_run_file(language_model_yaml):
     assert isinstance(run.runner, LanguageModelSAERunnerConfig)
     assert run.runner.checkpoint_path == "out/checkpoints"
     assert run.runner.seed == 1
+    assert batch_size_of(run) == 64
+
+
+# Whole messages: tests/cli/test_messages.py
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("runner=cloud", "runner"),
+        ("sae.mask_rat=1", "sae.mask_rat"),
+        ("trainig_samples=3", "trainig_samples"),
+        ("hierarchy_model.rots=3", "hierarchy_model.rots"),
+        ("logger.wandb_projct=x", "logger.wandb_projct"),
+        ("sae.activation=odd", "sae.activation"),
+        ("sae.k=many", "sae.k"),
+        ("batch_size=1.5", "batch_size"),
+        ("sae.mask_rate=-1", "sae.mask_rate"),
+        ("sae.k=999", "sae.k"),
+        ("hierarchy_model.coverage=1", "hierarchy_model.coverage"),
+        ("sae.d_in=17", "sae.d_in"),
+        ("sae.architecture=amt", "sae.architecture"),
+        ("sae.architecture=[1]", "sae.architecture"),
+        ("sae=atm", "sae"),
+        ("output_path=null", "output_path"),
+        ("output_path=''", "output_path"),
+        ("sae.d_in=null", "sae.d_in"),
+        ("sae.K=3", "sae.K"),
+        ("batch_size=0", "batch_size"),
+        ("training_samples=-5", "training_samples"),
+        ("max_bad_batches=0", "max_bad_batches"),
+        ("lr=-1", "lr"),
+        ("lr_scheduler_name=cosine", "lr_scheduler_name"),
+        ("device=tpux", "device"),
+        ("sae.dtype=float12", "sae.dtype"),
+        ("sae.schedule_steps=1000000000000000000000", "sae.schedule_steps"),
+        ("sae.schedule=interleaved", "sae.schedule"),
+        ("sae.k_start=4", "sae.k_start"),
+        ("sae.activation=jumprelu", "sae.activation"),
+        ("synthetic_model=x", "set either hierarchy_model or synthetic_model"),
+        ("nonsense", "--set"),
+        ("lr=[", "--set"),
+    ],
+)
+def test_a_mistake_is_one_line_that_starts_with_the_field(synthetic_yaml, override, field):
+    (line,) = lines_of(synthetic_yaml, override)
+    assert line.startswith((f"{field} ", f"{field}: ", f"{field},"))
 
 
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "suggestion"),
     [
-        ("runner=cloud", ["runner is 'cloud': allowed is one of synthetic, language_model"]),
-        ("sae.schedul=dual", ["sae.schedul: unknown key, did you mean 'schedule'?"]),
-        ("trainig_samples=3", ["trainig_samples: unknown key, did you mean 'training_samples'?"]),
-        (
-            "hierarchy_model.rots=3",
-            ["hierarchy_model.rots: unknown key, did you mean 'roots'?"],
-        ),
-        (
-            "logger.wandb_projct=x",
-            ["logger.wandb_projct: unknown key, did you mean 'wandb_project'?"],
-        ),
-        ("sae.schedule=odd", ["sae.schedule is 'odd': input should be 'dual', 'interleaved' or "]),
-        ("sae.k=many", ["sae.k is 'many': input should be a valid number"]),
-        ("batch_size=1.5", ["batch_size is 1.5: input should be a valid integer"]),
-        ("sae.mask_rate=-1", ["sae.mask_rate is -1.0: allowed is 0 or more, and finite"]),
-        ("sae.k=999", ["sae.k is 999.0: allowed is in (0, d_sae = 32]"]),
-        ("hierarchy_model.coverage=1", ["hierarchy_model.coverage is 1.0: allowed is in (0, 1)"]),
-        ("sae.d_in=17", ["sae.d_in is 17: allowed is 16, the hidden_dim of the synthetic model"]),
-        ("sae.architecture=amt", ["sae.architecture is 'amt': allowed is one of "]),
-        ("sae=atm", ["sae is 'atm': allowed is a mapping with an architecture"]),
-        ("output_path=null", ["output_path is None: allowed is a folder"]),
-        ("sae.d_in=null", ["sae.d_in is None: input should be a valid integer"]),
-        ("synthetic_model=x", ["one of hierarchy_model and synthetic_model must be given"]),
-        ("sae.K=3", ["sae.K: unknown key"]),
-        ("hierarchy_model.Roots=3", ["hierarchy_model.Roots: unknown key, did you mean 'roots'?"]),
-        ("batch_size=0", ["batch_size is 0: allowed is more than 0"]),
-        ("training_samples=-5", ["training_samples is -5: allowed is more than 0"]),
-        ("lr=-1", ["lr is -1.0: allowed is more than 0"]),
-        ("lr_scheduler_name=cosine", ["lr_scheduler_name is 'cosine': allowed is one of constant"]),
-        ("device=tpux", ["device is 'tpux': allowed is a device of torch"]),
-        ("output_path=''", ["output_path is '': allowed is a folder"]),
-        ("sae.architecture=[1]", ["sae.architecture is [1]: allowed is one of"]),
-        ("sae.dtype=float12", ["sae.dtype is 'float12': allowed is one of"]),
-        (
-            "sae.schedule_steps=1000000000000000000000",
-            ["sae.schedule_steps is 1000000000000000000000:"],
-        ),
-        ("nonsense", ["--set 'nonsense': allowed is key=value"]),
-        ("lr=[", ["--set 'lr=[': the value is not YAML"]),
+        ("sae.mask_rat=1", "mask_rate"),
+        ("trainig_samples=3", "training_samples"),
+        ("hierarchy_model.Roots=3", "roots"),
+        ("logger.wandb_projct=x", "wandb_project"),
+        ("sae.architecture=batchtop", "batchtopk"),
     ],
 )
-def test_each_mistake_is_one_line(synthetic_yaml, override, expected):
-    lines = lines_of(synthetic_yaml, override)
-    assert len(lines) == len(expected)
-    for line, start in zip(lines, expected, strict=True):
-        assert line.startswith(start)
+def test_a_misspelling_gets_a_suggestion(synthetic_yaml, override, suggestion):
+    assert lines_of(synthetic_yaml, override)[0].endswith(f"did you mean {suggestion!r}?")
 
 
 def test_every_mistake_is_reported(synthetic_yaml):
@@ -104,45 +113,54 @@ def test_every_mistake_is_reported(synthetic_yaml):
     assert sorted(line.split()[0] for line in lines) == ["batch_size", "lr"]
 
 
+def test_removed_fields_with_the_remaining_value_are_dropped(synthetic_yaml):
+    old = [
+        "sae.schedule=dual",
+        "sae.mask_granularity=step",
+        "sae.k_start=1",
+        "sae.mask_ramp_steps=0",
+    ]
+    assert load_run(synthetic_yaml, old).runner.sae == load_run(synthetic_yaml).runner.sae
+
+
+def test_other_architectures_have_no_removed_fields(synthetic_yaml):
+    """`activation: jumprelu` was an option of ATM. Other architectures do not know the field."""
+    other = ["sae={architecture: batchtopk, d_in: 16, d_sae: 32, k: 2, schedule: dual}"]
+    assert lines_of(synthetic_yaml, *other) == ["sae.schedule: unknown key"]
+
+
 @pytest.mark.parametrize(
-    ("override", "expected"),
+    ("override", "field"),
     [
-        ("synthetic_model.hierarchy.foo=1", "synthetic_model.hierarchy.foo: unknown key"),
-        ("synthetic_model.hierarchy=3", "synthetic_model.hierarchy is 3: "),
-        ("synthetic_model.mean_firing_magnitudes=abc", "synthetic_model.mean_firing_magnitudes is"),
-        (
-            "synthetic_model.firing_probability.generator_name=x",
-            "synthetic_model: Unknown name: 'x'",
-        ),
+        ("synthetic_model.hierarchy.foo=1", "synthetic_model.hierarchy.foo"),
+        ("synthetic_model.hierarchy=3", "synthetic_model.hierarchy"),
+        ("synthetic_model.mean_firing_magnitudes=abc", "synthetic_model.mean_firing_magnitudes"),
+        ("synthetic_model.firing_probability.generator_name=x", "synthetic_model"),
     ],
 )
-def test_mistakes_in_a_nested_model_are_one_line_too(override, expected):
+def test_mistakes_in_a_nested_model_are_one_line_too(override, field):
     (line,) = lines_of(shipped_config("sister-b"), override)
-    assert line.startswith(expected)
-
-
-def test_misspelt_architecture_gets_a_suggestion(synthetic_yaml):
-    assert "did you mean 'batchtopk'?" in lines_of(synthetic_yaml, "sae.architecture=batchtop")[0]
+    assert line.startswith((f"{field} ", f"{field}: "))
 
 
 def test_missing_field(synthetic_yaml):
     content = yaml.safe_load(synthetic_yaml.read_text())
     del content["sae"]["d_sae"]
-    with pytest.raises(SettingsError, match=r"sae\.d_sae: missing, and has no default"):
+    with pytest.raises(SettingsError, match=r"^sae\.d_sae: missing"):
         parse_run(content)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [("a: [", "is not YAML"), ("- 1", "holds list: allowed is a mapping"), ("\x00", "not YAML")],
+    "content",
+    ["a: [", "- 1", "\x00"],
 )
-def test_unreadable_files(tmp_path, content, message):
+def test_unreadable_files(tmp_path, content):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
-    lines = lines_of(path)
-    assert len(lines) == 1
-    assert message in lines[0]
-    assert "cannot read" in lines_of(tmp_path / "missing.yaml")[0]
+    (line,) = lines_of(path)
+    assert str(path) in line
+    (line,) = lines_of(tmp_path / "missing.yaml")
+    assert str(tmp_path / "missing.yaml") in line
 
 
 def test_overrides_make_a_copy_and_new_branches():
@@ -179,7 +197,7 @@ def test_the_issue_s_configs_are_there():
 
 
 def test_unknown_shipped_config():
-    with pytest.raises(SettingsError, match="allowed is a path or one of compare-gemma"):
+    with pytest.raises(SettingsError, match=r"'nope'.* compare-gemma"):
         shipped_config("nope")
 
 
@@ -223,6 +241,5 @@ def test_synthsaebench_is_the_published_model():
 
 
 def test_a_comparison_is_no_run():
-    assert lines_of(shipped_config("demo")) == [
-        "architectures: this is a comparison, for `sae-lens-atm compare`"
-    ]
+    (line,) = lines_of(shipped_config("demo"))
+    assert line.startswith("architectures: ")

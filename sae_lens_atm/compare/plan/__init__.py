@@ -1,1 +1,1 @@
-"""What a comparison trains."""
+"""Plan a comparison: which SAEs to train, with which settings."""

@@ -1,5 +1,8 @@
-"""Every SAE of a comparison at the same L0: set where there is a setting for it, steered to where
-there is only something that the L0 follows."""
+"""The L0 of every SAE in a comparison.
+
+Some architectures have a config field that is the L0. For the others an `L0Controller` adjusts a
+coefficient during training until the L0 is the target.
+"""
 
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
@@ -9,61 +12,73 @@ from sae_lens import TrainingSAE, TrainingSAEConfig
 from sae_lens_atm.errors import SettingsError
 
 L0_TOLERANCE = 0.05
-"""A run further off its target than this share is marked, and its row not ranked."""
+"""Relative distance to the target L0 beyond which a run is marked and its row not ranked."""
 
-DIRECT_KNOBS = ("k", "max_iterations")
+DIRECT_FIELDS = ("k", "max_iterations")
 """Config fields that are the L0: of the TopK family, and of matching pursuit."""
-ON_DEMAND_KNOBS = ("target_l0",)
-"""Fields that are the L0 if the rest of the config makes them so: of JumpReLU's quadratic loss."""
+CONDITIONAL_FIELDS = ("target_l0",)
+"""Config fields that are the L0 only with some other settings: of JumpReLU's quadratic loss."""
 
 
-class Knob(NamedTuple):
-    """What is turned to reach an L0."""
+class L0Parameter(NamedTuple):
+    """The parameter that sets the L0 of an architecture."""
 
     name: str
-    steered: bool
-    """Turned by an `L0Controller` during training; else a config field, set to the L0."""
+    controlled: bool
+    """Whether an `L0Controller` changes it during training. If not, it is a config field that holds
+    the target L0."""
 
     def __str__(self) -> str:
-        return f"{self.name}, steered" if self.steered else self.name
+        return f"{self.name}, controlled" if self.controlled else self.name
 
 
-def direct_knob(config_class: type, asked: str | None = None) -> str | None:
-    """The field of a training config that is the L0 itself, if it has one."""
+def direct_l0_field(config_class: type, requested: str | None = None) -> str | None:
+    """Return the field of a training config that is the L0, or None if there is none.
+
+    Args:
+        config_class: dataclass of a training config.
+        requested: `l0_parameter` in the comparison file.
+    """
     names = {field.name for field in fields(config_class)}
-    if asked in ON_DEMAND_KNOBS and asked in names:
-        return asked
-    return next((name for name in DIRECT_KNOBS if name in names), None)
+    if requested in CONDITIONAL_FIELDS and requested in names:
+        return requested
+    return next((name for name in DIRECT_FIELDS if name in names), None)
 
 
-def find_knob(cfg: TrainingSAEConfig, asked: str | None = None) -> Knob:
-    """What sets the L0 of an architecture: what is asked for, its one coefficient, or a field.
+def find_l0_parameter(cfg: TrainingSAEConfig, requested: str | None = None) -> L0Parameter:
+    """Return the parameter that sets the L0 of an architecture.
+
+    It is the requested parameter. Without a request it is the only coefficient of the loss. A loss
+    without coefficients leaves the config field that is the L0.
+
+    Args:
+        cfg: training config of the SAE.
+        requested: `l0_parameter` in the comparison file.
 
     Raises:
-        SettingsError: nothing does, or it is not clear what.
+        SettingsError: the requested name does not exist, or the choice is ambiguous.
     """
-    # Of an input of one dimension and here, as only its coefficients are looked at.
+    # Only the coefficients are needed: d_in 1 on the CPU makes this SAE cheap.
     sae = TrainingSAE[Any].from_dict(replace(cfg, d_in=1, device="cpu").to_dict())
     coefficients = list(sae.get_coefficients())
-    direct = direct_knob(type(cfg), asked)
+    direct = direct_l0_field(type(cfg), requested)
     numbers = [f.name for f in fields(cfg) if type(getattr(cfg, f.name)) is float]
-    if asked is not None:
-        if asked == direct:
-            return Knob(asked, False)
-        if asked in coefficients or asked in numbers:
-            return Knob(asked, True)
+    if requested is not None:
+        if requested == direct:
+            return L0Parameter(requested, False)
+        if requested in coefficients or requested in numbers:
+            return L0Parameter(requested, True)
     elif len(coefficients) == 1:
-        return Knob(coefficients[0], True)
+        return L0Parameter(coefficients[0], True)
     elif direct is not None and not coefficients:
-        return Knob(direct, False)
+        return L0Parameter(direct, False)
     allowed = [*coefficients, *([direct] if direct else []), *numbers]
-    problem = f"l0_knob is {asked!r}" if asked else "l0_knob: missing"
+    problem = f"l0_parameter is {requested!r}" if requested else "l0_parameter: missing"
     raise SettingsError(
-        f"{problem}: what sets the L0 of {cfg.architecture()!r}? Allowed is one of "
-        f"{', '.join(allowed)}"
+        f"{problem}: allowed for {cfg.architecture()!r} is one of {', '.join(allowed)}"
     )
 
 
 def is_matched(l0: float | None, target: float) -> bool:
-    """Whether a measured L0 is within tolerance of the one asked for."""
+    """Return whether a measured L0 is within `L0_TOLERANCE` of the target."""
     return l0 is not None and abs(l0 - target) <= L0_TOLERANCE * target

@@ -1,4 +1,4 @@
-"""The charts of a report, made with plotly; their theme is the page's."""
+"""The charts of the HTML report, as plotly figures without colours of the page's theme."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 from markupsafe import escape
 
-from sae_lens_atm.compare.report.results import Entry, Importance, Results, Row, Run
+from sae_lens_atm.compare.report.results import Importance, Results, Row, Run
+from sae_lens_atm.compare.report.styles import GREY, GROUP_COLOURS, axis_range, entry_styles
 from sae_lens_atm.compare.report.wording import (
     clean,
     heading,
@@ -21,87 +22,49 @@ from sae_lens_atm.compare.report.wording import (
 )
 from sae_lens_atm.metrics.figures import figure
 
-# Okabe and Ito's colours without black and yellow, orange and sky blue darkened, and two more: each
-# has a contrast of 3 or more with the light page and with the dark one.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#C88400", "#3C9BD6", "#8A6FC0", "#A65628")
-GROUP_COLOURS = ("#AA4499", "#2E9E8C", "#B8860B", "#6C7BD0", "#CC6677")
-GREY = "#858585"
-DASHES = ("dash", "dot", "dashdot", "longdash")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "triangle-down", "cross")
 PARETO = ("absorption_fraction", "explained_variance", "mcc", "f1", "ce_loss_score", "kl_div_score")
 CURVES = ("explained_variance", "absorption_fraction", "dead_latents", "l0")
 
 
-class Style(NamedTuple):
-    """How an entry is drawn, everywhere on the page."""
-
-    colour: str
-    dash: str
-    symbol: str
-    width: float
-
-
 class Panel(NamedTuple):
-    """A chart for each L0 that can be chosen; a single one, of "", where there is no choice."""
+    """A place on the page, with one chart for each L0 to choose from.
+
+    A panel without a choice has a single chart, under the key "".
+    """
 
     key: str
     title: str
     charts: dict[str, go.Figure]
     outside: Sequence[str] = ()
-    """Controls too far off to be in view."""
-
-
-def entry_styles(entries: dict[str, Entry]) -> dict[str, Style]:
-    """Candidates thick, controls grey and dashed; so is what comes after the last colour."""
-    styles: dict[str, Style] = {}
-    for i, name in enumerate(in_order(entries)):
-        symbol, width = SYMBOLS[i % len(SYMBOLS)], 1.6
-        if entries[name].role == "control":
-            greys = sum(style.colour == GREY for style in styles.values())
-            styles[name] = Style(GREY, DASHES[greys % len(DASHES)], symbol, width)
-        else:
-            width = 3.5 if entries[name].role == "candidate" else width
-            dash = ("solid", *DASHES)[i // len(PALETTE) % (len(DASHES) + 1)]
-            styles[name] = Style(PALETTE[i % len(PALETTE)], dash, symbol, width)
-    return styles
+    """Entries that are outside of the axes' ranges."""
 
 
 def blank(x_title: str) -> go.Figure:
-    """A chart without plotly's own template, which would stand before the page's."""
+    """Return an empty chart. It has no plotly template, so that the page's theme applies."""
     chart = go.Figure(layout={"template": go.layout.Template(), "height": 300})
     return chart.update_layout(xaxis={"title": {"text": x_title}, "nticks": 7}, yaxis_nticks=7)
 
 
 def add_line(chart: go.Figure, name: str, x: list[int], y: list[float | None], **more: Any) -> None:
-    """A curve over training steps."""
+    """Add a curve over training steps."""
     hover = "%{fullData.name}<br>step %{x:,}: %{y:.4g}<extra></extra>"
-    name = str(escape(name))  # plotly takes markup
+    name = str(escape(name))  # plotly interprets HTML in names
     chart.add_scatter(x=x, y=y, name=name, mode="lines", hovertemplate=hover, **more)
 
 
-def view(values: Sequence[float], others: Iterable[Sequence[float]] = ()) -> list[float]:
-    """An axis' range: all values, and of the others what does not squeeze them together."""
-    low, high = min(values), max(values)
-    span = high - low or abs(high) or 1.0
-    near = [e for e in others if low - span / 2 <= min(e) and max(e) <= high + span / 2]
-    low, high = min([low, *map(min, near)]), max([high, *map(max, near)])
-    pad = 0.07 * (high - low or span)
-    return [low - pad, high + pad]
-
-
 def center(row: Row, name: str) -> float:
-    """The mean of a figure; NaN without one."""
+    """Return the mean of a figure, or NaN if the row does not have it."""
     value = clean(row.figures[name].mean) if name in row.figures else None
     return math.nan if value is None else value
 
 
 def bar(row: Row, name: str) -> float:
-    """The length of its error bar."""
+    """Return the standard deviation of a figure, or 0 for a single run."""
     return clean(row.figures[name].sd) or 0.0
 
 
 def pareto_panel(results: Results, name: str) -> Panel | None:
-    """A figure against the L0 that was measured; None if nobody has it."""
+    """Return a figure against the measured L0, or None if no row has the figure."""
     lines: dict[str, list[Row]] = {entry: [] for entry in in_order(results.entries)}
     for row in sorted(results.rows, key=lambda row: center(row, "l0")):
         if math.isfinite(center(row, "l0") + center(row, name)):
@@ -113,16 +76,16 @@ def pareto_panel(results: Results, name: str) -> Panel | None:
     ys = {entry: [center(row, name) for row in rows] for entry, rows in lines.items()}
     near = [entry for entry in lines if results.entries[entry].role != "control"] or list(lines)
     bars = [s * bar(r, name) + center(r, name) for e in near for r in lines[e] for s in (-1, 1)]
-    x_view = view([x for entry in near for x in xs[entry]], xs.values())
-    y_view = view(bars, ys.values())
-    chart, outside = blank("L0, measured"), list[str]()
+    x_range = axis_range([x for entry in near for x in xs[entry]], xs.values())
+    y_range = axis_range(bars, ys.values())
+    chart, outside = blank("measured L0"), list[str]()
     for entry, rows in lines.items():
         style = entry_styles(results.entries)[entry]
-        for (low, high), values in ((x_view, xs[entry]), (y_view, ys[entry])):
+        for (low, high), values in ((x_range, xs[entry]), (y_range, ys[entry])):
             if entry not in outside and not (low <= min(values) and max(values) <= high):
                 outside.append(entry)
         hover = [
-            f"{escape(entry)}<br>L0 {center(row, 'l0'):.2f}, asked for {show_l0(row.l0_target)}<br>"
+            f"{escape(entry)}<br>L0 {center(row, 'l0'):.2f}, target {show_l0(row.l0_target)}<br>"
             f"{figure(name).label} {show_spread(row.figures[name], figure(name).digits)}"
             f" (n = {row.figures[name].n})" + "".join(f"<br>{mark}" for mark in marks(row))
             for row in rows
@@ -143,56 +106,60 @@ def pareto_panel(results: Results, name: str) -> Panel | None:
             hovertemplate="%{customdata}<extra></extra>",
             meta=entry,
         )
-    chart.update_layout(xaxis_range=x_view, yaxis_range=y_view)
+    chart.update_layout(xaxis_range=x_range, yaxis_range=y_range)
     return Panel(f"pareto-{name}", heading(name), {"": chart}, outside)
 
 
 def l0s(runs: Iterable[Run]) -> list[float]:
+    """Return the target L0s, in ascending order."""
     return sorted({run.l0_target for run in runs})
 
 
-def at(results: Results, entry: str, l0: float) -> list[Run]:
+def runs_of(results: Results, entry: str, l0: float) -> list[Run]:
+    """Return the runs of an entry at a target L0."""
     return [run for run in results.runs if (run.entry, run.l0_target) == (entry, l0)]
 
 
 def mean_curve(runs: Iterable[Run], name: str) -> dict[int, float | None]:
-    """The mean over runs of one of a `Curve`'s lists, by step."""
-    seen: dict[int, list[float | None]] = {}
+    """Return the mean over runs of a field of `Curve`, by step. Missing values are left out."""
+    values: dict[int, list[float | None]] = {}
     for curve in [run.curve for run in runs if run.curve]:
         for step, value in zip(curve.steps, getattr(curve, name), strict=False):
-            seen.setdefault(step, []).append(value)
-    return {step: mean(seen[step]) for step in sorted(seen)}
+            values.setdefault(step, []).append(value)
+    return {step: mean(values[step]) for step in sorted(values)}
 
 
 def curve_panel(results: Results, name: str) -> Panel | None:
-    """A figure during training; None if nobody has it."""
+    """Return a figure over training, or None if no run has stored it."""
     charts: dict[str, go.Figure] = {}
     for l0 in l0s(results.runs):
         chart, later = blank("training step"), list[float]()
         for entry, style in entry_styles(results.entries).items():
-            curve = mean_curve(at(results, entry, l0), name)
-            known = [value for value in curve.values() if value is not None]
-            if known:
-                # Of interest is where a curve leads, not how far off it begins.
-                later += known[len(known) // 10 + 1 :] or known
+            curve = mean_curve(runs_of(results, entry, l0), name)
+            values = [value for value in curve.values() if value is not None]
+            if values:
+                # The axis leaves out the first tenth, where curves change most.
+                later += values[len(values) // 10 + 1 :] or values
                 line = {"color": style.colour, "width": style.width, "dash": style.dash}
                 add_line(chart, entry, list(curve), list(curve.values()), line=line, meta=entry)
         if later and name == "l0":
-            ends = view([math.log10(value) for value in [*later, l0 / 2, l0 * 2] if value > 0])
+            ends = axis_range(
+                [math.log10(value) for value in [*later, l0 / 2, l0 * 2] if value > 0]
+            )
             ticks = [digit * 10**power for power in range(-2, 6) for digit in (1, 2, 5)]
             labels = [f"{tick:g}" for tick in ticks]
             chart.update_layout(
                 yaxis={"type": "log", "range": ends, "tickvals": ticks, "ticktext": labels}
             )
         elif later:
-            chart.update_layout(yaxis_range=view(later))
+            chart.update_layout(yaxis_range=axis_range(later))
         if later:
             charts[show_l0(l0)] = chart
     return Panel(f"curve-{name}", heading(name), charts) if charts else None
 
 
 def importance_runs(results: Results) -> list[tuple[Run, Importance]]:
-    """Of each entry that tracks importance, the first seed at the middle one of its L0s."""
+    """Return one run of each entry that stored importance: the first seed at its middle L0."""
     chosen: list[tuple[Run, Importance]] = []
     for entry in in_order(results.entries):
         runs = [(run, run.importance) for run in results.runs if run.entry == entry]
@@ -205,24 +172,26 @@ def importance_runs(results: Results) -> list[tuple[Run, Importance]]:
 
 
 def importance_chart(importance: Importance, floor: float) -> go.Figure:
-    """Median and quartiles of each group, and the threshold, for a log axis.
+    """Return the median and quartiles of each group, and the threshold, for a logarithmic axis.
 
-    There is no 0 on it: a median of 0 is left out, and a band goes down to `floor` at most.
+    Args:
+        importance: importance over training.
+        floor: lowest value of the quartiles' bands. Medians of 0 are left out.
     """
     chart = blank("training step")
     for i, (group, quartiles) in enumerate(importance.groups.items()):
         colour = GROUP_COLOURS[i % len(GROUP_COLOURS)]
-        known = [
+        points = [
             (step, max(low, floor), middle if middle > 0 else None, high)
             for step, values in zip(importance.steps, quartiles, strict=False)
             for low, middle, high in [[clean(value) for value in values]]
             if low is not None and middle is not None and high is not None and high > 0
         ]
-        steps = [step for step, *_ in known]
-        band = [low for _, low, *_ in known] + [high for *_, high in known][::-1]
+        steps = [step for step, *_ in points]
+        band = [low for _, low, *_ in points] + [high for *_, high in points][::-1]
         fill = {"mode": "none", "fill": "toself", "fillcolor": f"{colour}2e", "hoverinfo": "skip"}
         chart.add_scatter(x=steps + steps[::-1], y=band, **fill)
-        add_line(chart, f"{group}, median", steps, [m for _, _, m, _ in known], line_color=colour)
+        add_line(chart, f"{group}, median", steps, [m for _, _, m, _ in points], line_color=colour)
     threshold = [clean(value) for value in importance.threshold]
     dashed = {"color": GREY, "dash": "dash"}
     add_line(chart, "threshold", importance.steps, threshold, line=dashed)
@@ -230,7 +199,7 @@ def importance_chart(importance: Importance, floor: float) -> go.Figure:
 
 
 def importance_panels(results: Results) -> list[tuple[Run, Panel]]:
-    """A panel for each of `importance_runs`, all with the same axis, so that they compare."""
+    """Return a panel for each of `importance_runs`. All have the same axis."""
     chosen = importance_runs(results)
     levels = [
         value
@@ -241,9 +210,13 @@ def importance_panels(results: Results) -> list[tuple[Run, Panel]]:
     ]
     if not levels:
         return []
-    # Latents that fade away would take most of the axis.
+    # Without a floor, latents whose importance goes to 0 would take most of the axis.
     floor = max(min(levels), 1e-4 * max(levels))
-    axis = {"type": "log", "range": view([math.log10(floor), math.log10(max(levels))]), "dtick": 1}
+    axis = {
+        "type": "log",
+        "range": axis_range([math.log10(floor), math.log10(max(levels))]),
+        "dtick": 1,
+    }
     panels: list[tuple[Run, Panel]] = []
     for i, (run, importance) in enumerate(chosen):
         chart = importance_chart(importance, floor).update_layout(yaxis=axis)
@@ -252,15 +225,15 @@ def importance_panels(results: Results) -> list[tuple[Run, Panel]]:
 
 
 def tick_label(entry: str) -> str:
-    """An entry's name in lines, for plotly, that are broken at spaces and underscores."""
+    """Return an entry's name as HTML for plotly, with line breaks at spaces and underscores."""
     lines = wrap(entry.replace("_", "_ "), 18)
     return "<br>".join(str(escape(line.replace("_ ", "_"))) for line in lines)
 
 
 def parents_panel(results: Results) -> Panel | None:
-    """Absorbed fraction of every parent, entries down, parents across.
+    """Return the absorbed fraction of every parent: one row for each entry, one column a parent.
 
-    The colours reach to the highest value of what is no control.
+    The colour scale ends at the highest value of candidates and baselines.
     """
     order = sorted(
         range(len(results.parents)),
@@ -271,7 +244,7 @@ def parents_panel(results: Results) -> Panel | None:
     top = 0.0
     for l0 in l0s(results.runs):
         for entry in in_order(results.entries):
-            runs = [run.absorption_by_parent for run in at(results, entry, l0)]
+            runs = [run.absorption_by_parent for run in runs_of(results, entry, l0)]
             runs = [values for values in runs if parents and len(values) == len(parents)]
             if runs:
                 row = [mean(values[i] for values in runs) for i in order]

@@ -1,7 +1,7 @@
-"""The report of a comparison: one HTML file that loads nothing from anywhere else.
+"""The files of a comparison. The HTML report is one file that loads nothing from elsewhere.
 
-What is shown is decided here, how it looks in `report.html.j2`: the colours and margins of the
-charts too, as they follow the theme of the page.
+This module chooses the content. The template `report.html.j2` has the layout and the theme of the
+page and its charts.
 """
 
 import json
@@ -16,17 +16,24 @@ from plotly.offline import get_plotlyjs
 
 from sae_lens_atm.compare.report.charts import (
     CURVES,
-    GREY,
-    GROUP_COLOURS,
     PARETO,
     curve_panel,
-    entry_styles,
     importance_panels,
     parents_panel,
     pareto_panel,
 )
-from sae_lens_atm.compare.report.results import Results, Row, Run, Spread, Test
+from sae_lens_atm.compare.report.pictures import draw_pictures
+from sae_lens_atm.compare.report.results import (
+    PairedTest,
+    Results,
+    Row,
+    Run,
+    Spread,
+    write_results,
+)
+from sae_lens_atm.compare.report.styles import GREY, GROUP_COLOURS, entry_styles
 from sae_lens_atm.compare.report.summary import best_rows
+from sae_lens_atm.compare.report.tables import markdown
 from sae_lens_atm.compare.report.wording import (
     P_BOUND,
     clean,
@@ -47,7 +54,7 @@ class Cell(NamedTuple):
 
     text: str
     value: str
-    """What the column is sorted by; empty comes last."""
+    """Value by which the column is sorted. Empty values come last."""
     best: bool = False
 
 
@@ -60,34 +67,39 @@ class Line(NamedTuple):
 
 
 class Glance(NamedTuple):
-    """The tests of a candidate at an L0."""
+    """The tests of a candidate at a target L0."""
 
     l0: float
     candidate: str
     marks: list[str]
-    tests: list[Test]
+    tests: list[PairedTest]
     better: int
+    """Number of figures in which the candidate is better with p below `P_BOUND`."""
     worse: int
 
 
 def breakable(name: str) -> Markup:
-    """An entry's name that can be broken after an underscore."""
+    """Return a name as HTML, with line breaks allowed after underscores."""
     return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
 
 
 def number(value: float | None, text: str, best: bool = False) -> Cell:
+    """Return the cell of a number."""
     value = clean(value)
     return Cell(text, "" if value is None else repr(value), best)
 
 
 def figure_names(holders: Sequence[Row] | Sequence[Run]) -> list[str]:
-    """The figures that exist somewhere, those of the tables' order first."""
-    seen = dict.fromkeys(name for holder in holders for name in holder.figures)
-    return [name for name in FIGURES if name in seen] + [n for n in seen if n not in FIGURES]
+    """Return the names of all figures of rows or runs, in the order of the tables."""
+    names = dict.fromkeys(name for holder in holders for name in holder.figures)
+    return [name for name in FIGURES if name in names] + [n for n in names if n not in FIGURES]
 
 
 def table(results: Results, holders: Sequence[Row] | Sequence[Run]) -> list[Line]:
-    """Rows or runs, those of an L0 together, candidates first. The best is marked among rows."""
+    """Return the lines of a table of rows or runs: by L0, then candidates first.
+
+    The best values are marked among rows, not among runs.
+    """
     names, order = figure_names(holders), in_order(results.entries)
     best = {name: best_rows(results, name) for name in names}
     lines: list[Line] = []
@@ -103,8 +115,11 @@ def table(results: Results, holders: Sequence[Row] | Sequence[Run]) -> list[Line
     return lines
 
 
-def verdict(test: Test) -> tuple[str, str]:
-    """Symbol and words. These are of the direction alone; a filled symbol has p below `P_BOUND`."""
+def verdict(test: PairedTest) -> tuple[str, str]:
+    """Return a symbol and words for the direction of a test.
+
+    A filled symbol stands for p below `P_BOUND`.
+    """
     if clean(test.difference) is None:
         return "\N{EN DASH}", "not comparable with"
     if test.better is None or test.difference == 0:
@@ -114,34 +129,35 @@ def verdict(test: Test) -> tuple[str, str]:
     return filled if sure else open_, "better than" if test.better else "worse than"
 
 
-def glances(results: Results) -> list[Glance]:
-    """The tests by L0 and candidate, in the order of the tables."""
+def make_glances(results: Results) -> list[Glance]:
+    """Return the tests by L0 and candidate, in the order of the tables."""
     order = list(FIGURES)
-    grouped: dict[tuple[float, str], list[Test]] = {}
+    grouped: dict[tuple[float, str], list[PairedTest]] = {}
     for test in results.tests:
         grouped.setdefault((test.l0_target, test.candidate), []).append(test)
-    found: list[Glance] = []
+    glances: list[Glance] = []
     for (l0, candidate), tests in sorted(grouped.items(), key=lambda item: item[0][0]):
         tests.sort(key=lambda t: order.index(t.figure) if t.figure in order else len(order))
         rows = [row for row in results.rows if (row.entry, row.l0_target) == (candidate, l0)]
         symbols = [verdict(test)[0] for test in tests]
         better, worse = symbols.count("▲"), symbols.count("▼")
-        odd = [mark for row in rows for mark in marks(row)]
-        found.append(Glance(l0, candidate, odd, tests, better, worse))
-    return found
+        row_marks = [mark for row in rows for mark in marks(row)]
+        glances.append(Glance(l0, candidate, row_marks, tests, better, worse))
+    return glances
 
 
 def plain(charts: dict[str, go.Figure]) -> dict[str, Any]:
-    """Charts as JSON has them: by plotly's encoder, for which NaN is null."""
+    """Return charts as plain values. Plotly's encoder turns NaN into None."""
     return {l0: json.loads(str(chart.to_json())) for l0, chart in charts.items()}
 
 
 def pretty(value: Any) -> str:
+    """Return a value as indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
 
 
 def report_html(results: Results) -> str:
-    """The page."""
+    """Return the HTML report. Names and messages are escaped."""
     pareto = [panel for name in PARETO if (panel := pareto_panel(results, name))]
     curves = [panel for name in CURVES if (panel := curve_panel(results, name))]
     importance, parents = importance_panels(results), parents_panel(results)
@@ -163,7 +179,7 @@ def report_html(results: Results) -> str:
         {function.__name__: function for function in functions},
         results=results,
         styles=entry_styles(results.entries),
-        glances=glances(results),
+        glances=make_glances(results),
         p_bound=P_BOUND,
         pareto=pareto,
         curves=curves,
@@ -181,5 +197,17 @@ def report_html(results: Results) -> str:
 
 
 def write_report(results: Results, path: Path) -> Path:
-    """Write the report, to the side first."""
+    """Write the HTML report, and return its path."""
     return write_text(path, report_html(results))
+
+
+def write_all(results: Results, folder: Path) -> list[Path]:
+    """Write results, report, tables and pictures, and return their paths."""
+    return [*write_results(results, folder), *draw_all(results, folder)]
+
+
+def draw_all(results: Results, folder: Path) -> list[Path]:
+    """Write report, tables and pictures, and return their paths."""
+    table = write_text(folder / "tables.md", markdown(results))
+    report = write_report(results, folder / "report.html")
+    return [report, table, *draw_pictures(results, folder)]

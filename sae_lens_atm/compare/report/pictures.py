@@ -1,20 +1,19 @@
-"""Still pictures of a comparison, for documents; the report has them to touch."""
+"""Pictures of a comparison as PNG files, for documents."""
 
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from sae_lens_atm.compare.report.charts import (
+from sae_lens_atm.compare.report.charts import PARETO, importance_runs
+from sae_lens_atm.compare.report.results import Importance, Results, Row, Sweep
+from sae_lens_atm.compare.report.styles import (
     GROUP_COLOURS,
     PALETTE,
-    PARETO,
     Style,
+    axis_range,
     entry_styles,
-    importance_runs,
-    view,
 )
-from sae_lens_atm.compare.report.results import Importance, Results, Row, Sweep
 from sae_lens_atm.metrics.figures import figure
 
 _DASHES = {
@@ -24,12 +23,15 @@ _DASHES = {
     "dashdot": "-.",
     "longdash": (0, (8, 3)),
 }
-"""Plotly's names of dashes, and matplotlib's."""
-_FAR_APART = 8  # values of which one is so many times another are shown by their logarithm
+"""Matplotlib's dashes for plotly's names."""
+_LOG_RATIO = 8  # a swept field has a logarithmic axis from this ratio of its values on
 
 
 def draw_pictures(results: Results, folder: Path) -> list[Path]:
-    """Draw what the results have: figures against L0, and importance along the way."""
+    """Draw figures against L0, importance over training, and the points of a sweep.
+
+    A picture is left out if the results do not hold its data. Returns the paths.
+    """
     drawn: list[Path] = []
     if len({row.l0_target for row in results.rows}) > 1:
         drawn.append(_draw_pareto(results, folder / "pareto.png"))
@@ -41,8 +43,7 @@ def draw_pictures(results: Results, folder: Path) -> list[Path]:
 
 
 def _figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A picture, and its axes in lines and columns. Not pyplot's, whose backend, in a notebook say,
-    is the caller's."""
+    """Return a figure and its grid of axes, without pyplot, whose backend belongs to the caller."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=size, layout="constrained")
@@ -62,7 +63,7 @@ def _draw_pareto(results: Results, path: Path) -> Path:
             _draw_entry(axes, rows, name, styles[entry])
         axes.set_ylim(*_range(results, name))
         arrow = {1: "higher is better", -1: "lower is better", 0: ""}[figure(name).better]
-        axes.set(xlabel="L0 measured", title=f"{figure(name).label} ({arrow})")
+        axes.set(xlabel="measured L0", title=f"{figure(name).label} ({arrow})")
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid.flat[len(names) :]:
         axes.set_visible(False)
@@ -73,7 +74,7 @@ def _draw_pareto(results: Results, path: Path) -> Path:
 
 
 def _range(results: Results, name: str) -> list[float]:
-    """What is shown of a figure: controls only as far as they do not squeeze the rest together."""
+    """Return the range of a figure's axis. It leaves out controls far from the other rows."""
     reach: dict[bool, list[list[float]]] = {True: [], False: []}
     for row in results.rows:
         value = row.figures.get(name)
@@ -82,7 +83,7 @@ def _range(results: Results, name: str) -> list[float]:
             is_control = results.entries[row.entry].role == "control"
             reach[is_control].append([value.mean - sd, value.mean + sd])
     near = reach[False] or reach[True]
-    return view([end for ends in near for end in ends], reach[True])
+    return axis_range([end for ends in near for end in ends], reach[True])
 
 
 def _line(style: Style) -> dict[str, Any]:
@@ -94,15 +95,15 @@ def _line(style: Style) -> dict[str, Any]:
 
 
 def _draw_entry(axes: Any, rows: Sequence[Row], name: str, style: Style) -> None:
-    known = [row for row in rows if name in row.figures and row.figures[name].mean is not None]
-    if not known:
+    rows = [row for row in rows if name in row.figures and row.figures[name].mean is not None]
+    if not rows:
         return
-    known.sort(key=lambda row: row.figures["l0"].mean or 0.0)
-    x = [row.figures["l0"].mean for row in known]
-    y = [row.figures[name].mean for row in known]
-    spread = [row.figures[name].sd or 0.0 for row in known]
-    axes.errorbar(x, y, spread, **_line(style), capsize=2, label=known[0].entry)
-    for row, x_at, y_at in zip(known, x, y, strict=True):
+    rows.sort(key=lambda row: row.figures["l0"].mean or 0.0)
+    x = [row.figures["l0"].mean for row in rows]
+    y = [row.figures[name].mean for row in rows]
+    spread = [row.figures[name].sd or 0.0 for row in rows]
+    axes.errorbar(x, y, spread, **_line(style), capsize=2, label=rows[0].entry)
+    for row, x_at, y_at in zip(rows, x, y, strict=True):
         filled = style.colour if row.matched else "white"
         axes.plot(x_at, y_at, "o", color=style.colour, markerfacecolor=filled, markersize=5)
 
@@ -112,11 +113,11 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
     picture, ((left, right),) = _figure(1, 2, (12, 4.4))
     _draw_importance(left, importance)
     styles = entry_styles(results.entries)
-    beside = [r for r in results.runs if (r.seed, r.l0_target) == (run.seed, run.l0_target)]
+    same_seed = [r for r in results.runs if (r.seed, r.l0_target) == (run.seed, run.l0_target)]
     name = "absorption_fraction"
-    if not any(r.curve and r.curve.absorption_fraction for r in beside):
+    if not any(r.curve and r.curve.absorption_fraction for r in same_seed):
         name = "explained_variance"
-    for other in beside:
+    for other in same_seed:
         if other.curve is not None and getattr(other.curve, name):
             right.plot(
                 other.curve.steps,
@@ -124,11 +125,14 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
                 **_line(styles[other.entry]),
                 label=other.entry,
             )
+    if not right.lines:
+        right.text(0.5, 0.5, "no curves stored", ha="center", transform=right.transAxes)
     right.set(xlabel="training step", ylabel=figure(name).label, ylim=(0, None))
     lower = " (lower is better)" if figure(name).better < 0 else ""
     label = figure(name).label
     right.set_title(f"{label[0].upper()}{label[1:]}{lower}, L0 {run.l0_target:g}, seed {run.seed}")
-    right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    if right.lines:
+        right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     picture.savefig(path, dpi=130)
@@ -146,12 +150,12 @@ def _draw_importance(axes: Any, importance: Importance) -> None:
     axes.set(xlabel="training step", ylabel="importance (median, quartiles)", yscale="log")
     top = axes.get_ylim()[1]
     axes.set_ylim(0.01, max(top, 10) * 6)  # room for the legend
-    axes.set_title("Latents below the threshold are masked now and then")
+    axes.set_title("Latents below the threshold are masked at random")
     axes.legend(frameon=False, loc="upper center", ncols=2, fontsize="small")
 
 
 def _draw_sweep(results: Results, sweep: Sweep, path: Path) -> Path:
-    """The objective against each swept field, whatever the others are."""
+    """Draw the objective against each swept field."""
     keys = list(dict.fromkeys(key for point in sweep.points.values() for key in point.values))
     levels = list(dict.fromkeys(row.l0_target for row in results.rows))
     kinds = list(dict.fromkeys(point.entry for point in sweep.points.values()))
@@ -179,7 +183,7 @@ def _draw_sweep(results: Results, sweep: Sweep, path: Path) -> Path:
 def _set_scale(axes: Any, values: list[float]) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-    if 0 < _FAR_APART * min(values) <= max(values):
+    if 0 < _LOG_RATIO * min(values) <= max(values):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
@@ -193,13 +197,13 @@ def _draw_points(
 ) -> None:
     l0, key, kind, text = of
     for row in results.rows:
-        point, found = sweep.points[row.entry], row.figures.get(sweep.objective)
+        point, value = sweep.points[row.entry], row.figures.get(sweep.objective)
         if row.l0_target != l0 or point.entry != kind or key not in point.values:
             continue
-        if found is None or found.mean is None:
+        if value is None or value.mean is None:
             continue
         x = str(point.values[key]) if text else point.values[key]
         filled = colour if row.matched else "white"
-        axes.errorbar(x, found.mean, found.sd or 0.0, color=colour, capsize=2, fmt="none")
-        axes.plot(x, found.mean, "o", color=colour, markerfacecolor=filled, markersize=5)
+        axes.errorbar(x, value.mean, value.sd or 0.0, color=colour, capsize=2, fmt="none")
+        axes.plot(x, value.mean, "o", color=colour, markerfacecolor=filled, markersize=5)
     axes.plot([], [], "o", color=colour, label=kind)

@@ -1,22 +1,24 @@
-"""What a comparison found, as `results.json` holds it: every setting, every run, the summary.
+"""The schema of `results.json`: the settings, every run, and the summary over seeds.
 
-The file is read back through these schemas, so a report can be redrawn from it alone.
+The file is read back through this schema. A report can be drawn from the file alone.
 """
 
 import csv
+import json
 import math
+import re
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import to_json, write_text
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 Role = Literal["candidate", "baseline", "control"]
 Figures = dict[str, float | None]
-"""Figures by name; None where there was nothing to take a mean over."""
+"""Figures by name. None: there were no values to average."""
 
 
 class _Schema(BaseModel):
@@ -24,66 +26,68 @@ class _Schema(BaseModel):
 
 
 class Entry(_Schema):
-    """One kind of SAE in the comparison."""
+    """An entry of the comparison: an architecture with its settings."""
 
     architecture: str
     role: Role
-    l0_knob: str
-    """The setting that was turned to reach the L0 asked for."""
+    l0_parameter: str
+    """The parameter that sets the L0."""
     settings: dict[str, Any]
-    """Everything it was trained with, but for what differs from run to run."""
+    """Training settings, without those that differ between the runs of the entry."""
 
 
 class Curve(_Schema):
-    """What was seen along the way of one run; all lists are as long as `steps`."""
+    """Figures of one run during training, one value for each of `steps`."""
 
     steps: list[int]
     explained_variance: list[float | None]
     l0: list[float | None]
     dead_latents: list[float | None]
-    """Latents that were silent for the dead-feature window of the training (in the figures: in all
-    samples of the evaluation)."""
+    """Latents that did not fire in the last `dead_feature_window` steps.
+
+    The figure of the same name counts latents that fired on no sample of the evaluation."""
     absorption_fraction: list[float | None] = []
-    """Empty without a known hierarchy of features."""
+    """Empty on data without a known hierarchy of features."""
     coefficient: list[float | None] = []
-    """The coefficient that the L0 controller turned; empty without one."""
+    """The coefficient that the L0 controller adjusts. Empty without a controller."""
 
 
 class Importance(_Schema):
-    """Quartiles of the importance of the latents of each group of features, and the threshold."""
+    """Importance of the latents during training: quartiles of each group, and the threshold."""
 
     steps: list[int]
     threshold: list[float | None]
     groups: dict[str, list[list[float | None]]]
-    """Of each group, a (low, median, high) for each step."""
+    """For each group one (lower quartile, median, upper quartile) a step."""
     latents: dict[str, int]
-    """How many latents each group has."""
+    """Number of latents in each group."""
 
 
 class Run(_Schema):
-    """One trained (or, as a control, untrained) SAE."""
+    """One SAE: trained, or left untrained as a control."""
 
     entry: str
     l0_target: float
     seed: int
     model_seed: int | None = None
-    """Of the language model, where a comparison makes several."""
+    """Seed of the language model, if the comparison makes several."""
     figures: Figures
     matched: bool
-    """Whether the L0 measured is within 5% of the target."""
+    """Whether the measured L0 is within 5% of the target."""
     moving: bool
-    """Whether explained variance or dead latents still moved at the end."""
+    """Whether explained variance or dead latents still changed at the end of training."""
     curve: Curve | None = None
     importance: Importance | None = None
     absorption_by_parent: list[float | None] = []
     """Absorbed fraction of each of `Results.parents`."""
     cosine_map: str = ""
-    """PNG in base64: cosine of decoder rows (down) and true features (across); one run an entry."""
+    """PNG in base64: cosines of decoder rows (down) and true features (across). One run of an entry
+    has it."""
     folder: str = ""
 
 
 class Spread(_Schema):
-    """Mean and standard deviation (of the sample) over `n` runs (for stability, pairs of them)."""
+    """Mean and sample standard deviation over `n` runs; for stability, over `n` pairs of runs."""
 
     mean: float | None
     sd: float | None
@@ -91,7 +95,7 @@ class Spread(_Schema):
 
 
 class Row(_Schema):
-    """The runs of one entry at one L0."""
+    """The summary of an entry at one L0 over its runs."""
 
     entry: str
     l0_target: float
@@ -101,23 +105,24 @@ class Row(_Schema):
     figures: dict[str, Spread]
 
 
-class Test(_Schema):
-    """A candidate beside the best baseline in one figure at one L0, paired by seed."""
+class PairedTest(_Schema):
+    """A candidate against the best baseline in one figure at one L0, paired by seed."""
 
     candidate: str
     l0_target: float
     figure: str
     baseline: str
     difference: float | None
-    """Mean over seeds of the candidate's figure less the baseline's."""
+    """The candidate's figure minus the baseline's, averaged over seeds."""
     better: bool | None
-    """Whether the difference is to the figure's better side; None if there is none."""
+    """Whether the candidate is better. None: there is no difference."""
     p: float | None
-    """Two-sided paired t test over `n` seeds; None with fewer than two, or no spread."""
+    """p value of a two-sided paired t test. None: fewer than two pairs, or equal differences."""
     n: int
-    """Seeds; for stability pairs of them; where there are several language models, models."""
+    """Number of pairs: seeds, or language models if there are several; for stability, pairs of
+    runs."""
     off_target: list[str] = []
-    """Baselines that do better than `baseline`, but at another L0 than was asked for."""
+    """Baselines that are better than `baseline`, but missed the target L0."""
 
 
 class Parent(_Schema):
@@ -127,54 +132,61 @@ class Parent(_Schema):
     depth: int
     """0 for a root."""
     probability: float | None
-    """How often it was active in the samples of the evaluation."""
+    """Share of the evaluation's samples on which it is active."""
 
 
 class Point(_Schema):
-    """Where an entry of a sweep lies."""
+    """The point of a sweep that an entry was trained at."""
 
     entry: str
-    """What was swept."""
+    """The architecture's entry in the sweep file."""
     values: dict[str, Any]
-    """Of the swept fields, such as `lr` and `sae.mask_rate`."""
+    """Values of the swept fields, such as `lr` and `sae.mask_rate`."""
 
 
 class Sweep(_Schema):
-    """A comparison whose entries are points of a sweep."""
+    """The points of a sweep."""
 
     objective: str
-    """The figure that the best points are told by."""
+    """The figure by which points are ranked."""
     points: dict[str, Point]
-    """By entry."""
+    """The point of each entry."""
 
 
 class Results(_Schema):
-    """A whole comparison."""
+    """The content of `results.json`."""
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     name: str
     created: str
     quick: bool = False
     versions: dict[str, str]
     machine: dict[str, str]
     config: dict[str, Any]
-    """The comparison file, overrides applied."""
+    """The content of the comparison file with all overrides."""
     not_ranked: list[str] = Field(default_factory=list)
-    """Figures that are reported, and of which none is called the best."""
+    """Figures that are reported without a best value."""
     entries: dict[str, Entry]
     runs: list[Run]
     rows: list[Row]
-    tests: list[Test]
+    tests: list[PairedTest]
     parents: list[Parent] = Field(default_factory=list)
     failed: dict[str, str] = Field(default_factory=dict)
-    """Runs that ended in an error, and which."""
+    """The errors of the runs that failed."""
     sweep: Sweep | None = None
 
 
+def results_json(results: Results) -> str:
+    """Return results as JSON. Lists of numbers and the innermost objects take one line each."""
+    text = to_json(results.model_dump(), compact_lists=True)
+    # Safe in strings, too: JSON writes their line breaks as \\n.
+    return re.sub(r"\{[^{}\[\]]*\}", lambda match: re.sub(r"\n\s*", " ", match[0]), text)
+
+
 def write_results(results: Results, folder: Path) -> list[Path]:
-    """Write `results.json` and `results.csv`, each to the side first."""
+    """Write `results.json` and `results.csv`, and return their paths."""
     json_path, csv_path = folder / "results.json", folder / "results.csv"
-    write_text(json_path, to_json(results.model_dump(), compact_lists=True))
+    write_text(json_path, results_json(results))
     with (folder / ".results.csv.partial").open("w", newline="", encoding="utf-8") as file:
         figures = list(dict.fromkeys(name for run in results.runs for name in run.figures))
         table = csv.writer(file)
@@ -213,18 +225,22 @@ def read_results(path: str | Path) -> Results:
     """Read a `results.json`.
 
     Raises:
-        SettingsError: it is none, or of another schema.
+        SettingsError: the file is missing, is not a results file, or has another schema.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return Results.model_validate_json(text)
+        content: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
-    except (ValidationError, UnicodeDecodeError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+    except ValueError as error:  # of the decoder: not JSON, or not text
+        raise SettingsError(f"{path} is not JSON: {error}") from error
+    if isinstance(content, dict) and cast(Any, content).get("schema_version") == 2:
         raise SettingsError(
-            f"{path} is no results.json of schema {SCHEMA_VERSION} ({reason})"
-        ) from error
+            f"{path} has schema_version 2: allowed is {SCHEMA_VERSION}, convert the file with "
+            "tools/migrate_results.py of the source repository"
+        )
+    try:
+        return Results.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise SettingsError(f"{path} is not a results.json: {reason}") from error

@@ -1,4 +1,4 @@
-"""From runs to rows: means and spreads over seeds, who is best, and how sure that is."""
+"""Summarise runs: means and deviations over seeds, the best rows, and paired tests."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -8,32 +8,33 @@ from typing import Any, TypeGuard
 
 from scipy import stats
 
-from sae_lens_atm.compare.report.results import Entry, Results, Row, Run, Spread, Test
+from sae_lens_atm.compare.report.results import Entry, PairedTest, Results, Row, Run, Spread
 from sae_lens_atm.metrics.figures import FIGURES, figure
 
-_ROUNDING = 1e-12  # a spread below this is none
+_ROUNDING = 1e-12  # a standard deviation below this is a rounding error
 
 
 def is_number(value: float | None) -> TypeGuard[float]:
+    """Return whether a value is neither None nor NaN."""
     return value is not None and not math.isnan(value)
 
 
 def spread(values: Iterable[float | None]) -> Spread:
-    """Mean and standard deviation of the values that there are."""
-    found = [v for v in values if is_number(v)]
+    """Return mean and sample standard deviation. None and NaN are left out."""
+    numbers = [v for v in values if is_number(v)]
     return Spread(
-        mean=fmean(found) if found else None,
-        sd=stdev(found) if len(found) > 1 else None,
-        n=len(found),
+        mean=fmean(numbers) if numbers else None,
+        sd=stdev(numbers) if len(numbers) > 1 else None,
+        n=len(numbers),
     )
 
 
 def make_rows(runs: Sequence[Run], stability: Mapping[tuple[str, float], Spread]) -> list[Row]:
-    """One row for each entry and L0, in the order of the runs.
+    """Return one row for each entry and L0, in the order of the runs.
 
     Args:
-        runs: of all seeds.
-        stability: of each entry and L0, where there are seeds enough for it.
+        runs: the runs of all seeds.
+        stability: stability by entry and L0.
     """
 
     def key(run: Run) -> tuple[str, float]:
@@ -47,8 +48,8 @@ def make_rows(runs: Sequence[Run], stability: Mapping[tuple[str, float], Spread]
         figures = {name: spread(run.figures.get(name) for run in members) for name in names}
         if (entry, l0) in stability:
             figures["stability"] = stability[entry, l0]
-        known = [name for name in FIGURES if name in figures]
-        ordered = {name: figures[name] for name in (*known, *figures)}
+        in_table_order = [name for name in FIGURES if name in figures]
+        ordered = {name: figures[name] for name in (*in_table_order, *figures)}
         rows.append(
             Row(
                 entry=entry,
@@ -63,16 +64,17 @@ def make_rows(runs: Sequence[Run], stability: Mapping[tuple[str, float], Spread]
 
 
 def best_row(rows: Iterable[Row], name: str) -> Row | None:
-    """The matched row with the best mean of a figure."""
+    """Return the matched row with the best mean of a figure, or None."""
     better = figure(name).better
     means = [(mean, row) for row in rows if row.matched and (mean := _mean(row, name)) is not None]
     return max(means, key=lambda pair: better * pair[0])[1] if means and better else None
 
 
 def best_rows(results: Results, name: str) -> set[tuple[str, float]]:
-    """(entry, L0) of the best value of a figure at each L0, ties in what is shown included.
+    """Return (entry, L0) of the best values of a figure at each L0.
 
-    Controls, rows that missed their L0 and figures that are not ranked do not take part.
+    Values that are equal in the shown digits are all best. Controls, rows off their target L0 and
+    figures that are not ranked are left out.
     """
     rows, entries = results.rows, results.entries
     better, digits = figure(name).better, figure(name).digits
@@ -92,7 +94,7 @@ def best_rows(results: Results, name: str) -> set[tuple[str, float]]:
 
 
 def ranked(results: Results, l0: float) -> list[Row]:
-    """The points of a sweep at an L0, best first; those that missed it, or have no value, last."""
+    """Return the rows of a sweep at an L0, best first. Unmatched and empty rows are last."""
     assert results.sweep is not None
     name = results.sweep.objective
     rows = [row for row in results.rows if row.l0_target == l0]
@@ -113,15 +115,15 @@ def make_tests(
     rows: Sequence[Row],
     entries: Mapping[str, Entry],
     not_ranked: Collection[str] = (),
-) -> list[Test]:
-    """Every candidate against the best baseline, figure by figure and L0 by L0.
+) -> list[PairedTest]:
+    """Test every candidate against the best baseline, for each figure and L0.
 
-    Runs of one seed see the same batches, so they are compared seed by seed; where there are
-    several language models, model by model, as the seeds of one are no evidence about others. The
-    best baseline is another one for each figure, chosen after the fact: that makes it hard for the
-    candidate.
+    Runs with the same seed are trained on the same batches, so they are paired. With several
+    language models, runs are averaged for each model and models are paired: seeds of one model are
+    no evidence about other models. The best baseline is chosen for each figure from the same runs,
+    which favours the baseline.
     """
-    tests: list[Test] = []
+    tests: list[PairedTest] = []
     for row in rows:
         if entries[row.entry].role != "candidate" or not row.matched:
             continue
@@ -140,7 +142,7 @@ def make_tests(
 
 
 def _better_off_target(baselines: Iterable[Row], best: Row, name: str) -> list[str]:
-    """Baselines with a better mean than the best one, but off the L0 asked for."""
+    """Return the baselines with a better mean than `best` that missed the target L0."""
     better, bound = figure(name).better, _mean(best, name) or 0.0
     return [
         row.entry
@@ -150,29 +152,29 @@ def _better_off_target(baselines: Iterable[Row], best: Row, name: str) -> list[s
     ]
 
 
-def _test(runs: Sequence[Run], row: Row, best: Row, name: str) -> Test:
-    def by_seed(entry: str) -> dict[int, float]:
-        found: dict[int, list[float]] = {}
+def _test(runs: Sequence[Run], row: Row, best: Row, name: str) -> PairedTest:
+    def by_unit(entry: str) -> dict[int, float]:
+        values: dict[int, list[float]] = {}
         for run in runs:
             value = run.figures.get(name)
             if run.entry == entry and run.l0_target == row.l0_target and is_number(value):
                 unit = run.seed if run.model_seed is None else run.model_seed
-                found.setdefault(unit, []).append(value)
-        return {unit: fmean(values) for unit, values in found.items()}
+                values.setdefault(unit, []).append(value)
+        return {unit: fmean(of_unit) for unit, of_unit in values.items()}
 
-    ours, theirs = by_seed(row.entry), by_seed(best.entry)
-    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    candidate, baseline = by_unit(row.entry), by_unit(best.entry)
+    differences = [candidate[unit] - baseline[unit] for unit in candidate if unit in baseline]
     difference: float | None = fmean(differences) if differences else None
     pairs = 0
-    if name == "stability":  # a figure of all seeds together
-        mine, other = _mean(row, name), _mean(best, name)
-        difference = mine - other if mine is not None and other is not None else None
+    if name == "stability":  # a figure of a row, not of its runs
+        ours, theirs = _mean(row, name), _mean(best, name)
+        difference = ours - theirs if ours is not None and theirs is not None else None
         pairs = row.figures[name].n
     p: float | None = None
     if len(differences) > 1 and stdev(differences) > _ROUNDING:
         result: Any = stats.ttest_1samp(differences, 0.0)
         p = float(result.pvalue)
-    return Test(
+    return PairedTest(
         candidate=row.entry,
         l0_target=row.l0_target,
         figure=name,

@@ -1,4 +1,4 @@
-"""The tables of a comparison in a terminal."""
+"""The tables of a comparison, for the terminal and as Markdown."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from sae_lens_atm.compare.report.results import Results, Row, Test
+from sae_lens_atm.compare.report.results import PairedTest, Results, Row
 from sae_lens_atm.compare.report.summary import best_rows, ranked
 from sae_lens_atm.compare.report.wording import P_BOUND, show_p, show_spread
 from sae_lens_atm.metrics.figures import ARROWS, figure
@@ -26,16 +26,16 @@ _SHOWN = {
     "stability": "stability",
     "step_ms": "ms a step",
 }
-"""What fits on a line, and its heading; the rest is in the report."""
+"""The figures that fit into a terminal, and their headings. The report has all figures."""
 _ROLE_STYLES = {"candidate": "bold", "baseline": "", "control": "dim"}
 
 
 def row_tables(results: Results) -> Iterator[Table]:
-    """One table for each L0."""
+    """Return one table for each target L0."""
     for l0 in dict.fromkeys(row.l0_target for row in results.rows):
         rows = [row for row in results.rows if row.l0_target == l0]
         names = [name for name in _SHOWN if any(name in row.figures for row in rows)]
-        table = Table(title=f"{results.name}, L0 {l0:g}{_over(rows)}")
+        table = Table(title=f"{results.name}, L0 {l0:g}{_averaged_over(rows)}")
         longest = max(len(row.entry + signs(row)) for row in rows)
         table.add_column("", no_wrap=True, min_width=longest)
         for name in names:
@@ -50,7 +50,7 @@ def row_tables(results: Results) -> Iterator[Table]:
         yield table
 
 
-def _over(rows: list[Row]) -> str:
+def _averaged_over(rows: list[Row]) -> str:
     most = max((row.seeds for row in rows), key=len)
     if len(most) > len(set(most)):
         return f": mean ± sd over {len(most)} runs, {len(set(most))} seeds on each language model"
@@ -80,7 +80,7 @@ _IN_MARKDOWN = (
 
 
 def markdown(results: Results) -> str:
-    """The rows as Markdown, a table for each L0; the best of those ranked in bold."""
+    """Return one Markdown table for each target L0, with the best ranked values in bold."""
     blocks: list[str] = []
     for l0 in dict.fromkeys(row.l0_target for row in results.rows):
         rows = [row for row in results.rows if row.l0_target == l0]
@@ -106,15 +106,15 @@ def _markdown_cell(row: Row, name: str, best: set[tuple[str, float]]) -> str:
 
 
 def signs(row: Row) -> str:
-    """Signs behind a name: ``*`` its L0 is off the target, ``~`` it was still moving."""
+    """Return the signs after an entry's name: ``*`` off target, ``~`` not converged."""
     return (" *" if not row.matched else "") + (" ~" if row.moving else "")
 
 
 SWEEP_MARKS = (
     "* L0 more than 5% off the target: not ranked.  "
-    "~ explained variance or dead latents still moved at the end.  "
+    "~ not converged: explained variance or dead latents still changed at the end.  "
 )
-MARKS = SWEEP_MARKS + "Green: best of those ranked, controls aside."
+MARKS = SWEEP_MARKS + "Green: the best ranked value, controls excluded."
 
 
 def _cell(row: Row, name: str, best: Mapping[str, set[tuple[str, float]]]) -> Text:
@@ -126,11 +126,11 @@ def _cell(row: Row, name: str, best: Mapping[str, set[tuple[str, float]]]) -> Te
 
 
 def test_table(results: Results) -> Table | None:
-    """The candidates beside the best baseline of each figure; None without candidates."""
+    """Return the candidates against the best baseline of each figure, or None without tests."""
     shown = [test for test in results.tests if test.figure in _SHOWN]
     if not shown:
         return None
-    title = f"Beside the best baseline of each figure, paired by seed; coloured if p < {P_BOUND}"
+    title = f"Candidates against the best baseline, paired by seed. Coloured: p < {P_BOUND}"
     table = Table(title=title)
     for name in ("", "L0", "figure", "best baseline", "difference", "", "p"):
         table.add_column(name, justify="right" if name in ("L0", "difference", "p") else "left")
@@ -139,7 +139,7 @@ def test_table(results: Results) -> Table | None:
     return table
 
 
-def _test_cells(test: Test) -> tuple[str | Text, ...]:
+def _test_cells(test: PairedTest) -> tuple[str | Text, ...]:
     sure = test.p is not None and test.p < P_BOUND
     better, worse = Text("better", "green" if sure else ""), Text("worse", "red" if sure else "")
     verdict = {True: better, False: worse, None: Text("equal")}
@@ -157,7 +157,12 @@ def _test_cells(test: Test) -> tuple[str | Text, ...]:
 
 
 def sweep_tables(results: Results, most: int = 10) -> Iterator[Table]:
-    """The best points of a sweep, one table for each L0; those that missed it come last."""
+    """Return the best points of a sweep, one table for each L0. Points off target come last.
+
+    Args:
+        results: results of a sweep.
+        most: number of rows of a table.
+    """
     sweep = results.sweep
     assert sweep is not None
     shown = figure(sweep.objective)
@@ -166,7 +171,7 @@ def sweep_tables(results: Results, most: int = 10) -> Iterator[Table]:
     for l0 in dict.fromkeys(row.l0_target for row in results.rows):
         rows = ranked(results, l0)
         best = f", best {most} of {len(rows)}" if len(rows) > most else ""
-        table = Table(title=f"{results.name}, L0 {l0:g}{_over(rows)}{best}")
+        table = Table(title=f"{results.name}, L0 {l0:g}{_averaged_over(rows)}{best}")
         if several:
             table.add_column("", no_wrap=True)
         for key in keys:

@@ -1,4 +1,4 @@
-"""Numbers, names and marks as a reader of a comparison meets them."""
+"""Text for numbers, names and marks in reports and tables."""
 
 import math
 from collections.abc import Iterable
@@ -8,23 +8,29 @@ from sae_lens_atm.compare.report.results import Entry, Row, Run, Spread
 from sae_lens_atm.metrics.figures import figure
 
 P_BOUND = 0.05
-"""Below it, and only then, a difference is called better or worse without ado."""
+"""p value below which a difference is highlighted."""
 ROLES = ("candidate", "baseline", "control")
 
 
 def clean(value: float | None) -> float | None:
-    """The number, to five digits; None for what is none."""
+    """Return a number rounded to five digits, or None for NaN, infinity and None."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Of those that are numbers; None if none is."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    return clean(fmean(known)) if known else None
+    """Return the mean of the finite values, or None if there are none."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return clean(fmean(finite)) if finite else None
 
 
 def show(value: float | None, digits: int, sign: str = "-") -> str:
-    """A number for reading. What would be rounded to nothing is shown by its magnitude."""
+    """Return a number as text. One that would be rounded to 0 is shown as a power of ten.
+
+    Args:
+        value: the number. None, NaN and infinity are shown as a dash.
+        digits: digits after the point.
+        sign: "+" to show the sign of positive numbers, too.
+    """
     value = clean(value)
     if not value:
         return "\N{EN DASH}" if value is None else f"{0:.{digits}f}"
@@ -33,30 +39,32 @@ def show(value: float | None, digits: int, sign: str = "-") -> str:
 
 
 def show_spread(spread: Spread, digits: int) -> str:
-    """Mean ± standard deviation, which a single run has not."""
+    """Return mean ± standard deviation, or the mean alone for a single run."""
     sd = "" if clean(spread.sd) is None else f" ± {spread.sd:,.{digits}f}"
     return show(spread.mean, digits) + (sd if clean(spread.mean) is not None else "")
 
 
 def show_p(p: float | None) -> str:
+    """Return a p value as text."""
     return "<0.001" if p is not None and p < 0.001 else show(p, 3)
 
 
 def show_l0(l0: float) -> str:
+    """Return a target L0 as text."""
     return f"{l0:g}"
 
 
 def heading(name: str) -> str:
-    """A figure's label, with an arrow to its better side that stays with the last word."""
+    """Return a figure's label, with an arrow up or down to its better values."""
     arrow = ("\N{NO-BREAK SPACE}↓", "", "\N{NO-BREAK SPACE}↑")[figure(name).better + 1]
     return figure(name).label + arrow
 
 
 def marks(holder: Row | Run) -> list[str]:
-    """What is to be known before a row or run is compared with others."""
-    return ["L0 off"] * (not holder.matched) + ["moving"] * holder.moving
+    """Return the marks of a row or run that is not fully comparable with others."""
+    return ["L0 off target"] * (not holder.matched) + ["not converged"] * holder.moving
 
 
 def in_order(entries: dict[str, Entry]) -> list[str]:
-    """Candidates, baselines, controls."""
+    """Return the names of the entries: candidates, then baselines, then controls."""
     return sorted(entries, key=lambda name: ROLES.index(entries[name].role))

@@ -1,4 +1,4 @@
-"""A comparison from its plan to its results."""
+"""Run a comparison: train, evaluate and summarise."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from sae_lens.synthetic import SyntheticModel
 
 from sae_lens_atm.compare.plan.comparison_file import Comparison
 from sae_lens_atm.compare.plan.l0_target import is_matched
-from sae_lens_atm.compare.plan.planned_run import Planned, settings_of
+from sae_lens_atm.compare.plan.planned_run import PlannedRun, settings_of
 from sae_lens_atm.compare.report.results import (
     Curve,
     Entry,
@@ -29,14 +29,14 @@ from sae_lens_atm.compare.report.results import (
 from sae_lens_atm.compare.report.summary import make_rows, make_tests, spread
 from sae_lens_atm.compare.run.batch_pool import synthetic_model
 from sae_lens_atm.compare.run.curve import still_moving
-from sae_lens_atm.compare.run.processes import Listener, cpu_name, run_jobs
+from sae_lens_atm.compare.run.processes import JobEvents, cpu_name, run_jobs
 from sae_lens_atm.compare.run.ray import run_jobs_on_ray
 from sae_lens_atm.compare.run.stored_run import (
     FIGURES,
     TRAINING,
     is_evaluated,
     is_trained,
-    kept_decoder,
+    load_decoder,
 )
 from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.data.synthetic import children_of
@@ -48,26 +48,29 @@ from sae_lens_atm.training.preflight.checks import check_data, check_devices
 from sae_lens_atm.training.ranks import gpu_settings
 from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun
 
-_MAX_LATENTS = 2**14  # matching those of two seeds takes half a minute; of more, hours
+_MAX_LATENTS = 2**14  # matching the latents of two SAEs takes half a minute; with more, hours
 
 
 def compare(
     comparison: Comparison,
     at_once: int,
-    listener: Listener,
+    events: JobEvents,
     stop: StopFlag | None = None,
     cluster: str | None = None,
 ) -> Results:
-    """Train and evaluate whatever is not kept yet, and sum up.
+    """Train and evaluate all SAEs that are not stored yet, and return the results.
 
     Args:
-        at_once: how many processes there may be.
-        cluster: the address of a Ray cluster, to run there instead, as much as it has room for at
-            once; its machines see the same folder under the same name.
+        comparison: the plan.
+        at_once: maximum number of processes.
+        events: is called when jobs start, advance and end.
+        stop: flag to stop between training steps.
+        cluster: address of a Ray cluster. The jobs then run there, as many at once as fit. All its
+            machines must have the output folder under the same path.
 
     Raises:
-        Interrupted: by a signal or `stop`; the same call goes on from there.
-        SettingsError: something does not fit, before any training.
+        Interrupted: a signal or `stop` stopped the jobs. The same call resumes them.
+        SettingsError: a setting is wrong. Nothing has been trained.
     """
     check(comparison)
     if cluster is None:
@@ -76,26 +79,26 @@ def compare(
     stop = stop or StopFlag()
     failed: dict[str, str] = {}
     gpus = int(bool(gpu_settings(comparison.planned[0].run)))
-    with stop.on_signals(), _alone_in(comparison.output):
+    with stop.on_signals(), _locked(comparison.output):
         for jobs in make_jobs(comparison):
             if cluster is None:
-                failed |= run_jobs(jobs, at_once, listener, stop)
+                failed |= run_jobs(jobs, at_once, events, stop)
             elif jobs:
-                failed |= run_jobs_on_ray(jobs, cluster, gpus, listener, stop)
+                failed |= run_jobs_on_ray(jobs, cluster, gpus, events, stop)
         shutil.rmtree(comparison.output / "pools", ignore_errors=True)
         return summarise(comparison, failed)
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Generator[None]:
-    """No other comparison writes there at the same time."""
+def _locked(folder: Path) -> Generator[None]:
+    """Lock a folder against other comparisons."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise SettingsError(
-            f"output_path {folder}: another comparison is under way there"
+            f"output_path is {folder}: another comparison is writing there, wait or choose another"
         ) from error
     try:
         yield
@@ -104,22 +107,24 @@ def _alone_in(folder: Path) -> Generator[None]:
 
 
 def check(comparison: Comparison) -> None:
-    """Check what can be checked without loading data or models.
+    """Check the output folder, and the data of language models, without loading anything.
 
     Raises:
-        SettingsError: the folder cannot be written, or a language model's data do not fit.
+        SettingsError: the folder is not writable, or the data do not fit the run.
     """
     folder = comparison.output
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise SettingsError(f"output_path {folder} is not writable: see {existing}")
+        raise SettingsError(
+            f"output_path is {folder}: allowed is a writable folder, {existing} is not writable"
+        )
     for run in {planned.group: planned.run for planned in comparison.planned}.values():
         if isinstance(run, LanguageModelRun):
             check_data(run)
 
 
 def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
-    """The results of all runs that are kept."""
+    """Return the results of all runs that are stored."""
     folder = comparison.output
     done = [
         p for p in comparison.planned if is_trained(p, folder) and is_evaluated(p, folder, False)
@@ -129,7 +134,7 @@ def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
         p.entry: Entry(
             architecture=p.run.runner.sae.architecture(),
             role=p.settings.role,
-            l0_knob=str(p.knob),
+            l0_parameter=str(p.l0_parameter),
             settings=settings_of(p),
         )
         for p in comparison.planned
@@ -158,13 +163,13 @@ def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
     )
 
 
-def _run_of(planned: Planned, folder: Path) -> Run:
+def _run_of(planned: PlannedRun, folder: Path) -> Run:
     home, runner = folder / planned.folder, planned.run.runner
-    trained, found = read_json(home / TRAINING), read_json(home / FIGURES)
-    figures: dict[str, float | None] = dict(found["figures"])
-    figures |= {name: trained[name] for name in _COSTS if name in trained}
-    curve = Curve.model_validate(trained["curve"]) if trained.get("curve") else None
-    importance = trained.get("importance")
+    training, evaluation = read_json(home / TRAINING), read_json(home / FIGURES)
+    figures: dict[str, float | None] = dict(evaluation["figures"])
+    figures |= {name: training[name] for name in _COSTS if name in training}
+    curve = Curve.model_validate(training["curve"]) if training.get("curve") else None
+    importance = training.get("importance")
     return Run(
         entry=planned.entry,
         l0_target=planned.l0,
@@ -175,8 +180,8 @@ def _run_of(planned: Planned, folder: Path) -> Run:
         moving=curve is not None and still_moving(curve, runner.sae.d_sae, runner.lr_decay_steps),
         curve=curve,
         importance=Importance.model_validate(importance) if importance else None,
-        absorption_by_parent=found.get("absorption_by_parent", []),
-        cosine_map=found.get("cosine_map", ""),
+        absorption_by_parent=evaluation.get("absorption_by_parent", []),
+        cosine_map=evaluation.get("cosine_map", ""),
         folder=planned.folder,
     )
 
@@ -184,56 +189,60 @@ def _run_of(planned: Planned, folder: Path) -> Run:
 _COSTS = ("seconds", "group_seconds", "step_ms", "peak_memory_mib")
 
 
-def _stability(done: list[Planned], folder: Path) -> dict[tuple[str, float], Spread]:
-    """Of each entry and L0 that has two seeds or more, unless there are too many latents. The pairs
-    are of SAEs on one language model."""
-    found: dict[tuple[str, float], Spread] = {}
+def _stability(done: list[PlannedRun], folder: Path) -> dict[tuple[str, float], Spread]:
+    """Return the stability over seeds of each entry and L0.
+
+    Rows with one seed and SAEs with more than `_MAX_LATENTS` latents are left out. Only SAEs on the
+    same language model are compared.
+    """
+    stability: dict[tuple[str, float], Spread] = {}
     for key in dict.fromkeys((p.entry, p.l0) for p in done):
         pairs: list[float] = []
         for model in dict.fromkeys(p.model_seed for p in done):
             seeds = [p for p in done if (p.entry, p.l0, p.model_seed) == (*key, model)]
             if len(seeds) < 2 or seeds[0].run.runner.sae.d_sae > _MAX_LATENTS:
                 continue
-            metric = Stability(signed=any(_found(p, folder)["signed"] for p in seeds))
+            metric = Stability(signed=any(_evaluation(p, folder)["signed"] for p in seeds))
             for planned in seeds:
-                metric.update(*kept_decoder(planned, folder))
+                metric.update(*load_decoder(planned, folder))
             scores = metric.compute().by_pair
             above = torch.ones_like(scores, dtype=torch.bool).triu(1)
             pairs += scores[above].tolist()
         if pairs:
-            found[key] = spread(pairs).model_copy(update={"n": len(pairs)})
-    return found
+            stability[key] = spread(pairs).model_copy(update={"n": len(pairs)})
+    return stability
 
 
-def _found(planned: Planned, folder: Path) -> dict[str, Any]:
+def _evaluation(planned: PlannedRun, folder: Path) -> dict[str, Any]:
     return read_json(folder / planned.folder / FIGURES)
 
 
-def _parents(comparison: Comparison, done: list[Planned]) -> list[Parent]:
+def _parents(comparison: Comparison, done: list[PlannedRun]) -> list[Parent]:
+    """Return the features with children; on a language model, the first letters."""
     run = comparison.planned[0].run
     if not done:
         return []
+    probabilities = _evaluation(done[0], comparison.output).get("parent_probability", [])
     if not isinstance(run, SyntheticRun):
-        shares = _found(done[0], comparison.output).get("parent_probability", [])
-        return [Parent(feature=i, depth=0, probability=share) for i, share in enumerate(shares)]
+        return [Parent(feature=i, depth=0, probability=p) for i, p in enumerate(probabilities)]
     model = synthetic_model(run, comparison.output)
     if model.hierarchy is None:
         return []
     depth = _depths(model)
-    probability = _found(done[0], comparison.output)["parent_probability"]
     return [
         Parent(feature=feature, depth=depth[feature], probability=p)
-        for feature, p in zip(children_of(model.hierarchy), probability, strict=True)
+        for feature, p in zip(children_of(model.hierarchy), probabilities, strict=True)
     ]
 
 
 def _depths(model: SyntheticModel) -> dict[int, int]:
+    """Return the depth of each feature in its tree."""
     assert model.hierarchy is not None
-    found: dict[int, int] = {}
-    level = [(root, 0) for root in model.hierarchy.roots]
-    while level:
-        node, depth = level.pop()
+    depths: dict[int, int] = {}
+    nodes = [(root, 0) for root in model.hierarchy.roots]
+    while nodes:
+        node, depth = nodes.pop()
         if node.feature_index is not None:
-            found[node.feature_index] = depth
-        level += [(child, depth + 1) for child in node.children]
-    return found
+            depths[node.feature_index] = depth
+        nodes += [(child, depth + 1) for child in node.children]
+    return depths

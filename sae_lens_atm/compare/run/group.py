@@ -16,7 +16,7 @@ from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_atm.compare.plan.planned_run import TRAINER_FIELDS, Planned
+from sae_lens_atm.compare.plan.planned_run import TRAINER_FIELDS, PlannedRun
 from sae_lens_atm.compare.run.curve import CurveRecorder
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.random_state import load_random_state, save_random_state
@@ -91,7 +91,7 @@ class GroupCheckpoints(Hook):
 class GroupRunner(MultiSAETrainingRunner):
     """SAELens' runner of several SAEs. Each of its trainers is supervised."""
 
-    planned: dict[str, Planned]
+    planned: dict[str, PlannedRun]
     recorders: dict[str, CurveRecorder]
     saved_state: Path
     """Folder with the state of a group that was stopped."""
@@ -123,9 +123,9 @@ class GroupRunner(MultiSAETrainingRunner):
                 self._save(trainer)
                 raise Interrupted(None, self.stop.signal_number or signal.SIGINT) from None
 
-    def _hooks(self, trainer: SAETrainer[Any, Any], name: str, planned: Planned) -> list[Hook]:
-        knob, timer = planned.knob, StepTimer(trainer.sae.device)
-        controller = L0Controller(trainer, knob, planned.l0) if knob.steered else None
+    def _hooks(self, trainer: SAETrainer[Any, Any], name: str, planned: PlannedRun) -> list[Hook]:
+        parameter, timer = planned.l0_parameter, StepTimer(trainer.sae.device)
+        controller = L0Controller(trainer, parameter, planned.l0) if parameter.controlled else None
         recorder = CurveRecorder(trainer, self.points, timer, None, controller)
         self.recorders[name] = recorder
         return [
@@ -165,7 +165,7 @@ class GroupRunner(MultiSAETrainingRunner):
         load_random_state(self.saved_state)
 
 
-def _with_own_settings(trainer: SAETrainer[Any, Any], planned: Planned) -> SAETrainer[Any, Any]:
+def _with_own_settings(trainer: SAETrainer[Any, Any], planned: PlannedRun) -> SAETrainer[Any, Any]:
     """Return a trainer with the settings of its own entry. SAELens gives all trainers the same."""
     cfg = planned.run.runner
     own = {name: getattr(cfg, name) for name in TRAINER_FIELDS if hasattr(cfg, name)}

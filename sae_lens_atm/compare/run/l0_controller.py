@@ -7,7 +7,7 @@ from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 from typing_extensions import override
 
-from sae_lens_atm.compare.plan.l0_target import Knob
+from sae_lens_atm.compare.plan.l0_target import L0Parameter
 from sae_lens_atm.sae.forward_pass import mean_l0
 from sae_lens_atm.training.supervise import Hook
 
@@ -28,7 +28,9 @@ class L0Controller(Hook):
     nothing changes.
     """
 
-    def __init__(self, trainer: SAETrainer[Any, Any], parameter: Knob, target: float) -> None:
+    def __init__(
+        self, trainer: SAETrainer[Any, Any], parameter: L0Parameter, target: float
+    ) -> None:
         self._trainer = trainer
         self._target = target
         self._scheduler = trainer.coefficient_schedulers.get(parameter.name)

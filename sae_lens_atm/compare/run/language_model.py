@@ -14,9 +14,10 @@ from sae_lens.multi_sae_training_runner import (
 )
 from sae_lens.util import temporary_seed
 
-from sae_lens_atm.compare.plan.planned_run import Planned
+from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.curve import curve_points
 from sae_lens_atm.compare.run.group import GroupRunner
+from sae_lens_atm.compare.run.language_model_figures import evaluate_on_language_model
 from sae_lens_atm.compare.run.stored_run import (
     TRAINING,
     is_evaluated,
@@ -28,11 +29,7 @@ from sae_lens_atm.evaluation.first_letters import (
     FirstLetters,
     look_at_first_letters,
 )
-from sae_lens_atm.evaluation.language_model import (
-    evaluate_on_language_model,
-    hold_out,
-    make_store,
-)
+from sae_lens_atm.evaluation.language_model import hold_out, make_store
 from sae_lens_atm.files import saved_at_once, write_json
 from sae_lens_atm.training.hooks import (
     OnStep,
@@ -42,7 +39,7 @@ from sae_lens_atm.training.run_file import LanguageModelRun
 
 
 def train_group(
-    group: Sequence[Planned], folder: Path, points: int, on_step: OnStep, stop: StopFlag
+    group: Sequence[PlannedRun], folder: Path, points: int, on_step: OnStep, stop: StopFlag
 ) -> None:
     """Train and evaluate the runs of one seed that are not saved yet.
 

@@ -1,5 +1,7 @@
-"""Many runs in processes of their own: one that crashes takes no other with it, and the memory of
-each can be told."""
+"""Run jobs in processes of their own.
+
+A job that crashes leaves the others alone, and the peak memory of each can be measured.
+"""
 
 import logging
 import multiprocessing
@@ -25,22 +27,22 @@ _SIGTERM = 15
 
 
 class Work(Protocol):
-    """What a job does; a function of a module, as it travels to another process."""
+    """The function of a job. It must be picklable, as it is sent to another process."""
 
     def __call__(self, _on_progress: Callable[[int], None], _stop: StopFlag, /) -> None: ...
 
 
 @dataclass(frozen=True)
 class Job:
-    """Some work, and how many steps of it there are."""
+    """A piece of work, and its number of steps."""
 
     label: str
     steps: int
     work: Work
 
 
-class Listener(Protocol):
-    """Hears how jobs get on."""
+class JobEvents(Protocol):
+    """Callbacks for jobs that start, advance and end."""
 
     def started(self, job: Job) -> None: ...
     def advanced(self, job: Job, steps: int) -> None: ...
@@ -48,34 +50,40 @@ class Listener(Protocol):
 
 
 def run_jobs(
-    jobs: Sequence[Job], at_once: int, listener: Listener, stop: StopFlag
+    jobs: Sequence[Job], at_once: int, events: JobEvents, stop: StopFlag
 ) -> dict[str, str]:
-    """Run all jobs, some at once; returns the errors of those that failed.
+    """Run all jobs, and return the errors of those that failed, by label.
+
+    Args:
+        jobs: the jobs, in the order in which they start.
+        at_once: maximum number of processes.
+        events: callbacks.
+        stop: flag to stop all jobs.
 
     Raises:
-        Interrupted: `stop` asked for it, and every job under way has stopped.
+        Interrupted: `stop` was set, and all running jobs have ended.
     """
-    # A server that has imported all of this once, and forks for each job without having computed
-    # anything: a new process takes milliseconds, and CUDA is untouched in it.
+    # The fork server imports the package once and forks it for each job, which takes milliseconds.
+    # It never computes anything, so CUDA is not initialised in it.
     forks = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(["sae_lens_atm.compare"])
-    threads = threads_each(at_once)
+    threads = threads_per_job(at_once)
     waiting, failed = deque(jobs), dict[str, str]()
     running: dict[Connection, tuple[Any, Job]] = {}
-    told_to_stop = False
-    while running or (waiting and not told_to_stop):
+    stopping = False
+    while running or (waiting and not stopping):
         while waiting and len(running) < at_once and stop.signal_number is None:
             job = waiting.popleft()
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(job, theirs, threads))
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_run_in_process, args=(job, sender, threads))
             process.start()
-            theirs.close()
-            running[ours] = (process, job)
-            listener.started(job)
-        if stop.signal_number is not None and not told_to_stop:
-            told_to_stop = True
+            sender.close()
+            running[receiver] = (process, job)
+            events.started(job)
+        if stop.signal_number is not None and not stopping:
+            stopping = True
             for process, _ in running.values():
                 process.terminate()
         for connection in wait(list(running), timeout=0.5):
@@ -87,25 +95,26 @@ def run_jobs(
                 process.join()
                 del running[connection]
                 error = failed.get(job.label)
-                if error is None and process.exitcode != 0 and not told_to_stop:
+                if error is None and process.exitcode != 0 and not stopping:
                     error = failed[job.label] = f"ended with exit code {process.exitcode}"
-                listener.ended(job, error)
+                events.ended(job, error)
                 continue
             if isinstance(message, str):
                 failed[job.label] = message
             else:
-                listener.advanced(job, message)
+                events.advanced(job, message)
     if stop.signal_number is not None:
         raise Interrupted(None, stop.signal_number)
     return failed
 
 
-def threads_each(at_once: int) -> int:
-    """The threads that each of several jobs has."""
+def threads_per_job(at_once: int) -> int:
+    """Return the number of threads of each job, so that all jobs together use every core."""
     return max((os.cpu_count() or 1) // at_once, 1)
 
 
-def _child(job: Job, connection: Connection, threads: int) -> None:
+def _run_in_process(job: Job, connection: Connection, threads: int) -> None:
+    """Run a job, in its process. Steps are sent as numbers, an error as text."""
     torch.set_num_threads(threads)
     prepare_process()
     stop = StopFlag()
@@ -113,7 +122,7 @@ def _child(job: Job, connection: Connection, threads: int) -> None:
     def report(steps: int) -> None:
         try:
             connection.send(steps)
-        except OSError:  # whoever started this is gone: keep the state and end
+        except OSError:  # the parent process has ended: save the state and end, too
             stop.request(_SIGTERM)
 
     try:
@@ -124,35 +133,45 @@ def _child(job: Job, connection: Connection, threads: int) -> None:
     except Exception as error:
         if os.environ.get("SAE_LENS_ATM_DEBUG"):
             raise
-        connection.send(" ".join(f"{type(error).__name__}: {error}".split()))
+        connection.send(describe_error(error))
         sys.exit(1)
 
 
 def prepare_process() -> None:
-    """Silence SAELens, in a process of a job's own."""
+    """Silence SAELens in the process of a job, as all jobs share one terminal."""
     silence_saelens()
     sae_lens.logger.setLevel(logging.ERROR)
 
 
+def describe_error(error: Exception) -> str:
+    """Return the type and the message of an error in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class StepCounter:
-    """Reports steps now and then, as an `on_step` of training."""
+    """Counts steps, and reports every 25 of them.
+
+    Args:
+        report: is called with the number of steps since its last call.
+    """
 
     def __init__(self, report: Callable[[int], None]) -> None:
         self._report = report
         self._steps = 0
 
     def count(self) -> None:
-        """One step more."""
+        """Add one step."""
         self._steps += 1
         if self._steps % _REPORT_EVERY == 0:
             self._report(_REPORT_EVERY)
 
     def on_step(self, _trainer: SAETrainer[Any, Any], _output: Any) -> None:
+        """Add one training step."""
         self.count()
 
 
 def cpu_name() -> str:
-    """What the processor calls itself, where it does."""
+    """Return the processor's model name, or "unknown" where the system does not provide it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from sae_lens_atm.compare.plan.planned_run import Planned, at
+from sae_lens_atm.compare.plan.planned_run import PlannedRun, stored_in
 from sae_lens_atm.compare.run.batch_pool import Pool, batch_seed
 from sae_lens_atm.compare.run.curve import (
     CurveRecorder,
@@ -50,7 +50,7 @@ _HELD_OUT_SAMPLES = 2048
 _MAP_SIDE = 256  # features, and latents, that a cosine map shows at most
 
 
-def pool_of(planned: Planned, folder: Path) -> Pool:
+def pool_of(planned: PlannedRun, folder: Path) -> Pool:
     """Return the pool with the batches of a run. Runs of one seed and data share it."""
     runner = cast(SyntheticRun, planned.run).runner
     name = f"seed-{planned.seed}-{planned.data_key}.pool"
@@ -59,7 +59,7 @@ def pool_of(planned: Planned, folder: Path) -> Pool:
 
 
 def train_one(
-    planned: Planned,
+    planned: PlannedRun,
     model: SyntheticModel,
     folder: Path,
     points: int,
@@ -74,7 +74,7 @@ def train_one(
     home = folder / planned.folder
     if is_trained(planned, folder):
         return
-    planned = at(planned, home)
+    planned = stored_in(planned, home)
     assert isinstance(planned.run, SyntheticRun)
     cfg, steps = planned.run.runner, planned.run.runner.total_training_steps
     home.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def train_one(
 
 
 def _fit(
-    planned: Planned,
+    planned: PlannedRun,
     sae: TrainingSAE[Any],
     model: SyntheticModel,
     folder: Path,
@@ -124,7 +124,11 @@ def _fit(
     trainer: SAETrainer[Any, Any] = SAETrainer(trainer_cfg, sae, batches)
     with temporary_seed(batch_seed(planned.seed, -1)):
         held_out = HeldOutBatch(*_dense(model.sample_with_features(_HELD_OUT_SAMPLES)), model)
-    controller = L0Controller(trainer, planned.knob, planned.l0) if planned.knob.steered else None
+    controller = (
+        L0Controller(trainer, planned.l0_parameter, planned.l0)
+        if planned.l0_parameter.controlled
+        else None
+    )
     timer = StepTimer(sae.device)
     recorder = CurveRecorder(trainer, points, timer, held_out, controller)
     if checkpoint is not None:
@@ -151,7 +155,7 @@ def _newest(folder: Path) -> Path | None:
         return None
 
 
-def evaluate_one(planned: Planned, model: SyntheticModel, folder: Path, with_map: bool) -> None:
+def evaluate_one(planned: PlannedRun, model: SyntheticModel, folder: Path, with_map: bool) -> None:
     """Evaluate a saved SAE, loaded as users load it, and save the figures."""
     home = folder / planned.folder
     if is_evaluated(planned, folder, with_map):

@@ -1,4 +1,4 @@
-"""What is left to do in a comparison: jobs, and what each does in its process."""
+"""The jobs of a comparison that are left to do."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import cast
 
 from sae_lens_atm.compare.plan.comparison_file import Comparison
-from sae_lens_atm.compare.plan.planned_run import Planned, spelling_lm_folder
-from sae_lens_atm.compare.run.batch_pool import Pool, kept_model, synthetic_model
+from sae_lens_atm.compare.plan.planned_run import PlannedRun, spelling_lm_folder
+from sae_lens_atm.compare.run.batch_pool import model_folder, synthetic_model
 from sae_lens_atm.compare.run.language_model import train_group
 from sae_lens_atm.compare.run.processes import Job, StepCounter
 from sae_lens_atm.compare.run.stored_run import (
@@ -27,7 +27,7 @@ from sae_lens_atm.training.run_file import SyntheticRun
 
 
 @dataclass(frozen=True)
-class _MakeModel:
+class _MakeSyntheticModel:
     run: SyntheticRun
     folder: Path
 
@@ -53,7 +53,7 @@ class _MakeLanguageModel:
 
 @dataclass(frozen=True)
 class _DrawPool:
-    planned: Planned
+    planned: PlannedRun
     folder: Path
 
     def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
@@ -68,7 +68,7 @@ class _DrawPool:
 
 @dataclass(frozen=True)
 class _RunOne:
-    planned: Planned
+    planned: PlannedRun
     folder: Path
     points: int
     with_map: bool
@@ -82,7 +82,7 @@ class _RunOne:
 
 @dataclass(frozen=True)
 class _RunGroup:
-    group: tuple[Planned, ...]
+    group: tuple[PlannedRun, ...]
     folder: Path
     points: int
 
@@ -92,37 +92,49 @@ class _RunGroup:
 
 
 def make_jobs(comparison: Comparison) -> list[list[Job]]:
-    """What is left to do: a synthetic model to make, then batches to draw, then runs."""
+    """Return the jobs that are left to do, in lists that run one after the other.
+
+    On synthetic data: making the model, drawing batches, then one job for each run. On a language
+    model: making the models, then one job for each group of runs that share activations.
+    """
+    synthetic = comparison.is_synthetic
+    return _synthetic_jobs(comparison) if synthetic else _language_model_jobs(comparison)
+
+
+def _language_model_jobs(comparison: Comparison) -> list[list[Job]]:
     folder, points = comparison.output, comparison.curve_points
-    if not comparison.is_synthetic:
-        groups = [list(g) for _, g in groupby(comparison.planned, key=lambda p: p.group)]
-        runs: list[Job] = [
-            Job(
-                group[0].group,
-                sum(steps_of(p) for p in group if not is_trained(p, folder)),
-                _RunGroup(tuple(group), folder, points),
-            )
-            for group in groups
-            if not all(is_evaluated(p, folder, with_map=False) for p in group)
-        ]
-        lms = {p.lm.seed: p.lm for p in comparison.planned if p.lm is not None} if runs else {}
-        homes = {seed: spelling_lm_folder(folder, lm) for seed, lm in lms.items()}
-        models = [
-            Job(f"model {seed}", lm.steps, _MakeLanguageModel(lm, homes[seed]))
-            for seed, lm in lms.items()
-            if not is_spelling_lm(lm, homes[seed])
-        ]
-        return [models, runs]
-    models = []
+    groups = [list(g) for _, g in groupby(comparison.planned, key=lambda p: p.group)]
+    runs = [
+        Job(
+            group[0].group,
+            sum(steps_of(p) for p in group if not is_trained(p, folder)),
+            _RunGroup(tuple(group), folder, points),
+        )
+        for group in groups
+        if not all(is_evaluated(p, folder, with_map=False) for p in group)
+    ]
+    lms = {p.lm.seed: p.lm for p in comparison.planned if p.lm is not None} if runs else {}
+    homes = {seed: spelling_lm_folder(folder, lm) for seed, lm in lms.items()}
+    models = [
+        Job(f"model {seed}", lm.steps, _MakeLanguageModel(lm, homes[seed]))
+        for seed, lm in lms.items()
+        if not is_spelling_lm(lm, homes[seed])
+    ]
+    return [models, runs]
+
+
+def _synthetic_jobs(comparison: Comparison) -> list[list[Job]]:
+    folder, points = comparison.output, comparison.curve_points
+    models: list[Job] = []
     pools: dict[Path, Job] = {}
     runs: list[Job] = []
     for planned in comparison.planned:
-        with_map = has_map(comparison, planned)
+        with_map = needs_cosine_map(comparison, planned)
         to_train = not is_trained(planned, folder)
         if not to_train and is_evaluated(planned, folder, with_map):
             continue
         if to_train and planned.settings.trained:
-            pool: Pool = pool_of(planned, folder)
+            pool = pool_of(planned, folder)
             if pool.is_worth_keeping and not pool.path.exists():
                 label = f"{pool.shape[0]} batches of {pool.shape[1]}, seed {planned.seed}"
                 draw = _DrawPool(planned, folder)
@@ -130,24 +142,27 @@ def make_jobs(comparison: Comparison) -> list[list[Job]]:
         work = _RunOne(planned, folder, points, with_map)
         runs.append(Job(planned.label, steps_of(planned) if to_train else 0, work))
     run = cast(SyntheticRun, comparison.planned[0].run)
-    kept = kept_model(run, folder)
-    if runs and kept is not None and not kept.exists():
-        models.append(Job("synthetic model", 0, _MakeModel(run, folder)))
+    stored = model_folder(run, folder)
+    if runs and stored is not None and not stored.exists():
+        models.append(Job("synthetic model", 0, _MakeSyntheticModel(run, folder)))
     return [models, list(pools.values()), runs]
 
 
 def planned_jobs(comparison: Comparison) -> list[Job]:
-    """All that is left to do, in order."""
+    """Return the jobs that are left to do, in order."""
     return [job for jobs in make_jobs(comparison) for job in jobs]
 
 
-def steps_of(planned: Planned) -> int:
-    """Training steps of a run."""
+def steps_of(planned: PlannedRun) -> int:
+    """Return the number of training steps of a run; 0 for a control that is left untrained."""
     return planned.run.runner.total_training_steps if planned.settings.trained else 0
 
 
-def has_map(comparison: Comparison, planned: Planned) -> bool:
-    """Of each entry, one run shows its cosine map: the first seed's, at the middle L0."""
+def needs_cosine_map(comparison: Comparison, planned: PlannedRun) -> bool:
+    """Return whether a run stores its picture of cosines.
+
+    One run of each entry does: at the middle L0, with the first seed.
+    """
     levels = sorted({p.l0 for p in comparison.planned})
     middle = levels[(len(levels) - 1) // 2]
     return planned.l0 == middle and planned.seed == comparison.planned[0].seed

@@ -1,1 +1,1 @@
-"""Small language models that learn to spell, trained here without a download."""
+"""A small language model that learns first letters, trained without a download."""

@@ -1,10 +1,14 @@
-"""A language model small enough to train here: docstrings, and the first letters of words.
+"""A small language model whose activations hold words and their first letters.
 
-Absorption wants a model that holds, on a word, both the word and its first letter. Half of this
-one's text is spelling: the prompts of SAEBench, and words followed by their first letter at once,
-without which the model looks letters up only when asked, out of sight of the layer that is looked
-at. Noise in its residual stream makes each letter a direction of its own, well apart from the
-others; a penalty on the stream's norm keeps it from shouting the noise down.
+Absorption needs a model that represents, on the token of a word, both the word and its first
+letter. Half of the training text are docstrings, half is spelling:
+
+- the prompts of SAEBench;
+- words directly followed by their first letter. Without these, the model computes a letter only
+  in the prompt, after the layer where SAEs are trained.
+
+Noise in the residual stream makes the model separate the directions of the letters. A penalty on
+the norm of the stream keeps it from making the noise irrelevant.
 """
 
 import json
@@ -26,31 +30,31 @@ from sae_lens_atm.data.spelling.text import QUESTION, Text, text, tokenizer
 from sae_lens_atm.errors import SettingsError
 
 HOOK = "transformer.h.0"
-"""Where the SAEs look: the residual stream after the first of its layers."""
+"""The hook for SAEs: the residual stream after the first layer."""
 TOKENS = "tokens"
 _DONE = "spelling-lm.json"
-_DECAY = 1.0  # strong: what initialisation left in a word's embedding hides its letter
-_LETTER_WEIGHT = 100.0  # of the first letters' loss, which noise alone keeps above 0
+_DECAY = 1.0  # strong, as the initial values of a word's embedding hide its letter
+_LETTER_WEIGHT = 100.0  # weight of the loss of first letters
 
 
 @dataclass
 class SpellingLMConfig:
-    """A model and its training; the defaults take about 3 minutes on 2 cores.
+    """The model and its training. With the defaults it takes about 3 minutes on 2 cores.
 
     Args:
-        seed: of initialisation, batches and noise.
-        words_per_letter: words in the vocabulary of each first letter, the most frequent ones; rare
-            letters have fewer.
-        layers: transformer layers.
+        seed: seed of the weights, the batches and the noise.
+        words_per_letter: words of each first letter in the vocabulary, the most frequent. Rare
+            letters have fewer words.
+        layers: number of transformer layers.
         d_model: width of the residual stream.
-        heads: attention heads of a layer.
-        context_size: tokens of a row, the one that begins it included.
-        steps: training steps.
-        batch_size: rows of a step, half of them text, half spelling.
-        lr: learning rate at its highest.
+        heads: number of attention heads in a layer.
+        context_size: number of tokens in a row, with <bos>.
+        steps: number of training steps.
+        batch_size: number of rows in a step. Half are text, half are spelling.
+        lr: the highest learning rate.
         noise: standard deviation of the noise after each layer, in each dimension.
         norm_penalty: weight of the residual stream's mean square after each layer.
-        dataset_rows: rows of tokens that come with the model, to train SAEs on.
+        dataset_rows: number of rows in the dataset of tokens that is saved with the model.
     """
 
     seed: int = 0
@@ -78,43 +82,46 @@ class SpellingLMConfig:
         )
         for name in whole:
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: allowed is 1 or more")
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
         if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr!r}: allowed is more than 0")
+            raise ValueError(f"lr must be above 0, got {self.lr!r}")
         for name in ("noise", "norm_penalty"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: allowed is 0 or more")
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
         if self.context_size < 16:
-            raise ValueError(f"context_size is {self.context_size!r}: allowed is 16 or more")
+            raise ValueError(f"context_size must be 16 or more, got {self.context_size!r}")
         if self.d_model % self.heads:
             raise ValueError(
-                f"d_model is {self.d_model!r}: allowed is a multiple of heads, {self.heads}"
+                f"d_model must be a multiple of heads = {self.heads}, got {self.d_model!r}"
             )
 
 
 class Rows:
-    """Rows of tokens, half text and half spelling, drawn by a generator."""
+    """Draws rows of tokens, half text and half spelling."""
 
     def __init__(self, text: Text, context_size: int, generator: torch.Generator) -> None:
         index = {token: i for i, token in enumerate(text.vocabulary)}
         self.text, self.length, self.generator = text.tokens, context_size - 1, generator
         self.words = torch.tensor([index[word] for word in text.words])
         first = [word[0].upper() for word in text.words]
-        # Every letter as often as any other: else those of few words are hardly learned.
+        # Each letter is drawn equally often. Otherwise letters with few words are hardly learned.
         self.weights = 1 / torch.tensor([first.count(letter) for letter in first])
         self.answers = torch.tensor([index[word[0].upper()] for word in text.words])
         self.template = torch.tensor([index[token] for token in QUESTION])
         self.newline = torch.tensor([index["\n"]])
 
     def draw(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Rows, and where in them first letters are given. Each begins with <bos>, token 0; text
-        comes first, then spelling."""
-        asked, told = rows // 4, rows // 4
-        text = self._text(rows - asked - told)
+        """Draw rows of text, then of spelling.
+
+        Returns:
+            The tokens, where each row starts with <bos> = 0, and which of them are first letters.
+        """
+        prompts, direct = rows // 4, rows // 4
+        text = self._text(rows - prompts - direct)
         drawn = [
             (text, torch.zeros_like(text, dtype=torch.bool)),
-            self._spelling(asked, self.template),
-            self._spelling(told, self.template[:0]),
+            self._spelling(prompts, self.template),
+            self._spelling(direct, self.template[:0]),
         ]
         tokens, is_answer = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         return functional.pad(tokens, (1, 0)), functional.pad(is_answer, (1, 0))
@@ -142,21 +149,26 @@ class Rows:
 def make_spelling_lm(
     cfg: SpellingLMConfig, folder: Path, on_step: Callable[[float], None] | None = None
 ) -> Path:
-    """Train the model and save it, with its tokenizer and a dataset of token rows, as
-    `from_pretrained` and `load_from_disk` want them. A folder that has it already is left alone.
+    """Train the model, and save it with its tokenizer and a dataset of token rows.
+
+    `transformers` loads the folder with `from_pretrained`, `datasets` its `tokens` with
+    `load_from_disk`. If the folder holds this model already, nothing is done.
 
     Args:
-        cfg: what to train.
-        folder: where; written to the side first.
+        cfg: the model and its training.
+        folder: where to save it. It is written under a hidden name first.
         on_step: called with the loss after each step.
 
+    Returns:
+        The folder.
+
     Raises:
-        SettingsError: the folder holds something else.
+        SettingsError: the folder holds other files.
     """
     if is_spelling_lm(cfg, folder):
         return folder
     if folder.exists() and any(folder.iterdir()):
-        raise SettingsError(f"{folder} is not empty: allowed is a new folder, or this very model's")
+        raise SettingsError(f"{folder} is not empty and holds another model: choose a new folder")
     material = text(cfg.words_per_letter)
     rows = Rows(material, cfg.context_size, torch.Generator().manual_seed(cfg.seed))
     with temporary_seed(cfg.seed), _one_thread():
@@ -174,14 +186,14 @@ def make_spelling_lm(
 
 
 def is_spelling_lm(cfg: SpellingLMConfig, folder: Path) -> bool:
-    """Whether a folder has the model of this config."""
+    """Return whether a folder holds the model of this config."""
     done = folder / _DONE
     return done.is_file() and json.loads(done.read_text(encoding="utf-8")) == asdict(cfg)
 
 
 @contextmanager
 def _one_thread() -> Generator[None]:
-    """With more, sums depend on the load of the machine, and the model with them."""
+    """Use one thread: with more, rounding depends on the load of the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -206,7 +218,7 @@ def _train(
             bos_token_id=0,
             eos_token_id=1,
             pad_token_id=2,
-            # GPT-2's own suits a width of 768; letters then take long to be learned at all.
+            # GPT-2's value is for a width of 768. With it, letters are learned slowly.
             initializer_range=cfg.d_model**-0.5,
             tie_word_embeddings=False,
         )
@@ -244,9 +256,11 @@ def _train(
 
 
 def _loss(model: GPT2LMHeadModel, stream: Tensor, target: Tensor, is_answer: Tensor) -> Tensor:
-    """Cross-entropy of the letters asked for, and of a half of the tokens: the words of a spelling
-    row are anyone's guess, and the logits of a token cost more than all else."""
-    looked_at = torch.rand(target.shape) < 0.5
+    """Return the cross-entropy of the first letters and of a random half of the tokens.
+
+    The logits take most of the time, and half of them is enough.
+    """
+    chosen = torch.rand(target.shape) < 0.5
     letters = functional.cross_entropy(model.lm_head(stream[is_answer]), target[is_answer])
-    tokens = functional.cross_entropy(model.lm_head(stream[looked_at]), target[looked_at])
+    tokens = functional.cross_entropy(model.lm_head(stream[chosen]), target[chosen])
     return tokens + _LETTER_WEIGHT * letters

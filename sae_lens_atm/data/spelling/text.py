@@ -1,4 +1,4 @@
-"""Text that every machine with Python has, its words, and a tokenizer of them."""
+"""Docstrings of Python's standard library as text, their words, and a tokenizer."""
 
 import ast
 import re
@@ -17,31 +17,31 @@ from transformers import PreTrainedTokenizerFast
 BOS, EOS, PAD, UNKNOWN = SPECIAL = ("<bos>", "<eos>", "<pad>", "<unk>")
 QUESTION = ("has", "the", "first", "letter", ":")
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-"""As answers; all text is in lower case."""
+"""The answers. All other text is in lower case."""
 _TOKEN = r"[A-Za-z]+|<[a-z]+>|\n|[^\sA-Za-z]"
 _ELSEWHERE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-_OFTEN = 20  # from so many occurrences on, what is no word has a token of its own
+_OFTEN = 20  # other strings than words are in the vocabulary if they occur so often
 
 
 class Text(NamedTuple):
-    """Text as tokens."""
+    """A text as tokens."""
 
     vocabulary: list[str]
     words: list[str]
-    """Those of the vocabulary that are letters alone; a single one is a word too."""
+    """The words of the vocabulary: strings of letters, also of one letter."""
     tokens: Tensor
-    """The whole text, one token after the other."""
+    """The text, shape ``(tokens,)``."""
 
 
 def docstrings() -> Iterator[str]:
-    """The docstrings of Python's standard library, in the order of its files."""
+    """Yield the docstrings of Python's standard library, in the order of its files."""
     root = Path(sysconfig.get_path("stdlib"))
     for file in sorted(root.rglob("*.py")):
         if _ELSEWHERE.intersection(file.relative_to(root).parts):
             continue
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (OSError, SyntaxError, ValueError):  # some are meant to be broken
+        except (OSError, SyntaxError, ValueError):  # some files of the tests are invalid on purpose
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -52,7 +52,7 @@ def docstrings() -> Iterator[str]:
 
 @cache
 def text(words_per_letter: int) -> Text:
-    """Docstrings, in a vocabulary of the most frequent words of each first letter."""
+    """Return the docstrings, in a vocabulary of the most frequent words of each first letter."""
     rows = [[*re.findall(_TOKEN, row), "\n"] for row in docstrings()]
     count = Counter(token for row in rows for token in row)
     by_frequency = sorted(count, key=lambda token: (-count[token], token))
@@ -73,7 +73,7 @@ def text(words_per_letter: int) -> Text:
 
 
 def tokenizer(vocabulary: list[str], name: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words, in the form that `transformers` loads from a folder."""
+    """Return a tokenizer of whole words."""
     index = {token: i for i, token in enumerate(vocabulary)}
     words = Tokenizer(models.WordLevel(index, unk_token=UNKNOWN))
     words.pre_tokenizer = pre_tokenizers.Split(Regex(_TOKEN), "removed", invert=True)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,1 +1,1 @@
-"""What runs inside SAEBench's environment, where `sae_lens_atm` is not installed."""
+"""Code that runs in SAEBench's environment, where `sae_lens_atm` is not installed."""

@@ -1,4 +1,4 @@
-"""The model and the SAE that SAEBench looks at. Runs in either environment."""
+"""Load the model and the SAE for SAEBench. Runs in either environment."""
 
 import json
 import re
@@ -14,14 +14,14 @@ from transformers import AutoTokenizer
 
 CONFIG = "hooked_transformer.json"
 WEIGHTS = "hooked_transformer.safetensors"
-_NOT_KEPT = ("device", "dtype", "seed", "tokenizer_name")  # a matter of where it is loaded
+_NOT_SAVED = ("device", "dtype", "seed", "tokenizer_name")  # they depend on where it is loaded
 
 
 def save_hooked_transformer(model: HookedTransformer, folder: Path) -> None:
-    """Write a HookedTransformer of one's own, and its tokenizer, as `load_model` reads it."""
+    """Write a HookedTransformer and its tokenizer in the format that `load_model` reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    known = model.cfg.to_dict()
-    cfg = {name: v for name, v in known.items() if name not in _NOT_KEPT and _plain(v)}
+    fields = model.cfg.to_dict()
+    cfg = {name: v for name, v in fields.items() if name not in _NOT_SAVED and _plain(v)}
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / WEIGHTS)
     cast(Any, model.tokenizer).save_pretrained(folder)
@@ -33,8 +33,10 @@ def _plain(value: Any) -> bool:
 
 
 def load_model(model: str, device: str, dtype: torch.dtype) -> Any:
-    """A model as SAEBench loads it from the Hub, or the same from a local folder: one written by
-    `save_hooked_transformer`, or a transformers model."""
+    """Load a model as SAEBench does, from the Hub or from a local folder.
+
+    The folder holds a transformers model, or was written by `save_hooked_transformer`.
+    """
     folder = Path(model)
     if not folder.is_dir():
         return HookedTransformer.from_pretrained_no_processing(model, device=device, dtype=dtype)
@@ -42,7 +44,7 @@ def load_model(model: str, device: str, dtype: torch.dtype) -> Any:
         from transformer_lens.model_bridge import TransformerBridge  # not in TransformerLens 2
 
         bridge = TransformerBridge.boot_transformers(model, device=device, dtype=dtype)
-        bridge.cfg.model_name = folder.name  # SAEBench makes a path of it
+        bridge.cfg.model_name = folder.name  # SAEBench uses the name in paths
         return bridge
     fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     cfg = HookedTransformerConfig(**fields, device=device, dtype=dtype)
@@ -52,7 +54,7 @@ def load_model(model: str, device: str, dtype: torch.dtype) -> Any:
 
 
 def load_sae(folder: Path, device: str, dtype: torch.dtype) -> Any:
-    """A SAE as SAEBench wants it: decoder rows of length one, TransformerLens' name of the hook."""
+    """Load an SAE for SAEBench: with unit decoder rows and TransformerLens' name of the hook."""
     sae = SAE.load_from_disk(folder, device=device)
     with suppress(NotImplementedError):  # as SAEBench does
         sae.fold_W_dec_norm()
@@ -64,7 +66,10 @@ def load_sae(folder: Path, device: str, dtype: torch.dtype) -> Any:
 
 
 def hooked_name(hook_name: str) -> str:
-    """TransformerLens' name of a hook. The output of a whole layer of a transformers model, as
-    `model.layers.12`, is the residual stream behind it."""
+    """Return TransformerLens' name of a hook.
+
+    The output of a whole layer of a transformers model, such as `model.layers.12`, is the residual
+    stream after the layer.
+    """
     layer = re.search(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)$", hook_name)
     return f"blocks.{layer[1]}.hook_resid_post" if layer else hook_name

@@ -1,14 +1,14 @@
-"""The process that started this one."""
+"""Watch the parent process."""
 
 import os
 import threading
 
 
 def end_with_parent() -> None:
-    """Whatever ends the command that started this closes its end of our stdin: end then too."""
+    """End this process when the parent has ended, which closes its end of this process' stdin."""
 
     def wait() -> None:
-        while os.read(0, 1):  # not sys.stdin: its lock would be held at our own end
+        while os.read(0, 1):  # not sys.stdin, whose lock would block the end of this process
             pass
         os._exit(1)
 

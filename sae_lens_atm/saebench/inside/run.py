@@ -1,8 +1,8 @@
-"""SAEBench's evals of one SAE: `python -m inside.run JOB RESULTS`, two JSON files.
+"""Run SAEBench's evals on one SAE: `python -m inside.run JOB RESULTS`, two JSON files.
 
-SAEBench's own `run_eval` does the work. It is given the model, its own folders and a fixed order
-of the words where it would look for a name on the Hub, write into its installation, and follow the
-order of a hash table.
+SAEBench's own `run_eval` does the work. Some of its functions are replaced here. By default it
+loads the model by a name on the Hub, writes into its installation, and takes words in the order of
+a hash table. Here it gets the model, folders, and the words in alphabetical order.
 """
 # pyright: basic, reportMissingImports=false
 
@@ -39,18 +39,18 @@ from .parent import end_with_parent
 
 SEED = 42  # SAEBench's
 SMALL_VOCABULARY = 8192
-"""Words, below which SAEBench's batch of 4096 leaves its probes hardly any steps."""
+"""With fewer words, SAEBench's batches of 4096 give its probes too few training steps."""
 TEXT = "Skylion007/openwebtext"
-"""SAEBench's own text for the core eval."""
+"""SAEBench's text for the core eval."""
 
 
 class CannotRun(Exception):
-    """What an eval wants is not there."""
+    """An eval lacks something that it needs. The message says what."""
 
 
 @dataclass
 class Subject:
-    """A SAE, its model, and how SAEBench treats that model."""
+    """An SAE, its model, and SAEBench's settings for that model."""
 
     sae: Any
     model: Any
@@ -63,12 +63,13 @@ class Subject:
 
 
 def absorption(subject: Subject) -> dict[str, Any]:
+    """Run the absorption eval, and add the F1 scores of its probes."""
     words = sorted(get_alpha_tokens(subject.model.tokenizer))
     missing = set(LETTERS) - {word.strip()[0].lower() for word in words}
     if missing:
         raise CannotRun(
-            f"no word of the model's vocabulary begins with {', '.join(sorted(missing))}: "
-            "SAEBench wants words of every letter"
+            f"no word of the model's vocabulary starts with {', '.join(sorted(missing))}: "
+            "SAEBench needs words of every letter"
         )
     config = absorption_main.AbsorptionEvalConfig(
         model_name=subject.model_name,
@@ -103,8 +104,9 @@ def absorption(subject: Subject) -> dict[str, Any]:
     if not found:
         good = sum(row["f1_probe"] > config.min_GT_probe_f1 for row in f1.values())
         raise CannotRun(
-            f"the model tells too few first letters: a linear probe's F1 is above "
-            f"{config.min_GT_probe_f1} for {good}, SAEBench wants {config.min_feats_for_eval}"
+            f"the model represents too few first letters: the F1 of a linear probe is above "
+            f"{config.min_GT_probe_f1} for {good} letters, SAEBench needs "
+            f"{config.min_feats_for_eval}"
         )
     (result,) = found.values()
     scored = [f1[letter["first_letter"]] for letter in result["eval_result_details"]]
@@ -117,6 +119,7 @@ def absorption(subject: Subject) -> dict[str, Any]:
 
 @torch.no_grad()
 def core(subject: Subject) -> dict[str, Any]:
+    """Run the core eval."""
     context = min(128, subject.model.cfg.n_ctx)
     config = CoreEvalConfig(
         model_name=subject.model_name,
@@ -156,6 +159,7 @@ def core(subject: Subject) -> dict[str, Any]:
 
 
 def sparse_probing(subject: Subject) -> dict[str, Any]:
+    """Run the sparse-probing eval."""
     config = SparseProbingEvalConfig(
         model_name=subject.model_name,
         llm_batch_size=subject.batch_size,
@@ -183,17 +187,18 @@ EVALS: dict[str, Callable[[Subject], dict[str, Any]]] = {
 def run(
     run_eval: Callable[..., dict[str, Any]], config: Any, subject: Subject, home: Path
 ) -> dict[str, Any]:
+    """Call SAEBench's `run_eval` for one SAE."""
     home.mkdir(parents=True, exist_ok=True)
     return run_eval(config, [("sae", subject.sae)], subject.device, str(home), force_rerun=True)
 
 
 def given(model: Any) -> Any:
-    """Stands where SAEBench loads a model by its name."""
+    """Return a replacement for the class with which SAEBench loads a model by its name."""
     return SimpleNamespace(from_pretrained_no_processing=lambda *_args, **_options: model)
 
 
 def text(path: str) -> Any:
-    """A dataset on the Hub, or one that `Dataset.save_to_disk` wrote."""
+    """Load a dataset from the Hub, or from a folder written by `Dataset.save_to_disk`."""
     if not Path(path).is_dir():
         return from_hub(path, split="train", streaming=True)
     dataset = datasets.load_from_disk(path)
@@ -201,17 +206,20 @@ def text(path: str) -> Any:
 
 
 def from_hub(name: str, *args: Any, **options: Any) -> Any:
+    """Load a dataset with `load_dataset`."""
     try:
         return datasets.load_dataset(name, *args, **options)
     except Exception as error:
-        raise CannotRun(f"wants the dataset {name}: {reason(error)}") from error
+        raise CannotRun(f"cannot load the dataset {name}: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
+    """Return the type and message of an error in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def subject_of(job: dict[str, Any]) -> Subject:
+    """Load the SAE and the model of a job."""
     device = general_utils.setup_environment()
     name = job["model"].rstrip("/").split("/")[-1]
     dtype = LLM_NAME_TO_DTYPE.get(name, "float32")
@@ -228,7 +236,7 @@ def subject_of(job: dict[str, Any]) -> Subject:
 
 
 def all_evals(job: dict[str, Any]) -> dict[str, Any]:
-    """What each eval found, or why it did not: one that fails leaves the others theirs."""
+    """Run all evals of a job. Return their results, or the error of each that failed."""
     found: dict[str, Any] = {}
     try:
         subject = subject_of(job)

@@ -1,4 +1,4 @@
-"""What a run will do, and whether it can: found out before any training."""
+"""Check a run before it starts, and describe what it will do."""
 
 import os
 from pathlib import Path
@@ -8,20 +8,23 @@ import torch
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.training.checkpoints import (
-    check_resumable,
-    is_checkpoint,
-)
+from sae_lens_atm.training.checkpoints import check_resumable, is_checkpoint
+from sae_lens_atm.training.preflight.amounts import estimation_batches
 from sae_lens_atm.training.preflight.lookups import look_up
+from sae_lens_atm.training.preflight.memory import sae_size, size_text
 from sae_lens_atm.training.ranks import check_shares
 from sae_lens_atm.training.ranks import size as number_of_processes
-from sae_lens_atm.training.run_file import LanguageModelRun, Run, shown
+from sae_lens_atm.training.run_file import LanguageModelRun, Run, batch_size_of
+from sae_lens_atm.training.schema import shown
 
 
 def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> dict[str, Any]:
-    """Check what can be checked without loading data or models, and say what would be done.
+    """Check a run without loading data or models, and return facts about it for a table.
 
-    For a `dry` run everything short of the download of a language model is checked (`dry_run`).
+    Args:
+        run: the run.
+        checkpoint: the checkpoint that it resumes from, found by `newest_checkpoint`.
+        dry: also look up model, hook and dataset (`look_up`).
 
     Raises:
         SettingsError, CheckpointError: something does not fit.
@@ -35,18 +38,23 @@ def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> di
             "dataset": run.runner.dataset_path or "(none)",
         }
         check_data(run)
-        batch = run.runner.train_batch_size_tokens
-    else:
-        batch = run.runner.batch_size
     check_shares(run)
+    size, batch = sae_size(cfg.sae), batch_size_of(run)
     parameters = cfg.sae.d_sae * (2 * cfg.sae.d_in + 1) + cfg.sae.d_in
+    needed = size.resident + size.parameters
     facts |= {
         "d_in, d_sae": f"{cfg.sae.d_in}, {cfg.sae.d_sae} ({parameters:,} parameters)",
         "steps": f"{cfg.total_training_steps:,} of {batch:,}",
-        # weights, gradients and the two moments of Adam
-        "memory": f"{16 * parameters / 2**30:.2f} GiB for the SAE in float32, activations aside",
+        "memory": f"{size_text(needed)} for the SAE (weights, gradients, Adam, averages), "
+        "without activations",
         "output": output,
     }
+    estimated = estimation_batches(run)
+    if estimated and checkpoint is None:
+        facts["before step 1"] = (
+            f"{estimated:,} batches of {batch:,} to estimate the scale of the activations "
+            "(n_batches_for_norm_estimate)"
+        )
     if number_of_processes() > 1:
         share = batch // number_of_processes()
         facts["processes"] = f"{number_of_processes()}, with {share:,} of each batch"
@@ -59,10 +67,10 @@ def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> di
 
 
 def check_data(run: LanguageModelRun) -> None:
-    """Check what SAELens would stumble on when it has loaded the model.
+    """Check settings of the data that SAELens checks only after it has loaded the model.
 
     Raises:
-        SettingsError: there is no dataset, or the activation buffer is less than a batch.
+        SettingsError: there is no dataset, or the activation buffer is smaller than a batch.
     """
     cfg = run.runner
     if cfg.use_cached_activations:
@@ -71,15 +79,20 @@ def check_data(run: LanguageModelRun) -> None:
         raise SettingsError("dataset_path: missing, a language-model run needs a dataset")
     buffer = cfg.n_batches_in_buffer * cfg.context_size
     if buffer < cfg.train_batch_size_tokens:
+        least = -(-cfg.train_batch_size_tokens // cfg.context_size)
         raise SettingsError(
-            f"n_batches_in_buffer is {cfg.n_batches_in_buffer}: times context_size "
-            f"{cfg.context_size} it must reach train_batch_size_tokens, "
+            f"n_batches_in_buffer must be {least} or more, got {cfg.n_batches_in_buffer}: times "
+            f"context_size = {cfg.context_size} it must reach train_batch_size_tokens = "
             f"{cfg.train_batch_size_tokens}"
         )
 
 
 def check_devices(run: Run) -> None:
-    """A dry run may be made elsewhere than the run, so it does not look at the machine."""
+    """Check that the devices of a run exist. A dry run may be on another machine than the run.
+
+    Raises:
+        SettingsError: one of them does not.
+    """
     cfg = run.runner
     devices = {"device": cfg.device, "sae.device": cfg.sae.device}
     if isinstance(run, LanguageModelRun):
@@ -89,28 +102,28 @@ def check_devices(run: Run) -> None:
             raise SettingsError(f"{name} is {device!r}: this machine has no CUDA device")
 
 
-def check_output(run: Run, resume: str | Path | None = None) -> Path:
-    """The run's folder, checked: writable, and without anything that would be lost.
+def check_output(run: Run, checkpoint: Path | None = None) -> Path:
+    """Check that the run's folder can be written and holds no other run. Return the folder.
 
     Raises:
-        SettingsError: naming the folder and what to do.
+        SettingsError: it cannot, or it does. The message says what to do.
     """
     output = Path(run.runner.output_path or "")
     checkpoints = Path(run.runner.checkpoint_path or "")
     for folder in (output, checkpoints):
         try:
             existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        except (OSError, ValueError) as error:  # no path at all: too long, or with a 0 in it
+        except (OSError, ValueError) as error:  # not a path: too long, or with a null character
             raise SettingsError(f"output_path {shown(str(folder))}: {error.args[-1]}") from error
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise SettingsError(f"output_path {folder} is not writable: see {existing}")
+            raise SettingsError(f"output_path {folder} cannot be written: check {existing}")
     if (output / SAE_CFG_FILENAME).exists():
         raise SettingsError(
             f"output_path {output} already holds a finished SAE: choose another folder"
         )
-    if resume is None and any(is_checkpoint(folder) for folder in checkpoints.glob("*")):
+    if checkpoint is None and any(is_checkpoint(folder) for folder in checkpoints.glob("*")):
         raise SettingsError(
-            f"{checkpoints} holds checkpoints of an unfinished run: go on with "
+            f"{checkpoints} holds checkpoints of an unfinished run: resume it with "
             f"--resume {checkpoints}, or choose another output_path"
         )
     return output

@@ -3,24 +3,7 @@ import math
 import pytest
 
 from sae_lens_atm.compare.report import charts, results
-from tests.compare.sample import ODD, entries_of, sample
-
-
-def test_an_entry_looks_like_no_other():
-    entries = entries_of(**{f"e{i}": "baseline" for i in range(20)}, a="candidate", c="control")
-    styles = charts.entry_styles(entries)
-    assert len({(style.colour, style.dash) for style in styles.values()}) == len(styles)
-    assert next(iter(styles)) == "a"
-    assert styles["a"].width > styles["e0"].width
-    assert styles["c"].dash != "solid" == styles["e0"].dash
-
-
-def test_a_control_that_is_far_off_does_not_squeeze_the_rest():
-    low, high = charts.view([1.0, 2.0], [[1.5, 2.4], [1.5, 100.0]])
-    assert 0.8 < low < 1
-    assert 2.4 < high < 2.6
-    low, high = charts.view([0.0])
-    assert low < 0 < high
+from tests.compare.sample import ODD, sample
 
 
 def test_missed_l0s_are_hollow(comparison):

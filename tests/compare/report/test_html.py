@@ -4,19 +4,18 @@
 import json
 import math
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import pytest
 
 from sae_lens_atm.compare.report import html as report
-from sae_lens_atm.compare.report import results, summary, wording
-from tests.compare.sample import L0S, ODD, entries_of, row, sample
+from sae_lens_atm.compare.report import results
+from tests.compare.sample import L0S, ODD, sample
 
 VOID = {"meta", "link", "img", "br", "path", "rect", "input"}
 
 
 def _test(difference=0.1, better=True, p=0.5):
-    return results.Test(
+    return results.PairedTest(
         candidate="atm",
         l0_target=4.0,
         figure="mcc",
@@ -53,82 +52,10 @@ class Page(HTMLParser):
             self.scripts[-1] += data
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "text"),
-    [
-        (0.12345, 3, "0.123"),
-        (-0.5, 2, "−0.50"),
-        (12345.6, 0, "12,346"),
-        (0.0, 3, "0.000"),
-        (0.00012, 3, "1e−04"),
-        (0.0006, 3, "0.001"),
-        (None, 3, "–"),
-        (math.nan, 3, "–"),
-        (math.inf, 3, "–"),
-    ],
-)
-def test_numbers_are_shown_with_the_figures_digits(value, digits, text):
-    assert wording.show(value, digits) == text
-
-
-def test_a_difference_has_its_sign():
-    shown = [wording.show(value, 2, "+") for value in (0.25, -0.25, 0.0)]
-    assert shown == ["+0.25", "−0.25", "0.00"]
-
-
-@pytest.mark.parametrize(
-    ("mean", "sd", "text"),
-    [(0.5, 0.01, "0.50 ± 0.01"), (0.5, None, "0.50"), (None, None, "–"), (math.nan, 0.1, "–")],
-)
-def test_a_spread_without_a_deviation_is_a_number(mean, sd, text):
-    assert wording.show_spread(results.Spread(mean=mean, sd=sd, n=2), 2) == text
-
-
-@pytest.mark.parametrize(
-    ("p", "text"), [(0.0004, "<0.001"), (0.0312, "0.031"), (1.0, "1.000"), (None, "–")]
-)
-def test_p(p, text):
-    assert wording.show_p(p) == text
-
-
 @pytest.mark.parametrize("missing", [None, math.nan, math.inf])
-def test_what_is_missing_sorts_by_an_empty_value(missing):
+def test_a_missing_value_sorts_as_an_empty_one(missing):
     assert report.number(missing, "–").value == ""
     assert float(report.number(-1e-7, "0").value) == -1e-7
-
-
-def test_headings_say_which_way_is_better():
-    names = ("mcc", "absorption_full", "l0", "odd_extra")
-    assert [wording.heading(name) for name in names] == [
-        "MCC\N{NO-BREAK SPACE}↑",
-        "absorption, full\N{NO-BREAK SPACE}↓",
-        "L0",
-        "odd extra",
-    ]
-
-
-def _holding(rows, entries, not_ranked=()):
-    return SimpleNamespace(rows=rows, entries=entries, not_ranked=not_ranked)
-
-
-@pytest.mark.parametrize(
-    ("figure", "best"),
-    [("mcc", {("b", 4.0)}), ("absorption_fraction", {("a", 4.0)}), ("l0", set())],
-)
-def test_the_best_row_is_no_control_and_met_its_l0(figure, best):
-    entries = entries_of(a="candidate", b="baseline", c="baseline", d="control", e="control")
-    values = {"a": 0.5, "b": 0.6, "d": 0.9, "e": 0.1}
-    rows = [row(name, value, figure=figure) for name, value in values.items()]
-    rows += [row("c", extreme, matched=False, figure=figure) for extreme in (0.0, 1.0)]
-    assert summary.best_rows(_holding(rows, entries), figure) == best
-
-
-def test_each_l0_has_its_best_and_equal_ones_share_it():
-    entries = entries_of(a="candidate", b="baseline", c="baseline")
-    rows = [row("a", 0.7001), row("b", 0.7002), row("c", 0.69), row("c", 0.2, l0=8.0)]
-    rows += [row("a", None, l0=8.0), row("b", math.nan, l0=8.0)]
-    best = {("a", 4.0), ("b", 4.0), ("c", 8.0)}  # 0.700 both, as the table shows them
-    assert summary.best_rows(_holding(rows, entries), "mcc") == best
 
 
 def test_tables_have_a_cell_for_every_figure(comparison):
@@ -154,7 +81,7 @@ def test_only_rows_have_a_best_cell(comparison):
 def test_rows_that_do_not_compare_are_marked(comparison):
     lines = report.table(comparison, comparison.rows)
     marked = {(line.entry, line.cells[0].text): line.marks for line in lines if line.marks}
-    assert marked == {("jumprelu", "4"): ["L0 off"], ("topk", "12"): ["moving"]}
+    assert marked == {("jumprelu", "4"): ["L0 off target"], ("topk", "12"): ["not converged"]}
 
 
 @pytest.mark.parametrize(
@@ -175,12 +102,12 @@ def test_a_verdict_is_a_symbol_and_words(test, symbol, words):
 
 
 def test_glances_go_by_l0_and_in_the_tables_order(comparison):
-    found = report.glances(comparison)
-    assert [(glance.l0, glance.candidate) for glance in found] == [(l0, "atm") for l0 in L0S]
+    glances = report.make_glances(comparison)
+    assert [(glance.l0, glance.candidate) for glance in glances] == [(l0, "atm") for l0 in L0S]
     figures = ["explained_variance", "mcc", "f1", "absorption_fraction", "stability"]
-    assert [test.figure for test in found[0].tests] == figures
-    sure = [t.better for t in found[0].tests if t.p is not None and t.p < 0.05 and t.difference]
-    assert (found[0].better, found[0].worse) == (sure.count(True), sure.count(False))
+    assert [test.figure for test in glances[0].tests] == figures
+    sure = [t.better for t in glances[0].tests if t.p is not None and t.p < 0.05 and t.difference]
+    assert (glances[0].better, glances[0].worse) == (sure.count(True), sure.count(False))
     assert sure
 
 
@@ -222,9 +149,9 @@ def test_nan_is_no_json_and_is_not_written(comparison):
     assert ">nan" not in html
 
 
-def test_the_page_says_what_went_wrong():
+def test_the_page_reports_quick_runs_and_errors():
     html = report.report_html(sample(quick=True))
-    assert "A quick run: nothing was learned" in html
+    assert 'id="quick"' in html
     assert "the loss is &lt;nan&gt; at step 4100" in html
     fine = sample().model_copy(update={"failed": {}})
     html = report.report_html(fine)
@@ -232,7 +159,20 @@ def test_the_page_says_what_went_wrong():
     assert 'id="failed"' not in html
 
 
-def test_a_comparison_without_anything_is_a_page():
+def test_results_without_curves_say_so(comparison):
+    empty = {"curve": None, "importance": None, "absorption_by_parent": [], "cosine_map": ""}
+    runs = [run.model_copy(update=empty) for run in comparison.runs]
+    html = report.report_html(comparison.model_copy(update={"runs": runs}))
+    page = Page(html)
+    assert page.open == []
+    assert "No curves stored" in html
+    ids = {attributes.get("id") for _, attributes in page.tags}
+    assert "pareto-mcc" in ids
+    assert not {"curve-l0", "importance", "parents", "maps"} & ids
+    assert "No curves stored" not in report.report_html(comparison)
+
+
+def test_results_without_runs_are_a_page():
     nothing = sample().model_copy(
         update={"runs": [], "rows": [], "tests": [], "parents": [], "entries": {}}
     )

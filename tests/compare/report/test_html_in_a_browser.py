@@ -120,13 +120,13 @@ def test_a_heading_sorts_by_number_and_back(page):
 
 
 def test_sorting_by_one_column_ends_sorting_by_another(page):
-    _column(page, "L0 asked for")[2].click()
-    assert _column(page, "L0 asked for")[0] == ["4.0"] * 7 + ["8.0"] * 7 + ["12.0"] * 7
+    _column(page, "target L0")[2].click()
+    assert _column(page, "target L0")[0] == ["4.0"] * 7 + ["8.0"] * 7 + ["12.0"] * 7
     _column(page, "entry")[2].click()
     values, order, _ = _column(page, "entry")
     assert order == "ascending"
     assert values[-3:] == ["untrained"] * 3
-    assert _column(page, "L0 asked for")[1] is None
+    assert _column(page, "target L0")[1] is None
 
 
 def test_the_theme_turns_page_and_charts(page):

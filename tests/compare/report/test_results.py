@@ -25,9 +25,10 @@ def test_results_come_back_as_they_were_written(tmp_path):
             assert row[name] == ("" if value is None else str(value))
 
 
-def test_lists_of_numbers_take_a_line(tmp_path):
+def test_lists_of_numbers_and_innermost_objects_take_a_line(tmp_path):
     path, _ = write_results(sample(), tmp_path)
     lines = path.read_text().splitlines()
+    assert any('"mcc": { "mean": ' in line and '"n": 3 }' in line for line in lines)
     assert any('"steps": [' in line and line.count(",") > 5 for line in lines)
 
 
@@ -44,12 +45,12 @@ def test_nan_is_null_in_json_and_empty_in_csv(tmp_path):
     ("content", "reason"),
     [
         ("{", "JSON"),
-        ("[]", "should be an object"),
+        ("[]", "not a results.json"),
         ('{"name": 3}', "name"),
         (None, "cannot read"),
     ],
 )
-def test_what_is_no_results_file_is_named(tmp_path, content, reason):
+def test_a_file_that_is_not_results_is_an_error(tmp_path, content, reason):
     path = tmp_path / "results.json"
     if content is not None:
         path.write_text(content)
@@ -58,10 +59,21 @@ def test_what_is_no_results_file_is_named(tmp_path, content, reason):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_another_schema_version_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("version", "advice"), [(2, r"tools/migrate_results\.py"), (SCHEMA_VERSION + 1, "")]
+)
+def test_another_schema_version_is_refused(tmp_path, version, advice):
     path, _ = write_results(sample(), tmp_path)
     content = json.loads(path.read_text())
-    content["schema_version"] = SCHEMA_VERSION + 1
+    content["schema_version"] = version
     path.write_text(json.dumps(content))
-    with pytest.raises(SettingsError, match="schema_version"):
+    with pytest.raises(SettingsError, match=f"schema_version.*{advice}") as caught:
         read_results(path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_text_with_braces_and_line_breaks_comes_back(tmp_path):
+    results = sample()
+    results.config["note"] = "{ a\n  b: [1,\n 2] }"
+    path, _ = write_results(results, tmp_path)
+    assert read_results(path).config["note"] == results.config["note"]

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -5,10 +6,11 @@ from scipy import stats
 
 from sae_lens_atm.compare.report.results import Entry, Run, Spread
 from sae_lens_atm.compare.report.summary import best_row, best_rows, make_rows, make_tests, spread
+from tests.compare.sample import entries_of, row
 
 ROLES = {"atm": "candidate", "a": "baseline", "b": "baseline", "off": "control"}
 ENTRIES = {
-    name: Entry(architecture="topk", role=role, l0_knob="k", settings={})
+    name: Entry(architecture="topk", role=role, l0_parameter="k", settings={})
     for name, role in ROLES.items()
 }
 
@@ -19,8 +21,8 @@ def run(entry, seed, matched=True, moving=False, l0=4.0, **figures):
     )
 
 
-def holding(rows, not_ranked=()):
-    return SimpleNamespace(rows=rows, entries=ENTRIES, not_ranked=not_ranked)
+def holding(rows, not_ranked=(), entries=ENTRIES):
+    return SimpleNamespace(rows=rows, entries=entries, not_ranked=not_ranked)
 
 
 def test_spread_by_hand():
@@ -142,3 +144,23 @@ def test_stability_is_compared_without_a_p():
         None,
         1,
     )
+
+
+@pytest.mark.parametrize(
+    ("figure", "best"),
+    [("mcc", {("b", 4.0)}), ("absorption_fraction", {("a", 4.0)}), ("l0", set())],
+)
+def test_the_best_row_is_no_control_and_met_its_l0(figure, best):
+    entries = entries_of(a="candidate", b="baseline", c="baseline", d="control", e="control")
+    values = {"a": 0.5, "b": 0.6, "d": 0.9, "e": 0.1}
+    rows = [row(name, value, figure=figure) for name, value in values.items()]
+    rows += [row("c", extreme, matched=False, figure=figure) for extreme in (0.0, 1.0)]
+    assert best_rows(holding(rows, entries=entries), figure) == best
+
+
+def test_each_l0_has_its_best_and_equal_ones_share_it():
+    entries = entries_of(a="candidate", b="baseline", c="baseline")
+    rows = [row("a", 0.7001), row("b", 0.7002), row("c", 0.69), row("c", 0.2, l0=8.0)]
+    rows += [row("a", None, l0=8.0), row("b", math.nan, l0=8.0)]
+    best = {("a", 4.0), ("b", 4.0), ("c", 8.0)}  # 0.700 both, as the table shows them
+    assert best_rows(holding(rows, entries=entries), "mcc") == best

@@ -1,9 +1,9 @@
 from rich.console import Console
 
 from sae_lens_atm.compare.report import tables
-from sae_lens_atm.compare.report.results import Entry, Results, Run, Test
+from sae_lens_atm.compare.report.results import Entry, PairedTest, Point, Results, Run, Sweep
 from sae_lens_atm.compare.report.summary import make_rows
-from sae_lens_atm.compare.report.tables import markdown, row_tables
+from sae_lens_atm.compare.report.tables import markdown, row_tables, sweep_tables
 from tests.compare.sample import sample
 
 
@@ -24,7 +24,7 @@ def small():
     ]
     roles = {"atm": "candidate", "topk": "baseline", "gated": "baseline", "off": "control"}
     entries = {
-        name: Entry(architecture="topk", role=role, l0_knob="k", settings={})
+        name: Entry(architecture="topk", role=role, l0_parameter="k", settings={})
         for name, role in roles.items()
     }
     test = {"candidate": "atm", "l0_target": 4, "figure": "mcc", "baseline": "topk", "n": 2}
@@ -37,7 +37,7 @@ def small():
         entries=entries,
         runs=runs,
         rows=make_rows(runs, {}),
-        tests=[Test(**test, difference=0.15, better=True, p=0.2)],
+        tests=[PairedTest(**test, difference=0.15, better=True, p=0.2)],
     )
 
 
@@ -54,8 +54,8 @@ def test_rows_by_hand():
     assert "small, L0 4: mean ± sd over 2 seeds" in shown
     for part in ("MCC ↑", "0.850±.071", "atm ~", "gated *", "ms a step"):
         assert part in shown
-    assert "training, s" not in shown  # there is no room for everything
-    # the best that is ranked is green: not what missed its L0, nor a control
+    assert "training, s" not in shown  # only in the report
+    # the best ranked row is green: rows off target and controls are not ranked
     green = [line for line in shown.splitlines() if "\x1b[1;32m" in line or "\x1b[32m" in line]
     assert len(green) == 1
     assert "atm" in green[0]
@@ -91,3 +91,48 @@ def test_a_table_for_each_l0():
     results = sample()
     levels = {row.l0_target for row in results.rows}
     assert len(list(row_tables(results))) == len(levels) == markdown(results).count("|---")
+
+
+def swept(points):
+    """A sweep of a field `lr` with the value and the figure of each point."""
+    entries = {f"atm, lr {lr:g}": (lr, mcc, l0) for lr, mcc, l0 in points}
+    runs = [
+        Run(
+            entry=entry,
+            l0_target=4,
+            seed=0,
+            figures={"l0": l0, "mcc": mcc},
+            matched=l0 == 4,
+            moving=False,
+        )
+        for entry, (_, mcc, l0) in entries.items()
+    ]
+    results = small()
+    results.runs, results.rows, results.tests = runs, make_rows(runs, {}), []
+    results.entries = {
+        name: Entry(architecture="atm", role="candidate", l0_parameter="k", settings={})
+        for name in entries
+    }
+    results.sweep = Sweep(
+        objective="mcc",
+        points={name: Point(entry="atm", values={"lr": lr}) for name, (lr, *_) in entries.items()},
+    )
+    return results
+
+
+def test_the_best_points_of_a_sweep_come_first_and_those_off_target_last():
+    (table,) = sweep_tables(swept([(0.1, 0.7, 4.0), (0.2, 0.9, 4.0), (0.3, 0.95, 5.0)]))
+    shown = text(table)
+    assert "best" not in shown
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    assert ["0.2" in rows[0], "0.1" in rows[1], "0.3" in rows[2]] == [True] * 3
+    assert "*" in rows[2]
+
+
+def test_a_long_sweep_shows_its_best_points():
+    (table,) = sweep_tables(swept([(i / 10, i / 20, 4.0) for i in range(1, 14)]), most=10)
+    shown = text(table)
+    assert "best 10 of 13" in shown
+    rows = [line for line in shown.splitlines() if line.startswith("│")]
+    assert len(rows) == 10
+    assert "1.3" in rows[0]

@@ -7,7 +7,7 @@ from sae_lens_atm.compare.run.batch_pool import (
     Pool,
     batch_seed,
     draw_batch,
-    kept_model,
+    model_folder,
     synthetic_model,
 )
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
@@ -46,7 +46,7 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert len({batch_seed(s, t) for s in range(20) for t in range(-2, 50)}) == 20 * 52
 
 
-def test_drawing_leaves_the_random_state_alone():
+def test_drawing_restores_the_random_state():
     m = model()
     torch.manual_seed(0)
     expected = torch.rand(2)
@@ -55,7 +55,7 @@ def test_drawing_leaves_the_random_state_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_a_pool_holds_the_batches_and_goes_round(tmp_path):
+def test_a_pool_repeats_its_batches(tmp_path):
     m = model()
     pool = Pool(tmp_path / "pools/seed-3.pool", 4, 16, 8)
     assert list(pool.draw(m, 3)) == [0, 1, 2, 3]
@@ -77,24 +77,24 @@ def test_a_pool_has_its_name_only_when_whole(tmp_path):
     assert pool.path.stat().st_size == 4 * 16 * 8 * 4
 
 
-def test_what_is_too_large_is_not_kept(tmp_path):
+def test_a_large_pool_is_not_stored(tmp_path):
     assert Pool(tmp_path / "p", 3000, 1024, 64).is_worth_keeping
     assert not Pool(tmp_path / "p", 200_000, 1024, 768).is_worth_keeping
 
 
-def test_a_model_that_takes_long_to_make_is_kept_as_it_was(tmp_path):
+def test_a_synthetic_model_comes_back_as_it_was_stored(tmp_path):
     path = tmp_path / "small.yaml"
     path.write_text(SMALL)
     run = load_comparison(path).planned[0].run
     assert isinstance(run, SyntheticRun)
     made = build_synthetic_model(run)
-    kept = kept_model(run, tmp_path)
-    for _ in range(2):  # made and kept, then read
+    stored = model_folder(run, tmp_path)
+    for _ in range(2):  # made and stored, then read
         again = synthetic_model(run, tmp_path)
         assert torch.equal(draw_batch(again, 64, 0, 0), draw_batch(made, 64, 0, 0))
-        assert kept.is_dir()
+        assert stored.is_dir()
     assert again.hierarchy.to_dict() == made.hierarchy.to_dict()
 
 
-def test_hierarchies_of_ours_are_built_anew(comparison_yaml, tmp_path):
-    assert kept_model(load_comparison(comparison_yaml).planned[0].run, tmp_path) is None
+def test_a_hierarchy_model_is_not_stored(comparison_yaml, tmp_path):
+    assert model_folder(load_comparison(comparison_yaml).planned[0].run, tmp_path) is None

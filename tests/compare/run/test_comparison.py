@@ -1,4 +1,4 @@
-"""Whole comparisons, of few steps."""
+"""Whole comparisons of few steps."""
 
 import json
 import math
@@ -9,20 +9,19 @@ from itertools import combinations
 import pytest
 import torch
 from filelock import FileLock
-from sae_lens import SAE, TrainingSAE
+from sae_lens import SAE
 
-from sae_lens_atm.compare import compare, dry_run, load_comparison, planned_jobs, read_results
-from sae_lens_atm.compare.evaluate_saved import data_of, evaluate_saved
-from sae_lens_atm.compare.report.output import write_all
+from sae_lens_atm.compare import compare, load_comparison, planned_jobs, read_results
+from sae_lens_atm.compare.report.html import write_all
 from sae_lens_atm.compare.run.comparison import summarise
+from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.errors import Interrupted, SettingsError
 from sae_lens_atm.metrics import stability
 from sae_lens_atm.training.hooks import StopFlag
-from tests.helpers import make_sae
 
 
-class Ears:
-    """Counts, and asks for a stop after some steps."""
+class Events:
+    """Records the jobs that ended, and requests a stop after some steps."""
 
     def __init__(self, stop=None, after=0):
         self.done = []
@@ -41,6 +40,22 @@ class Ears:
         self.done.append(job.label)
 
 
+def run_here(comparison, stop_after=math.inf):
+    """Run all jobs in this process, and request a stop after some steps (a multiple of 25)."""
+    stop, left = StopFlag(), stop_after
+
+    def on_progress(steps):
+        nonlocal left
+        left -= steps
+        if left <= 0:
+            stop.request(signal.SIGINT)
+
+    for jobs in make_jobs(comparison):
+        for job in jobs:
+            job.work(on_progress, stop)
+    return summarise(comparison, {})
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The small comparison, run once for all tests that only look at it."""
@@ -49,7 +64,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def results(finished, comparison_yaml):
-    return compare(load_comparison(comparison_yaml, [f"output_path={finished}"]), 2, Ears())
+    return compare(load_comparison(comparison_yaml, [f"output_path={finished}"]), 2, Events())
 
 
 def test_everything_is_there(results, finished):
@@ -87,15 +102,15 @@ def test_everything_is_there(results, finished):
 
 def test_settings_seeds_and_versions_are_recorded(results):
     atm = results.entries["atm"]
-    assert (atm.role, atm.l0_knob, atm.architecture) == ("candidate", "k", "atm")
+    assert (atm.role, atm.l0_parameter, atm.architecture) == ("candidate", "k", "atm")
     assert atm.settings["sae"]["mask_rate"] == 1.0
     assert results.entries["jumprelu"].settings["trainer"]["lr"] == 3e-3
-    assert results.entries["jumprelu"].l0_knob == "l0, steered"
+    assert results.entries["jumprelu"].l0_parameter == "l0, controlled"
     assert {"sae-lens", "sae-lens-atm", "torch", "python"} == results.versions.keys()
     assert results.config["seeds"] == [0, 1]
 
 
-def test_l0_is_judged_by_what_was_measured(results):
+def test_matched_compares_the_measured_l0(results):
     for run in results.runs:
         off = abs(run.figures["l0"] / run.l0_target - 1)
         assert run.matched == (off <= 0.05)
@@ -104,7 +119,7 @@ def test_l0_is_judged_by_what_was_measured(results):
     assert not any(run.matched for run in results.runs if run.entry == "jumprelu")
 
 
-def test_stability_is_that_of_the_saved_saes(results, finished):
+def test_stability_compares_the_saved_saes(results, finished):
     for row in results.rows:
         runs = [r for r in results.runs if (r.entry, r.l0_target) == (row.entry, row.l0_target)]
         saes = [SAE.load_from_disk(finished / run.folder / "sae") for run in runs]
@@ -119,7 +134,7 @@ def test_stability_is_that_of_the_saved_saes(results, finished):
 def test_nothing_is_left_to_do_and_nothing_changes(results, finished, comparison_yaml):
     comparison = load_comparison(comparison_yaml, [f"output_path={finished}"])
     assert planned_jobs(comparison) == []
-    again = compare(comparison, 1, Ears())
+    again = compare(comparison, 2, Events())
     assert again.runs == results.runs
     assert not (finished / "pools").exists()
     assert not list(finished.glob("runs/*/checkpoints"))
@@ -161,19 +176,20 @@ def test_a_change_reruns_only_what_it_changes(results, finished, comparison_yaml
     jobs = planned_jobs(comparison)
     assert [job.steps for job in jobs] == [0, 0, 0, 0]
     before = {r.entry: r for r in results.runs if (r.seed, r.l0_target) == (0, 2.0)}
-    for run in compare(comparison, 2, Ears()).runs:
+    for run in compare(comparison, 2, Events()).runs:
         assert run.curve == before[run.entry].curve
         assert run.figures["mcc"] == pytest.approx(before[run.entry].figures["mcc"])
         assert run.figures["mse"] != before[run.entry].figures["mse"]
 
 
 def test_runs_of_a_seed_see_the_same_batches(comparison_yaml, tmp_path):
-    """Entries of the same settings come out equal, another seed's does not: with 20.5 batches asked
-    for, some drawn into a pool of 8, a checkpoint on the way."""
+    """Entries with equal settings give equal SAEs, and other seeds give others.
+
+    The runs have 20.5 batches from a pool of 8, and a checkpoint on the way."""
     again = ["architectures.again.architecture=topk", "l0=[2]", "pool_batches=8"]
     odd = ["training_samples=1312", "n_checkpoints=3", "architectures.atm.trained=false"]
     comparison = load_comparison(comparison_yaml, [*again, *odd])
-    results = compare(comparison, 2, Ears())
+    results = compare(comparison, 2, Events())
     found = {
         (run.entry, run.seed): SAE.load_from_disk(tmp_path / "out" / run.folder / "sae").W_dec
         for run in results.runs
@@ -184,16 +200,16 @@ def test_runs_of_a_seed_see_the_same_batches(comparison_yaml, tmp_path):
 
 
 def test_activations_are_normalised_before_training(comparison_yaml, tmp_path):
-    """Which takes batches of its own, and again none after an interruption."""
-    shared = ["l0=[2]", "seeds=[0]", "sae.normalize_activations=expected_average_only_in"]
-    short = [*shared, "training_samples=12800", "architectures.jumprelu.trained=false"]
-    straight = compare(load_comparison(comparison_yaml, [*short, "output_path=a"]), 1, Ears())
+    """The norm is estimated on batches of its own, and not again when a run resumes."""
+    norm = ["sae.normalize_activations=expected_average_only_in", "n_batches_for_norm_estimate=20"]
+    short = [*norm, "l0=[2]", "seeds=[0]", "training_samples=6400"]
+    short += ["architectures.jumprelu.trained=false"]
+    straight = run_here(load_comparison(comparison_yaml, [*short, "output_path=a"]))
     comparison = load_comparison(comparison_yaml, [*short, "output_path=b"])
-    stop = StopFlag()
     with pytest.raises(Interrupted):
-        compare(comparison, 1, Ears(stop, after=300), stop)
+        run_here(comparison, stop_after=130)  # the pool has 100 steps
     (_,) = (tmp_path / "b").glob("runs/*/checkpoints/*/history.pt")
-    halted = compare(comparison, 1, Ears())
+    halted = run_here(comparison)
     for one, other in zip(straight.runs, halted.runs, strict=True):
         first, second = (
             SAE.load_from_disk(tmp_path / name / run.folder / "sae").W_dec
@@ -204,8 +220,8 @@ def test_activations_are_normalised_before_training(comparison_yaml, tmp_path):
 
 def test_two_comparisons_do_not_share_a_folder(comparison_yaml, tmp_path):
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out/.lock"), pytest.raises(SettingsError, match="under way there"):
-        compare(load_comparison(comparison_yaml), 1, Ears())
+    with FileLock(tmp_path / "out/.lock"), pytest.raises(SettingsError, match="output_path"):
+        compare(load_comparison(comparison_yaml), 2, Events())
 
 
 def weights(folder):
@@ -215,26 +231,25 @@ def weights(folder):
     }
 
 
-def test_an_interrupted_comparison_goes_on_bit_for_bit(comparison_yaml, tmp_path):
-    """Stopped within runs, an L0 controller and ATM's state among what goes on."""
-    short = ["seeds=[0]", "l0=[2]", "training_samples=12800"]
+def test_an_interrupted_comparison_resumes_bit_for_bit(comparison_yaml, tmp_path):
+    """Runs are stopped on the way. What resumes includes an L0 controller and ATM's state."""
+    short = ["seeds=[0]", "l0=[2]", "training_samples=6400"]
     straight = load_comparison(comparison_yaml, [*short, "output_path=straight"])
-    whole = compare(straight, 1, Ears())
+    whole = run_here(straight)
     comparison = load_comparison(comparison_yaml, [*short, "output_path=halting"])
-    kept = 0
-    for _ in range(6):
-        stop = StopFlag()
-        try:  # each time some steps further: the pool has 200 steps, and so has each of three runs
-            halted = compare(comparison, 1, Ears(stop, after=240), stop)
-            break
-        except Interrupted:
-            kept += len(list((tmp_path / "halting").glob("runs/*/checkpoints/*/history.pt")))
-    assert kept >= 2  # runs stopped under way
-    expected, found = weights(tmp_path / "straight"), weights(tmp_path / "halting")
-    assert expected.keys() == found.keys()
+    # The pool has 100 steps, and so has each of three runs: one is stopped in each of three calls.
+    for entry in ("atm", "topk", "jumprelu"):
+        with pytest.raises(Interrupted):
+            run_here(comparison, stop_after=110)
+        assert (
+            len(list((tmp_path / "halting").glob(f"runs/{entry}*/checkpoints/*/history.pt"))) == 1
+        )
+    halted = run_here(comparison)
+    expected, resumed = weights(tmp_path / "straight"), weights(tmp_path / "halting")
+    assert expected.keys() == resumed.keys()
     for name, state in expected.items():
         for key, value in state.items():
-            assert torch.equal(value, found[name][key]), (name, key)
+            assert torch.equal(value, resumed[name][key]), (name, key)
     for one, other in zip(whole.runs, halted.runs, strict=True):
         assert one.curve == other.curve
         assert one.importance == other.importance
@@ -244,8 +259,8 @@ def test_an_interrupted_comparison_goes_on_bit_for_bit(comparison_yaml, tmp_path
         }
 
 
-def test_a_run_that_fails_is_told_and_leaves_the_rest(comparison_yaml, tmp_path):
-    class Deaf(Ears):
+def test_a_run_that_fails_is_reported_and_leaves_the_others(comparison_yaml, tmp_path):
+    class IgnoreErrors(Events):
         def ended(self, _job, _error):
             pass
 
@@ -253,32 +268,24 @@ def test_a_run_that_fails_is_told_and_leaves_the_rest(comparison_yaml, tmp_path)
     bad = next(p for p in comparison.planned if p.entry == "topk")
     (tmp_path / "out/runs").mkdir(parents=True)
     (tmp_path / "out" / bad.folder).write_text("in the way")
-    found = compare(comparison, 2, Deaf())
+    found = compare(comparison, 2, IgnoreErrors())
     assert list(found.failed) == [bad.label]
     assert {run.entry for run in found.runs} == {"atm", "jumprelu", "untrained"}
     assert summarise(comparison, {}).failed == {}
 
 
-def test_unwritable_output_is_found_before_training(comparison_yaml):
+def test_an_unwritable_folder_is_an_error_before_training(comparison_yaml):
     comparison = load_comparison(comparison_yaml, [f"output_path={comparison_yaml}/x"])
-    with pytest.raises(SettingsError, match="is not writable"):
-        compare(comparison, 1, Ears())
-
-
-def test_a_dry_run_plans_and_estimates(comparison_yaml, tmp_path):
-    facts = dry_run(load_comparison(comparison_yaml), 2)
-    assert facts["runs"].startswith("16, of which 4")
-    assert "about" in facts["estimate"]
-    assert set(facts["ms a step"]) >= set("atm topk jumprelu")
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(SettingsError, match="output_path"):
+        compare(comparison, 2, Events())
 
 
 def test_on_a_language_model(language_model_comparison_yaml, tmp_path):
     comparison = load_comparison(language_model_comparison_yaml)
     assert [job.label for job in planned_jobs(comparison)] == ["seed 0", "seed 1"]
-    ears = Ears()
-    results = compare(comparison, 1, ears)
-    assert ears.done == ["seed 0", "seed 1"]
+    events = Events()
+    results = compare(comparison, 2, events)
+    assert events.done == ["seed 0", "seed 1"]
     assert len(results.runs) == 8
     assert results.parents == []
     for run in results.runs:
@@ -296,25 +303,24 @@ def test_on_a_language_model(language_model_comparison_yaml, tmp_path):
     more = ["architectures.topk.role=baseline", "seeds=[0]"]
     (job,) = planned_jobs(load_comparison(language_model_comparison_yaml, more))
     assert job.steps == 20
-    again = compare(load_comparison(language_model_comparison_yaml, more), 1, Ears())
+    again = compare(load_comparison(language_model_comparison_yaml, more), 2, Events())
     before = {r.entry: r.figures for r in results.runs if r.seed == 0}
     for run in again.runs:
         if run.entry in before:
             assert run.figures == before[run.entry]
 
 
-@pytest.mark.parametrize("prefetch", [0, 8])
-def test_a_group_on_a_language_model_goes_on(language_model_comparison_yaml, tmp_path, prefetch):
-    overrides = ["seeds=[0]", "training_tokens=6400", "lr=1e-3", f"prefetch_llm_batches={prefetch}"]
+def test_a_group_on_a_language_model_resumes(language_model_comparison_yaml, tmp_path):
+    overrides = ["seeds=[0]", "training_tokens=6400", "lr=1e-3", "prefetch_llm_batches=8"]
     comparison = load_comparison(language_model_comparison_yaml, overrides)
     stop = StopFlag()
     with pytest.raises(Interrupted):
-        compare(comparison, 1, Ears(stop, after=25), stop)
-    (kept,) = (tmp_path / "out").glob("groups/*/stopped")
-    done = torch.load(next(kept.glob("atm*/trainer_state.pt")), weights_only=False)
+        compare(comparison, 2, Events(stop, after=25), stop)
+    (stopped,) = (tmp_path / "out").glob("groups/*/stopped")
+    done = torch.load(next(stopped.glob("atm*/trainer_state.pt")), weights_only=False)
     assert 0 < done["n_training_steps"] < 100
-    ears = Ears()
-    results = compare(comparison, 1, ears)
+    events = Events()
+    results = compare(comparison, 2, events)
     assert {run.entry for run in results.runs} == {"atm", "batchtopk", "gated", "untrained"}
     for run in results.runs:
         if run.curve is not None:
@@ -329,7 +335,7 @@ def test_its_own_learning_rate_reaches_a_language_models_sae(
 ):
     base = ["seeds=[0]", "architectures.gated.trained=false"]
     slow = [*base, "architectures.batchtopk.run.lr=1e-9", "output_path=slow"]
-    compare(load_comparison(language_model_comparison_yaml, slow), 1, Ears())
+    compare(load_comparison(language_model_comparison_yaml, slow), 2, Events())
     saes = {
         path.parent.parent.name.partition("-l0")[0]: SAE.load_from_disk(path.parent)
         for path in (tmp_path / "slow").glob("runs/*/sae/cfg.json")
@@ -340,30 +346,7 @@ def test_its_own_learning_rate_reaches_a_language_models_sae(
     assert moved["batchtopk"] < 1e-5 < 1e-3 < moved["atm"]
 
 
-def test_saved_saes_are_evaluated_on_the_data_of_a_config(results, finished, comparison_yaml):
-    runs = [run for run in results.runs if (run.seed, run.l0_target) == (0, 2.0)]
-    folders = [str(finished / run.folder / "sae") for run in runs]
-    found = evaluate_saved(folders, data_of(str(comparison_yaml)))
-    for run, folder in zip(runs, folders, strict=True):
-        for name, value in found[folder].items():
-            kept = run.figures[name]
-            assert math.isnan(value) if kept is None else value == pytest.approx(kept, rel=1e-5)
-
-
-def test_saved_saes_of_a_language_model(language_model_comparison_yaml, tmp_path):
-    data = data_of(str(language_model_comparison_yaml), ["seeds=[0]"])
-    TrainingSAE.from_dict(data.run.runner.sae.to_dict()).save_inference_model(tmp_path / "sae")
-    found = evaluate_saved([str(tmp_path / "sae")], data)
-    assert {"l0", "ce_loss_score", "explained_variance"} <= found[str(tmp_path / "sae")].keys()
-
-
-def test_a_sae_of_another_width_does_not_fit(synthetic_yaml, tmp_path):
-    make_sae(d_in=8).save_model(tmp_path / "narrow")
-    with pytest.raises(SettingsError, match="narrow has d_in 8: allowed is 16"):
-        evaluate_saved([str(tmp_path / "narrow")], data_of(str(synthetic_yaml)))
-
-
-def test_kept_files_are_json(results, finished):
+def test_stored_files_are_json(results, finished):
     for run in results.runs:
         for name in ("training.json", "figures.json"):
             json.loads((finished / run.folder / name).read_text())

@@ -5,7 +5,7 @@ import torch
 from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
 
-from sae_lens_atm.compare.plan.l0_target import Knob
+from sae_lens_atm.compare.plan.l0_target import L0Parameter
 from sae_lens_atm.compare.report.results import Curve
 from sae_lens_atm.compare.run.curve import (
     CurveRecorder,
@@ -146,7 +146,7 @@ def test_recording_changes_nothing():
 
 def test_other_saes_have_no_importance():
     trainer = trained(architecture="standard", l1_coefficient=0.1)
-    controller = L0Controller(trainer, Knob("l1", True), 2.0)
+    controller = L0Controller(trainer, L0Parameter("l1", True), 2.0)
     recorder = recorded(trainer, [20], controller)
     assert recorder.importance({"a": [0]}) is None
     assert recorder.curve().coefficient == [pytest.approx(controller.value)]

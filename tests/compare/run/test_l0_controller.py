@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sae_lens import SAETrainer, TrainingSAE, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
-from sae_lens_atm.compare.plan.l0_target import Knob, find_knob, is_matched
+from sae_lens_atm.compare.plan.l0_target import L0Parameter, find_l0_parameter, is_matched
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.sae.forward_pass import mean_l0
 from sae_lens_atm.training.hooks import StepCallback
@@ -39,7 +39,7 @@ def follow(l0s, start=0.1, target=4.0, lrs=None, warm_up=0):
         optimizer=SimpleNamespace(param_groups=[group]),
         cfg=SimpleNamespace(lr=1.0),
     )
-    controller = L0Controller(trainer, Knob("l1", True), target)
+    controller = L0Controller(trainer, L0Parameter("l1", True), target)
     values = []
     for i, l0 in enumerate(l0s):
         group["lr"] = 1.0 if lrs is None else lrs[i]
@@ -75,7 +75,7 @@ def test_more_active_latents_than_asked_for_raise_it(l0):
 def test_it_waits_for_the_warm_up():
     scheduler = SimpleNamespace(final_value=0.1, current_value=0.0, current_step=3, warm_up_steps=9)
     trainer = SimpleNamespace(coefficient_schedulers={"l1": scheduler})
-    controller = L0Controller(trainer, Knob("l1", True), 4)
+    controller = L0Controller(trainer, L0Parameter("l1", True), 4)
     controller.after_step(SimpleNamespace(feature_acts=torch.ones(2, 20)))
     assert (scheduler.current_value, scheduler.final_value) == (0.0, 0.1)
 
@@ -93,7 +93,7 @@ def test_the_l0_of_real_training_comes_to_the_target(architecture, fields):
     cfg = config(architecture, **{"d_sae": 24, **fields})
     sae = TrainingSAE.from_dict(cfg.to_dict())
     trainer = trainer_of(sae, 1500, lr=1e-2, batch=128)
-    controller = L0Controller(trainer, find_knob(cfg), 3.0)
+    controller = L0Controller(trainer, find_l0_parameter(cfg), 3.0)
     seen = []
     record = StepCallback(
         trainer, lambda _, output: seen.append(float(mean_l0(output.feature_acts)))
@@ -104,11 +104,11 @@ def test_the_l0_of_real_training_comes_to_the_target(architecture, fields):
     assert is_matched(sum(seen[-100:]) / 100, 3.0), (seen[::150], controller.value)
 
 
-def test_a_number_of_the_config_is_steered_too():
+def test_a_number_of_the_config_can_be_controlled_too():
     cfg = config("matching_pursuit", decoder_init_norm=1.0, residual_threshold=3.0)
     sae = TrainingSAE.from_dict(cfg.to_dict())
     trainer = trainer_of(sae, 1)
-    controller = L0Controller(trainer, Knob("residual_threshold", True), 1.0)
+    controller = L0Controller(trainer, L0Parameter("residual_threshold", True), 1.0)
     assert controller.value == 3.0
     controller.after_step(SimpleNamespace(feature_acts=torch.ones(4, 16)))
     assert sae.cfg.residual_threshold > 3.0
@@ -118,11 +118,11 @@ def test_its_state_goes_on_in_the_warm_up():
     cfg = config("standard", l1_coefficient=0.1, l1_warm_up_steps=10)
     sae = TrainingSAE.from_dict(cfg.to_dict())
     straight, halting = trainer_of(sae, 1), trainer_of(sae, 1)
-    first = L0Controller(straight, Knob("l1", True), 2.0)
+    first = L0Controller(straight, L0Parameter("l1", True), 2.0)
     for trainer in (straight, halting):
         for _ in range(3):
             trainer.coefficient_schedulers["l1"].step()
-    second = L0Controller(halting, Knob("l1", True), 2.0)
+    second = L0Controller(halting, L0Parameter("l1", True), 2.0)
     second.load_state_dict(first.state_dict())
     expected = straight.coefficient_schedulers["l1"].current_value
     assert expected == pytest.approx(0.03)
@@ -132,11 +132,11 @@ def test_its_state_goes_on_in_the_warm_up():
 def test_its_state_goes_on():
     sae = TrainingSAE.from_dict(config("standard").to_dict())
     one, other = trainer_of(sae, 1), trainer_of(sae, 1)
-    first = L0Controller(one, Knob("l1", True), 2.0)
+    first = L0Controller(one, L0Parameter("l1", True), 2.0)
     output = SimpleNamespace(feature_acts=torch.ones(4, 16))
     for _ in range(3):
         first.after_step(output)
-    second = L0Controller(other, Knob("l1", True), 2.0)
+    second = L0Controller(other, L0Parameter("l1", True), 2.0)
     second.load_state_dict(first.state_dict())
     assert second.value == first.value
     first.after_step(output)

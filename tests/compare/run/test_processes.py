@@ -12,14 +12,14 @@ from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.training.hooks import StopFlag
 
 
-class Ears:
+class Events:
     def __init__(self, stop=None):
-        self.heard = []
+        self.calls = []
         self.steps = {}
         self.stop = stop
 
     def started(self, job):
-        self.heard.append(("started", job.label))
+        self.calls.append(("started", job.label))
 
     def advanced(self, job, steps):
         self.steps[job.label] = self.steps.get(job.label, 0) + steps
@@ -27,10 +27,10 @@ class Ears:
             self.stop.request(signal.SIGTERM)
 
     def ended(self, job, error):
-        self.heard.append(("ended", job.label, error))
+        self.calls.append(("ended", job.label, error))
 
 
-# What jobs do travels to other processes, so it is of this module.
+# Jobs are pickled for other processes, so their functions are at the module's level.
 def write(path, on_progress, _stop):
     on_progress(3)
     on_progress(4)
@@ -56,41 +56,41 @@ def wait_for_stop(path, on_progress, stop):
 
 def test_jobs_run_in_processes_of_their_own(tmp_path):
     jobs = [Job(name, 7, partial(write, tmp_path / name)) for name in "abc"]
-    ears = Ears()
-    assert run_jobs(jobs, 2, ears, StopFlag()) == {}
+    events = Events()
+    assert run_jobs(jobs, 2, events, StopFlag()) == {}
     written = [Path(tmp_path / name).read_text().split() for name in "abc"]
     assert len({pid for pid, _ in written} | {str(os.getpid())}) == 4
     assert {threads for _, threads in written} == {str(max((os.cpu_count() or 1) // 2, 1))}
-    assert ears.steps == dict.fromkeys("abc", 7)
-    assert ears.heard[:2] == [("started", "a"), ("started", "b")]
-    assert {heard for heard in ears.heard if heard[0] == "ended"} == {
+    assert events.steps == dict.fromkeys("abc", 7)
+    assert events.calls[:2] == [("started", "a"), ("started", "b")]
+    assert {call for call in events.calls if call[0] == "ended"} == {
         ("ended", name, None) for name in "abc"
     }
 
 
-def test_one_that_fails_takes_no_other_with_it(tmp_path):
+def test_a_job_that_fails_leaves_the_others(tmp_path):
     jobs = [
         Job("bad", 1, fail),
         Job("dead", 1, die),
         Job("good", 1, partial(write, tmp_path / "g")),
     ]
-    ears = Ears()
-    failed = run_jobs(jobs, 1, ears, StopFlag())
+    events = Events()
+    failed = run_jobs(jobs, 1, events, StopFlag())
     assert failed == {"bad": "ValueError: no good", "dead": "ended with exit code -9"}
-    assert ("ended", "bad", "ValueError: no good") in ears.heard
+    assert ("ended", "bad", "ValueError: no good") in events.calls
     assert (tmp_path / "g").exists()
 
 
-def test_a_stop_is_passed_on_and_waits_for_the_jobs_under_way(tmp_path):
+def test_a_stop_reaches_running_jobs_and_waits_for_them(tmp_path):
     stop = StopFlag()
     jobs = [Job(n, 1, partial(wait_for_stop, tmp_path / n)) for n in ("one", "two", "three")]
     with pytest.raises(Interrupted, match="SIGTERM"):
-        run_jobs(jobs, 1, Ears(stop), stop)
+        run_jobs(jobs, 1, Events(stop), stop)
     assert (tmp_path / "one").read_text() == "stopped well"
     assert not (tmp_path / "two").exists()
 
 
-def test_steps_are_reported_now_and_then():
+def test_every_25_steps_are_reported():
     reported = []
     counter = StepCounter(reported.append)
     for _ in range(60):

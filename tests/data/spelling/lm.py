@@ -4,10 +4,10 @@ import string
 from unittest import mock
 
 import torch
-from sae_lens_atm.spelling import language_model
 
 from sae_lens_atm.data.spelling.model import SpellingLMConfig, make_spelling_lm
 from sae_lens_atm.data.spelling.text import Text
+from sae_lens_atm.spelling import language_model
 
 TEMPLATE = ["\n", "has", "the", "first", "letter", ":"]
 WORDS = ["ant", "bee", "cat", "cow", *(a + b * 2 for a in "abcd" for b in "fghjklmnprst")]

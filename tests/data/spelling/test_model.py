@@ -3,7 +3,6 @@ from itertools import pairwise
 import pytest
 import torch
 from datasets import load_from_disk
-from sae_lens_atm.spelling import language_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lens_atm.data.spelling.model import (
@@ -12,6 +11,7 @@ from sae_lens_atm.data.spelling.model import (
     is_spelling_lm,
     make_spelling_lm,
 )
+from sae_lens_atm.spelling import language_model
 from tests.data.spelling.lm import few_rows, few_words, tiny
 
 

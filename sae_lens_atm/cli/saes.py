@@ -1,0 +1,159 @@
+"""The commands for one saved SAE: inspect it, publish it, run SAEBench on it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from huggingface_hub.utils import logging as hub_logging
+from rich.table import Table
+from sae_lens import SAE
+from torch import Tensor
+
+from sae_lens_atm import saebench
+from sae_lens_atm.cli.terminal import clear_errors, console, exit_with, facts_table
+from sae_lens_atm.files import to_json
+from sae_lens_atm.hub.loading import load_sae
+from sae_lens_atm.hub.push import prepare
+from sae_lens_atm.hub.push import push as push_to_hub
+from sae_lens_atm.sae.atm_sae import IMPORTANCE_QUANTILES
+from sae_lens_atm.sae.inference import ATMSAE
+
+Reference = Annotated[str, typer.Argument(help="A folder, or REPO:SAE_ID on the Hub.")]
+_LONGEST_BAR = 30  # characters
+_BINS = 10
+
+
+# --- inspect -------------------------------------------------------------------------------------
+
+
+def inspect(sae: Reference) -> None:
+    """Show an SAE: its architecture, training settings and importance."""
+    with clear_errors():
+        hub_logging.set_verbosity_error()
+        for table in describe(load_sae(sae)):
+            console.print(table)
+
+
+def describe(sae: SAE[Any]) -> Iterator[Table]:
+    """Yield tables about an SAE: what it is, how it was trained, its importance."""
+    metadata = sae.cfg.metadata
+    facts: dict[str, Any] = {
+        "architecture": sae.cfg.architecture(),
+        "trained as": metadata.training_architecture,
+        "d_in, d_sae": f"{sae.cfg.d_in}, {sae.cfg.d_sae}",
+        "dtype": sae.cfg.dtype,
+        "model": metadata.model_name,
+        "hook": metadata.hook_name,
+        "dataset": metadata.dataset_path,
+        "L0 at the end of training": metadata.l0,
+        "SAELens": metadata.sae_lens_training_version,
+    }
+    yield _pairs("SAE", facts)
+    yield _pairs("Training", metadata.training_architecture_details or {})
+    if isinstance(sae, ATMSAE):
+        yield _importance_table(sae.importance)
+    elif metadata.importance_quantiles:
+        quantiles = {f"quantile {q}": v for q, v in metadata.importance_quantiles.items()}
+        yield _pairs("Importance of the latents", quantiles)
+
+
+def _pairs(title: str, facts: dict[str, Any]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    for name, value in facts.items():
+        if value is not None:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            table.add_row(f"[dim]{name}", text)
+    return table
+
+
+def _importance_table(importance: Tensor) -> Table:
+    """Return quantiles of the importance, and a histogram."""
+    quantiles = importance.quantile(torch.tensor(IMPORTANCE_QUANTILES)).tolist()
+    named = {f"quantile {q}": v for q, v in zip(IMPORTANCE_QUANTILES, quantiles, strict=True)}
+    table = _pairs("Importance of the latents", named)
+    top = max(importance.max().item(), 1e-12)
+    counts = torch.histc(importance, _BINS, 0, top).tolist()
+    for i, count in enumerate(counts):
+        bar = "█" * round(_LONGEST_BAR * count / max(counts))
+        table.add_row(
+            f"[dim]{i * top / _BINS:.3g} to {(i + 1) * top / _BINS:.3g}", f"{bar} {count:.0f}"
+        )
+    return table
+
+
+# --- push ----------------------------------------------------------------------------------------
+
+
+def push(
+    path: Annotated[Path, typer.Argument(help="The folder of a run or of a saved SAE.")],
+    repo_id: Annotated[str, typer.Argument(help="The repo on the Hub: NAMESPACE/NAME.")],
+    sae_id: Annotated[
+        str | None,
+        typer.Option("--id", help="The SAE's folder in the repo. By default hook and width."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option(help="Create the repo as private if it does not exist.")
+    ] = False,
+    revision: Annotated[str, typer.Option(help="An existing branch of the repo.")] = "main",
+    dry_run: Annotated[
+        bool, typer.Option(help="Check everything, print the files and the card, and stop.")
+    ] = False,
+) -> None:
+    """Upload an SAE to the Hugging Face Hub, with a model card."""
+    with clear_errors():
+        hub_logging.set_verbosity_error()
+        upload = prepare(path, repo_id, sae_id, revision)
+        console.print(facts_table({name: f"{n:,} B" for name, n in upload.sizes.items()}))
+        if dry_run:
+            console.print(upload.write_card(None), markup=False, highlight=False, soft_wrap=True)
+            return
+        commit = push_to_hub(upload, private)
+        console.print(f"pushed {repo_id}:{upload.sae_id}, {commit.commit_url}", highlight=False)
+
+
+# --- SAEBench ------------------------------------------------------------------------------------
+
+
+def saebench_command(
+    sae: Reference,
+    evals: Annotated[str, typer.Option(help="Names of evals, separated by commas.")] = ",".join(
+        saebench.EVALS
+    ),
+    model: Annotated[
+        str | None,
+        typer.Option(help="A Hub name or a folder. By default the model in the SAE's metadata."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Text for core: a Hub name or a folder. By default SAEBench's."),
+    ] = None,
+    env: Annotated[
+        Path | None,
+        typer.Option(help="SAEBench's environment. By default in the user's cache."),
+    ] = None,
+    quick: Annotated[bool, typer.Option(help="Run core on few batches, as a trial.")] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all results to this file.")
+    ] = None,
+) -> None:
+    """Run SAEBench's evals on a saved SAE.
+
+    SAEBench runs in an environment of its own, which is installed at the first use.
+    """
+    with clear_errors():
+        request = saebench.plan_evals(sae, evals, model, dataset, quick)
+        environment = env or saebench.default_folder()
+        if not saebench.is_complete(environment):
+            console.print(f"installing {environment}: once, some minutes", highlight=False)
+            saebench.prepare(environment)
+        results = saebench.run_evals(request, environment)
+        console.print(saebench.table(f"SAEBench of {sae}", results["evals"]))
+        if json_file is not None:
+            scores = saebench.scores_of(results["evals"])
+            content = {"sae": sae, "model": request.model, "scores": scores, "saebench": results}
+            json_file.write_text(to_json(content), encoding="utf-8")
+        failed = saebench.failures(results["evals"])
+        if failed:
+            exit_with("\n".join(failed), 1)

@@ -1,0 +1,95 @@
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from sae_lens_atm.cli.progress import Progress, RunsProgress, figures_table
+from sae_lens_atm.compare.run.processes import Job
+
+
+def console(terminal=False):
+    return Console(file=io.StringIO(), width=120, force_terminal=terminal)
+
+
+def text_of(console):
+    return console.file.getvalue()
+
+
+def output(metrics):
+    acts = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])
+    return SimpleNamespace(loss=torch.tensor(0.25), feature_acts=acts, metrics=metrics)
+
+
+def train(progress, steps, metrics):
+    with progress:
+        for step in range(steps):
+            progress.on_step(SimpleNamespace(n_training_steps=step), output(metrics))
+
+
+def test_a_log_gets_ten_lines():
+    log = console()
+    train(Progress(log, 40), 40, {"masked_fraction": lambda: torch.tensor(0.25)})
+    lines = text_of(log).splitlines()
+    assert len(lines) == 10
+    assert lines[-1].split() == ["step", "40/40", "loss", "0.25", "L0", "1.5", "masked", "25%"]
+
+
+def test_other_architectures_have_no_masks():
+    log = console()
+    train(Progress(log, 1), 1, {})
+    assert text_of(log).split() == ["step", "1/1", "loss", "0.25", "L0", "1.5"]
+
+
+def test_a_terminal_gets_a_bar():
+    screen = console(terminal=True)
+    train(Progress(screen, 40), 40, {})
+    assert "before step 1" in text_of(screen)
+    assert "40/40" in text_of(screen)
+    assert "step 40" not in text_of(screen)
+
+
+def test_sparse_activations_have_an_l0_too():
+    log = console()
+    sparse = output({})
+    sparse.feature_acts = sparse.feature_acts.to_sparse()
+    Progress(log, 1).on_step(SimpleNamespace(n_training_steps=0), sparse)
+    assert "L0 1.5" in text_of(log)
+
+
+def test_runs_are_counted_and_their_errors_printed():
+    log = console()
+    jobs = [Job(f"run {i}", 100, None) for i in range(2)]
+    with RunsProgress(log, 2, 200) as progress:
+        for job, error in zip(jobs, (None, "ValueError: bad"), strict=True):
+            progress.started(job)
+            progress.advanced(job, 100)
+            progress.ended(job, error)
+    lines = text_of(log).splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "50% of all steps",
+        "[1/2] run 0: 0 s",
+        "100% of all steps",
+        "[2/2] run 1 failed: ValueError: bad",
+    ]
+    assert lines[0].endswith("min left")
+
+
+def test_nothing_to_train_is_no_division_by_zero():
+    with RunsProgress(console(), 0, 0):
+        pass
+
+
+def test_a_table_of_figures():
+    columns = {"a": {"mcc": 0.5, "dead_latents": 3}, "b": {"mcc": 0.25}}
+    log = console()
+    log.print(figures_table("Figures", columns))
+    rows = [line.split("│")[1:4] for line in text_of(log).splitlines() if line.startswith("│")]
+    cells = [[cell.strip() for cell in row] for row in rows]
+    assert cells == [["mcc ↑", "0.5", "0.25"], ["dead_latents ↓", "3", "nan"]]
+
+
+@pytest.mark.parametrize("columns", [{}, {"a": {}}])
+def test_a_table_without_figures(columns):
+    assert figures_table("Figures", columns).row_count == 0

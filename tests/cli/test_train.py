@@ -1,0 +1,127 @@
+import io
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sae_lens_atm.cli import train as cli_train
+from sae_lens_atm.cli.train import estimate_table
+from sae_lens_atm.training.preflight import estimate
+from sae_lens_atm.training.preflight.checks import check_run
+from sae_lens_atm.training.preflight.timing import AFTER, BEFORE, TRAINING, Entry
+from sae_lens_atm.training.run_file import load_run, read_yaml, shipped_config
+from tests.cli.command import run
+
+RUN_FILES = sorted(
+    path.stem
+    for path in shipped_config("demo").parent.glob("*.yaml")
+    if not {"architectures", "sweep"} & read_yaml(path).keys()
+)
+
+
+def text_of(table):
+    console = Console(file=io.StringIO(), width=160)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_train_prints_facts_progress_and_figures(synthetic_yaml):
+    result = run("train", synthetic_yaml)
+    assert result.exit_code == 0, result.output
+    for text in ("40 of 64", "step 40/40", "masked", "L0", "absorption_full", "saved out"):
+        assert text in result.output
+
+
+def test_keys_can_be_set_with_and_without_an_option(synthetic_yaml):
+    result = run("train", synthetic_yaml, "training_samples=640", "--set", "n_checkpoints=2")
+    assert result.exit_code == 0, result.output
+    assert "10 of 64" in result.output
+    assert len(list(Path("out/checkpoints").iterdir())) == 2
+
+
+def test_only_the_newest_checkpoints_are_kept(synthetic_yaml):
+    run("train", synthetic_yaml, "--set", "n_checkpoints=3", "--keep", "1")
+    assert len(list(Path("out/checkpoints").iterdir())) == 1
+
+
+def test_a_run_is_checked_once(synthetic_yaml, monkeypatch):
+    """And its checkpoint is searched and hashed once."""
+    calls = []
+
+    def counted(name):
+        function = getattr(cli_train, name)
+        monkeypatch.setattr(cli_train, name, lambda *args: calls.append(name) or function(*args))
+
+    counted("newest_checkpoint")
+    counted("check_run")
+    run("train", synthetic_yaml, "--set", "n_checkpoints=1")
+    Path("out/cfg.json").unlink()
+    result = run("train", synthetic_yaml, "--set", "n_checkpoints=1", "--resume", "out")
+    assert result.exit_code == 0, result.output
+    assert calls == ["check_run", "newest_checkpoint", "check_run"]
+
+
+def test_dry_run_prints_phases_and_writes_nothing(synthetic_yaml, tmp_path, monkeypatch):
+    monkeypatch.setattr(estimate, "SECONDS", 1.0)
+    result = run("train", synthetic_yaml, "--dry-run")
+    assert result.exit_code == 0, result.output
+    for text in ("40 of 64", BEFORE, TRAINING, AFTER, "SAE: 40 steps of 64", "total"):
+        assert text in result.output
+    assert "timing: training steps of the SAE" in result.output  # a line each, in a log
+    assert {path.name for path in tmp_path.iterdir()} == {synthetic_yaml.name}
+
+
+def test_ctrl_c_ends_a_dry_run(synthetic_yaml, monkeypatch):
+    def interrupted(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(estimate, "time_steps", interrupted)
+    result = run("train", synthetic_yaml, "--dry-run")
+    assert (result.exit_code, result.stderr) == (130, "error: stopped\n")
+
+
+def test_the_table_names_what_was_not_timed():
+    entries = [
+        Entry(BEFORE, "load the model", 2.0),
+        Entry(BEFORE, "fill the buffer", 40.0),
+        Entry(TRAINING, "steps", 7200.0),
+        Entry(AFTER, "evaluation", None, "gpt2 is not on this machine"),
+    ]
+    text = text_of(estimate_table(entries, "cuda"))
+    assert "(cuda)" in text
+    rows = [line.split("│")[1:4] for line in text.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        [BEFORE, "load the model", "2 s"],
+        ["", "fill the buffer", "40 s"],
+        [TRAINING, "steps", "2.0 h"],
+        [AFTER, "evaluation: gpt2 is not on this machine", "not timed"],
+        ["total", "without what was not timed", "2.0 h"],
+    ]
+    text = text_of(estimate_table(entries[-1:], "cpu"))
+    assert "threads: " in text
+    assert "total" not in text
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_every_shipped_run_file_passes_its_checks(name):
+    assert check_run(load_run(shipped_config(name), ["output_path=out"]), dry=True)
+
+
+def test_ctrl_c_in_a_real_process_leaves_a_checkpoint_that_resumes(synthetic_yaml, tmp_path):
+    command = [sys.executable, "-m", "sae_lens_atm", "train", str(synthetic_yaml)]
+    command += ["--set", "training_samples=64000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not process.stdout.readline().startswith(b"step"):  # training has begun
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors.decode()
+    assert "--resume" in errors.decode().splitlines()[-1]
+    (checkpoint,) = (tmp_path / "out/checkpoints").iterdir()
+    assert 0 < int(checkpoint.name) < 64000
+    result = run("train", *command[4:], "--resume", "out")
+    assert result.exit_code == 0, result.output
+    assert "resuming from" in result.output

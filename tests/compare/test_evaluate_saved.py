@@ -1,0 +1,52 @@
+import math
+
+import pytest
+import torch
+from sae_lens import TrainingSAE
+
+from sae_lens_atm.compare import load_comparison
+from sae_lens_atm.compare.evaluate_saved import data_of, evaluate_saved
+from sae_lens_atm.compare.run.batch_pool import batch_seed, synthetic_model
+from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.evaluation.synthetic import evaluate
+from tests.helpers import make_sae
+
+
+def test_saved_saes_are_evaluated_as_a_comparison_does(comparison_yaml, tmp_path):
+    torch.manual_seed(0)
+    saes = {str(tmp_path / name): make_sae(d_in=16, d_sae=32) for name in ("a", "b")}
+    for folder, sae in saes.items():
+        sae.save_inference_model(folder)
+    run = load_comparison(comparison_yaml).planned[0].run
+    model = synthetic_model(run, tmp_path)
+    figures = evaluate_saved(list(saes), data_of(str(comparison_yaml)))
+    assert figures.keys() == saes.keys()
+    for folder, measured in figures.items():
+        sae = TrainingSAE.load_from_disk(folder)
+        expected = evaluate(sae, model, 500, batch_seed(0, -2), 64)
+        assert measured.keys() == expected.keys()
+        for name, value in measured.items():
+            assert value == pytest.approx(expected[name], rel=1e-5, nan_ok=True), name
+    first, second = figures.values()
+    assert first["mse"] != second["mse"]
+    assert not math.isnan(first["mcc"])
+
+
+def test_a_saved_sae_on_a_language_model(language_model_comparison_yaml, tmp_path):
+    data = data_of(str(language_model_comparison_yaml), ["seeds=[0]"])
+    TrainingSAE.from_dict(data.run.runner.sae.to_dict()).save_inference_model(tmp_path / "sae")
+    figures = evaluate_saved([str(tmp_path / "sae")], data)[str(tmp_path / "sae")]
+    assert {"l0", "ce_loss_score", "explained_variance"} <= figures.keys()
+
+
+def test_an_sae_of_another_width_is_an_error(synthetic_yaml, tmp_path):
+    make_sae(d_in=8).save_model(tmp_path / "narrow")
+    with pytest.raises(SettingsError, match=r"d_in of .*narrow is 8: allowed is 16"):
+        evaluate_saved([str(tmp_path / "narrow")], data_of(str(synthetic_yaml)))
+
+
+def test_the_data_of_a_run_file_with_a_sweep(synthetic_yaml):
+    more = "sweep: {over: {lr: [0.01]}}\nl0: [3]\n"
+    synthetic_yaml.write_text(synthetic_yaml.read_text() + more)
+    run = data_of(str(synthetic_yaml)).run
+    assert (run.seed, run.runner.sae.k) == (3, 3)

@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.training.preflight import checks
+from sae_lens_atm.training.preflight.checks import check_devices, check_run
+from sae_lens_atm.training.run import train
+from sae_lens_atm.training.run_file import load_run, shipped_config
+
+
+def error_of(function, *args):
+    with pytest.raises(SettingsError) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+def test_facts_of_a_run(synthetic_yaml):
+    facts = check_run(load_run(synthetic_yaml))
+    assert facts["architecture"] == "atm"
+    assert facts["d_in, d_sae"] == "16, 32 (1,072 parameters)"
+    assert facts["steps"] == "40 of 64"
+    assert facts["output"] == Path("out")
+    assert "before step 1" not in facts
+
+
+def test_the_memory_of_a_run_counts_its_averages():
+    run = load_run(shipped_config("gemma-2-2b-l12-16k"))
+    parameters, inputs = 2 * 2304 * 16384 + 16384 + 2304, 2304 * 16384
+    # Weights, gradients and the moments of Adam; the mean inputs of parents. The rest is small.
+    expected = (4 * 4 * parameters + 4 * inputs) / 2**30
+    shown = float(check_run(run)["memory"].split()[0])
+    assert shown == pytest.approx(expected, abs=0.06)
+
+
+def test_batches_before_step_1_are_announced(language_model_yaml):
+    more = ["sae.normalize_activations=expected_average_only_in", "n_batches_for_norm_estimate=7"]
+    assert check_run(load_run(language_model_yaml, more))["before step 1"].startswith(
+        "7 batches of 64 "
+    )
+    assert "before step 1" not in check_run(load_run(language_model_yaml))
+
+
+def test_only_a_dry_run_looks_up_the_model(language_model_yaml, monkeypatch):
+    monkeypatch.setattr(checks, "look_up", lambda _: {"checked": "yes"})
+    run = load_run(language_model_yaml)
+    assert "checked" not in check_run(run)
+    assert check_run(run, dry=True)["checked"] == "yes"
+
+
+def test_a_folder_with_another_run_is_refused(synthetic_yaml):
+    run = load_run(synthetic_yaml, ["n_checkpoints=1"])
+    train(run)
+    assert error_of(check_run, run).startswith("output_path out already holds a finished SAE")
+    Path("out/cfg.json").unlink()
+    assert "--resume out/checkpoints" in error_of(check_run, run)
+
+
+@pytest.mark.parametrize("path", ["run.yaml/x", "x" * 5000])
+def test_an_output_path_that_cannot_be_written(synthetic_yaml, path):
+    run = load_run(synthetic_yaml)
+    run.runner.output_path = path
+    assert error_of(check_run, run).startswith("output_path ")
+
+
+def test_data_that_saelens_would_refuse_later(language_model_yaml):
+    small = load_run(language_model_yaml, ["n_batches_in_buffer=3"])
+    assert error_of(check_run, small).startswith("n_batches_in_buffer must be 4 or more, got 3")
+    none = load_run(language_model_yaml, ["dataset_path=''"])
+    assert error_of(check_run, none).startswith("dataset_path: missing")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there(synthetic_yaml):
+    run = load_run(synthetic_yaml, ["device=cuda"])
+    check_run(run)  # a run can be checked on another machine
+    assert error_of(check_devices, run).startswith("device is 'cuda': ")
