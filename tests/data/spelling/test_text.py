@@ -1,6 +1,6 @@
 import pytest
-from sae_lens_atm.spelling import text as module
 
+from sae_lens_atm.data.spelling import text as module
 from sae_lens_atm.data.spelling.text import LETTERS, text, tokenizer
 
 
