@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import typer
 from sae_lens import BatchTopKTrainingSAEConfig, SAETrainer, TrainingSAE
-from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
@@ -93,24 +93,12 @@ def products(cfg: Any, batch: int) -> float:
 def trainer_of(cfg: Any, batch: int) -> SAETrainer[Any, Any]:
     torch.manual_seed(0)
     trainer_cfg = SAETrainerConfig(
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
         total_training_samples=10**9,
-        device="cpu",
-        autocast=False,
         lr=3e-4,
         lr_end=3e-4,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
-        lr_decay_steps=0,
-        n_restart_cycles=1,
         train_batch_size_samples=batch,
         dead_feature_window=10**6,
         feature_sampling_window=10**6,
-        logger=LoggingConfig(log_to_wandb=False),
         n_batches_for_norm_estimate=1,
     )
     sae = TrainingSAE[Any].from_dict(cfg.to_dict())

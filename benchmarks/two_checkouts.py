@@ -45,7 +45,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 def train(name: str) -> dict[str, torch.Tensor]:
     from sae_lens import SAETrainer, TrainingSAE
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.config import SAETrainerConfig
 
     from sae_lens_atm import ATMTrainingSAEConfig
 
@@ -65,24 +65,13 @@ def train(name: str) -> dict[str, torch.Tensor]:
             yield active.where(active > 0.9, 0.0) @ directions
 
     settings = SAETrainerConfig(
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
         total_training_samples=STEPS * BATCH,
-        device="cpu",
-        autocast=False,
         lr=3e-3,
         lr_end=3e-4,
-        lr_scheduler_name="constant",
-        lr_warm_up_steps=0,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
         lr_decay_steps=50,
-        n_restart_cycles=1,
         train_batch_size_samples=BATCH,
         dead_feature_window=20,
         feature_sampling_window=1000,
-        logger=LoggingConfig(log_to_wandb=False),
     )
     trainer = SAETrainer(cfg=settings, sae=sae, data_provider=batches())
     losses: list[float] = []

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from sae_lens import SAETrainer, TrainingSAE
-from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.config import SAETrainerConfig
 from safetensors.torch import save_file
 
 from sae_lens_atm import ATMTrainingSAEConfig, uniform_at
@@ -77,24 +77,13 @@ def run(cfg):
     sae = make(cfg)
     trainer = SAETrainer(
         cfg=SAETrainerConfig(
-            n_checkpoints=0,
-            checkpoint_path=None,
-            save_final_checkpoint=False,
             total_training_samples=STEPS * BATCH,
-            device="cpu",
-            autocast=False,
             lr=3e-3,
             lr_end=3e-4,
-            lr_scheduler_name="constant",
-            lr_warm_up_steps=0,
-            adam_beta1=0.9,
-            adam_beta2=0.999,
             lr_decay_steps=20,
-            n_restart_cycles=1,
             train_batch_size_samples=BATCH,
             dead_feature_window=8,
             feature_sampling_window=1000,
-            logger=LoggingConfig(log_to_wandb=False),
         ),
         sae=sae,
         data_provider=batches(),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from sae_lens import SAE, JumpReLUSAE, SAETrainer, TrainingSAE
-from sae_lens.config import LoggingConfig, SAETrainerConfig
+from sae_lens.config import SAETrainerConfig
 from sae_lens.synthetic.training import SyntheticActivationIterator
 from sae_lens.training.activations_store import ActivationsStore
 from safetensors.torch import load_file
@@ -83,24 +83,15 @@ def trained(fields, ranks=None, compiled=False, autocast=False):
     if compiled:
         sae.training_forward_pass = torch.compile(sae.training_forward_pass, backend="eager")
     cfg = SAETrainerConfig(
-        n_checkpoints=0,
-        checkpoint_path=None,
-        save_final_checkpoint=False,
         total_training_samples=STEPS * BATCH,
-        device="cpu",
         autocast=autocast,
         lr=1e-2,
         lr_end=1e-3,
-        lr_scheduler_name="constant",
         lr_warm_up_steps=2,
-        adam_beta1=0.9,
-        adam_beta2=0.999,
         lr_decay_steps=4,
-        n_restart_cycles=1,
         train_batch_size_samples=BATCH,
         dead_feature_window=0,
         feature_sampling_window=2000,
-        logger=LoggingConfig(log_to_wandb=False),
         n_batches_for_norm_estimate=3,
     )
     trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=batches(ranks))
