@@ -59,6 +59,16 @@ def is_signed(sae: SAE[Any]) -> bool:
     return bool((sae.encode(x).to_dense() < 0).any())
 
 
+def decoder_of_activations(sae: SAE[Any]) -> Tensor:
+    """Return the rows that the activations from `encode` multiply, shape ``(d_sae, d_in)``.
+
+    With ``rescale_acts_by_decoder_norm``, activations are those for rows of unit length.
+    """
+    if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+        return sae.W_dec
+    return sae.W_dec / sae.W_dec.norm(dim=-1, keepdim=True)
+
+
 @torch.no_grad()
 def evaluate_closely(
     sae: SAE[Any], model: SyntheticModel, samples: int, seed: int, batch_size: int = 4096
@@ -74,7 +84,8 @@ def evaluate_closely(
     vectors, signed = model.feature_dict.feature_vectors, is_signed(sae)
     children = children_of(model.hierarchy) if model.hierarchy is not None else {}
     parents = torch.tensor(list(children), dtype=torch.long, device=vectors.device)
-    absorption = Absorption(sae.W_dec, vectors, children, signed=signed) if children else None
+    decoder = decoder_of_activations(sae)
+    absorption = Absorption(decoder, vectors, children, signed=signed) if children else None
     l0, true_l0, shrinkage = L0Calculator(), L0Calculator(), ShrinkageCalculator()
     explained = ExplainedVarianceCalculator()
     classification = ClassificationMetricsCalculator(sae.W_dec, vectors)

@@ -7,6 +7,7 @@ from sae_lens.load_model import load_model
 from transformers import AutoModelForCausalLM
 
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.evaluation import first_letters
 from sae_lens_atm.evaluation.first_letters import (
     FirstLetterConfig,
     figures_of,
@@ -17,7 +18,6 @@ from sae_lens_atm.evaluation.first_letters import (
     scores_of,
     words_of,
 )
-from sae_lens_atm.spelling import first_letters
 from tests.data.spelling.lm import few_words, tiny_lm
 from tests.helpers import make_sae
 
@@ -64,7 +64,7 @@ def test_a_prompt_answers_ten_questions_and_asks_one():
     assert len(set(lines)) == 12
 
 
-def test_the_stream_is_that_of_the_word_whatever_the_padding(model, folder):
+def test_activations_are_those_of_the_word_with_any_padding(model, folder):
     prompts = [
         "\nbee has the first letter:",
         "\nant has the first letter: A\ncow has the first letter:",
@@ -80,7 +80,7 @@ def test_the_stream_is_that_of_the_word_whatever_the_padding(model, folder):
         torch.testing.assert_close(stream, after_first[0, -6])
 
 
-def test_looking_depends_on_the_seed_alone(model):
+def test_words_prompts_and_probes_depend_on_the_seed_alone(model):
     torch.rand(3)
     before = torch.get_rng_state()
     a, b, c = (
@@ -129,12 +129,12 @@ def test_a_saved_sae_has_figures_and_they_repeat(model, architecture, tmp_path, 
 
 @pytest.mark.parametrize("field", ["probe_epochs", "probe_lr", "sparse_batch_size"])
 def test_an_error_names_the_field(field):
-    with pytest.raises(ValueError, match=f"{field} is 0: allowed is more than 0"):
+    with pytest.raises(ValueError, match=f"^{field} must"):
         FirstLetterConfig(**{field: 0})
 
 
 def test_too_few_words_for_the_prompts(hooked_model):
     hooked_model.tokenizer = Tokenizer()
-    with pytest.raises(SettingsError, match="has 3 words in ASCII letters, too few for prompts"):
+    with pytest.raises(SettingsError, match=r"^first_letters: .* 3 words"):
         look_at_first_letters(hooked_model, HOOK, FirstLetterConfig())
     hooked_model.tokenizer = None

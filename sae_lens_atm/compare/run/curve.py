@@ -18,7 +18,7 @@ from typing_extensions import override
 from sae_lens_atm.compare.report.results import Curve, Importance
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.synthetic import children_of
-from sae_lens_atm.evaluation.synthetic import is_signed
+from sae_lens_atm.evaluation.synthetic import decoder_of_activations, is_signed
 from sae_lens_atm.metrics import Absorption
 from sae_lens_atm.metrics.absorption import LEARNED_COSINE
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
@@ -61,7 +61,8 @@ class HeldOutBatch:
         figures = {"explained_variance": calculator.compute()}
         if self._children and self._model is not None and self._features is not None:
             vectors = self._model.feature_dict.feature_vectors
-            metric = Absorption(sae.W_dec, vectors, self._children, signed=is_signed(sae))
+            decoder, signed = decoder_of_activations(sae), is_signed(sae)
+            metric = Absorption(decoder, vectors, self._children, signed=signed)
             metric.update(acts, self._features)
             figures["absorption_fraction"] = metric.compute().fraction
         sae.train(training)

@@ -5,9 +5,9 @@ from unittest import mock
 
 import torch
 
+from sae_lens_atm.data.spelling import model
 from sae_lens_atm.data.spelling.model import SpellingLMConfig, make_spelling_lm
 from sae_lens_atm.data.spelling.text import Text
-from sae_lens_atm.spelling import language_model
 
 TEMPLATE = ["\n", "has", "the", "first", "letter", ":"]
 WORDS = ["ant", "bee", "cat", "cow", *(a + b * 2 for a in "abcd" for b in "fghjklmnprst")]
@@ -28,5 +28,5 @@ def tiny(**fields):
 
 
 def tiny_lm(folder, **fields):
-    with mock.patch.object(language_model, "text", few_rows):
+    with mock.patch.object(model, "text", few_rows):
         return make_spelling_lm(tiny(**fields), folder)

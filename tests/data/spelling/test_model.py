@@ -5,19 +5,20 @@ import torch
 from datasets import load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from sae_lens_atm.data.spelling import model as spelling_model
 from sae_lens_atm.data.spelling.model import (
     TOKENS,
     Rows,
     is_spelling_lm,
     make_spelling_lm,
 )
-from sae_lens_atm.spelling import language_model
+from sae_lens_atm.errors import SettingsError
 from tests.data.spelling.lm import few_rows, few_words, tiny
 
 
 @pytest.fixture(autouse=True)
 def text_of_few_words(monkeypatch):
-    monkeypatch.setattr(language_model, "text", few_rows)
+    monkeypatch.setattr(spelling_model, "text", few_rows)
 
 
 def test_rows_are_text_questions_and_answers():
@@ -79,7 +80,7 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path):
 def test_somebody_elses_folder_is_left_alone(tmp_path):
     (tmp_path / "lm").mkdir()
     (tmp_path / "lm" / "thesis.txt").write_text("mine")
-    with pytest.raises(language_model.SettingsError, match=r"lm .*is not empty"):
+    with pytest.raises(SettingsError, match=r"lm .*is not empty"):
         make_spelling_lm(tiny(), tmp_path / "lm")
     assert (tmp_path / "lm" / "thesis.txt").read_text() == "mine"
 
@@ -102,5 +103,5 @@ def test_it_is_saved_as_transformers_wants_it(tmp_path):
     {"steps": 0, "lr": 0.0, "noise": -1.0, "context_size": 8, "heads": 3}.items(),
 )
 def test_an_error_names_field_and_value(field, value):
-    with pytest.raises(ValueError, match=f"{value!r}: allowed is|d_model is 8"):
+    with pytest.raises(ValueError, match=f"^{field} must|multiple of {field}"):
         tiny(**{field: value})

@@ -1,7 +1,7 @@
 import pytest
 
+from sae_lens_atm.data.spelling import text as module
 from sae_lens_atm.data.spelling.text import LETTERS, text, tokenizer
-from sae_lens_atm.spelling import text as module
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ def test_the_card_says_what_it_is_and_nothing_of_the_machine(hub, save, tmp_path
         "| d_in, d_sae | 8, 24 |",
         "| trained as | atm |",
         "| k | 3 |",
-        "| schedule | dual |",
+        "| masked_weight | 0.5 |",
         "| tokens | 1,280 |",
         "| learning rate | 0.0003 |",
         "| seed | 12345 |",
@@ -280,7 +280,7 @@ def test_a_card_that_cannot_be_read_is_left_alone(hub, save):
     repo = hub.repos["me/saes"] = Repo(private=False)
     repo.commit("main", {**repo.files(), "README.md": File(b"---\na: [\n---\nText\n", False)})
     before = dict(repo.branches)
-    assert "mend it first" in failed(2, "push", save, "me/saes")
+    assert "correct it first" in failed(2, "push", save, "me/saes")
     assert repo.branches == before
 
 
@@ -308,7 +308,7 @@ def test_a_branch(hub, save):
     assert repo.branches["main"] == main
     assert "a/cfg.json" in repo.files("new/k")
     # SAE.from_pretrained reads main alone: the card says how else
-    assert "not in that repo" in failed(2, "inspect", "me/saes:a")
+    assert "the repo has no such file" in failed(2, "inspect", "me/saes:a")
     (source,) = re.findall(r"```python\n(.*?)```", card_of(hub, "new/k"), re.DOTALL)
     scope = {}
     exec(source, scope)
@@ -441,12 +441,12 @@ def test_a_branch_of_a_hostile_repo_is_fetched_into_the_cache_alone(hub, save, t
 
 @pytest.mark.parametrize("repo_id", ["saes", "a/b/c", "me/../saes", "me/sa es", "me/-", ""])
 def test_a_repo_id_that_cannot_be(save, repo_id):
-    assert "repo id is" in failed(2, "push", save, repo_id)
+    assert "repo id must be" in failed(2, "push", save, repo_id)
 
 
 @pytest.mark.parametrize("sae_id", ["..", "../a", "/a", "a/", "a//b", "a/../b", ".git", "a b", ""])
 def test_an_id_that_cannot_be(save, sae_id):
-    assert "--id is" in failed(2, "push", save, "me/saes", "--id", sae_id)
+    assert "--id must be" in failed(2, "push", save, "me/saes", "--id", sae_id)
 
 
 def test_where_the_sae_is_looked_for(save, tmp_path):
@@ -468,17 +468,17 @@ def test_where_the_sae_is_looked_for(save, tmp_path):
 def test_what_is_not_fit_to_be_pushed(save, tmp_path):
     sae = train(make_sae(), 5)
     sae.save_model(tmp_path / "checkpoint")
-    assert "push the run's output_path" in failed(2, "push", "checkpoint", "me/saes")
+    assert "is a training checkpoint" in failed(2, "push", "checkpoint", "me/saes")
     weights = load_file(save / "sae_weights.safetensors")
     for name, bad, said in (
-        ("W_enc", torch.full((8, 24), torch.nan), "W_enc holds NaN"),
+        ("W_enc", torch.full((8, 24), torch.nan), "W_enc holds NaN or Inf"),
         ("threshold", torch.zeros(23), "size mismatch"),
     ):
         save_file({**weights, name: bad}, save / "sae_weights.safetensors")
         assert said in run("push", save, "me/saes").stderr
     (save / "eval_stats.json").write_text("[1]")
     save_file(weights, save / "sae_weights.safetensors")
-    assert "eval_stats.json holds list" in failed(2, "push", save, "me/saes")
+    assert "eval_stats.json must hold" in failed(2, "push", save, "me/saes")
     (save / "sae_weights.safetensors").write_bytes(b"half")
     assert "cannot load" in failed(2, "push", save, "me/saes")
 
@@ -488,4 +488,4 @@ def test_a_run_that_is_not_finished_has_nothing_to_push(synthetic_yaml):
     assert run("push", "out", "me/saes", "--dry-run").exit_code == 0
     for file in ("cfg.json", "sae_weights.safetensors"):
         Path("out", file).unlink()
-    assert "--resume it first" in failed(2, "push", "out", "me/saes")
+    assert "train --resume" in failed(2, "push", "out", "me/saes")
