@@ -40,7 +40,7 @@ class Progress:
         self._console = console
         self._steps = steps
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -91,7 +91,7 @@ class RunsProgress:
         self._start = time.monotonic()
         self._started: dict[str, float] = {}
         self._bar = RichProgress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
             TimeRemainingColumn(),
@@ -137,7 +137,7 @@ class RunsProgress:
             text = f"[{self._ended}/{self._runs}] {job.label} failed: {error}"
         elif not self._console.is_terminal and self._done:
             text += self._time_left()
-        self._console.print(text, markup=False, highlight=False)
+        self._console.print(text, highlight=False)
 
 
 def figures_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:

@@ -61,10 +61,11 @@ def describe(sae: SAE[Any]) -> Iterator[Table]:
 
 def _pairs(title: str, facts: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None)
+    table.add_column(style="dim")
     for name, value in facts.items():
         if value is not None:
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
-            table.add_row(f"[dim]{name}", text)
+            table.add_row(name, text)
     return table
 
 
@@ -77,9 +78,8 @@ def _importance_table(importance: Tensor) -> Table:
     counts = torch.histc(importance, _BINS, 0, top).tolist()
     for i, count in enumerate(counts):
         bar = "█" * round(_LONGEST_BAR * count / max(counts))
-        table.add_row(
-            f"[dim]{i * top / _BINS:.3g} to {(i + 1) * top / _BINS:.3g}", f"{bar} {count:.0f}"
-        )
+        span = f"{i * top / _BINS:.3g} to {(i + 1) * top / _BINS:.3g}"
+        table.add_row(span, f"{bar} {count:.0f}")
     return table
 
 
@@ -107,7 +107,7 @@ def push(
         upload = prepare(path, repo_id, sae_id, revision)
         console.print(facts_table({name: f"{n:,} B" for name, n in upload.sizes.items()}))
         if dry_run:
-            console.print(upload.write_card(None), markup=False, highlight=False, soft_wrap=True)
+            console.print(upload.write_card(None), highlight=False, soft_wrap=True)
             return
         commit = push_to_hub(upload, private)
         console.print(f"pushed {repo_id}:{upload.sae_id}, {commit.commit_url}", highlight=False)

@@ -31,9 +31,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="Set KEY=VALUE or KEY.SUBKEY=VALUE of the file. Repeatable."),
 ]
-console = Console()
+# Square brackets and colons in names and paths are no markup.
+console = Console(markup=False, emoji=False)
 if not console.is_terminal and "COLUMNS" not in os.environ:
-    console = Console(width=160)  # a log file has no width
+    console = Console(markup=False, emoji=False, width=160)  # a log file has no width
 
 
 @contextmanager
@@ -85,6 +86,7 @@ def config_path(config: str) -> Path:
 def facts_table(facts: dict[str, Any]) -> Table:
     """Return a table of names and values, one row each."""
     table = Table(show_header=False, box=None)
+    table.add_column(style="dim")
     for name, value in facts.items():
-        table.add_row(f"[dim]{name}", str(value))
+        table.add_row(name, str(value))
     return table

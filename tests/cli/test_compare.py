@@ -9,8 +9,10 @@ import torch
 
 from sae_lens_atm.cli import compare as cli_compare
 from sae_lens_atm.compare import load_comparison
+from sae_lens_atm.compare.report.results import write_results
 from sae_lens_atm.errors import Interrupted
 from tests.cli.command import run
+from tests.compare.sample import sample
 
 GEMMA = "compare-gemma-2-2b-l12-16k"
 
@@ -92,3 +94,20 @@ def test_a_signal_stops_a_real_comparison(comparison_yaml):
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 143, errors.decode()
     assert errors.decode().splitlines()[-1].endswith("resume with the same command")
+
+
+def test_names_and_paths_are_no_markup(tmp_path):
+    """Names with square brackets once failed after all training."""
+    odd = "x[/b][red]y :star:"
+    results = sample().model_copy(update={"name": odd})
+    results.entries[odd] = results.entries.pop("atm")
+    for holder in [*results.runs, *results.rows]:
+        holder.entry = holder.entry.replace("atm", odd) if holder.entry == "atm" else holder.entry
+    for test in results.tests:
+        test.candidate = odd
+    write_results(results, tmp_path)
+    result = run("report", "results.json", "--output", "out[/b]")
+    assert result.exit_code == 0, result.output
+    assert f"{odd}, L0 4" in result.output
+    assert f"│ {odd} " in result.output
+    assert "wrote out[/b]/report.html" in result.output

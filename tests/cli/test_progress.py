@@ -93,3 +93,12 @@ def test_a_table_of_figures():
 @pytest.mark.parametrize("columns", [{}, {"a": {}}])
 def test_a_table_without_figures(columns):
     assert figures_table("Figures", columns).row_count == 0
+
+
+def test_the_name_of_a_run_is_no_markup():
+    screen = console(terminal=True)
+    job = Job("a[/b] :star:, L0 4, seed 0", 100, None)
+    with RunsProgress(screen, 1, 100) as progress:
+        progress.started(job)
+        progress.advanced(job, 50)
+    assert job.label in text_of(screen)

@@ -7,6 +7,7 @@ from rich.console import Console
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 
 from sae_lens_atm.cli.saes import describe
+from sae_lens_atm.cli.terminal import console
 from tests.cli.command import run
 from tests.helpers import make_sae, train
 
@@ -80,3 +81,23 @@ def test_the_importance_of_one_latent_is_no_division_by_zero(tmp_path):
         sae.tracker.steps.zero_()
     sae.save_model(tmp_path)
     assert "Importance" in text_of(SAE.load_from_disk(tmp_path))
+
+
+def test_a_path_is_no_markup(synthetic_yaml):
+    trained = run("train", synthetic_yaml, "output_path=out[/b]")
+    assert trained.exit_code == 0, trained.output
+    assert "saved out[/b] in" in trained.output
+    inspected = run("inspect", "out[/b]")
+    assert inspected.exit_code == 0, inspected.output
+    evaluated = run("evaluate", "out[/b]", "--on", synthetic_yaml)
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "out[/b]" in evaluated.output
+
+
+def test_facts_are_no_markup():
+    sae = JumpReLUSAE(JumpReLUSAEConfig(d_in=8, d_sae=24, device="cpu"))
+    sae.cfg.metadata.model_name = "[/b] :star:"
+    with console.capture() as shown:
+        for table in describe(sae):
+            console.print(table)
+    assert "[/b] :star:" in shown.get()

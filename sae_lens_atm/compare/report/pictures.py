@@ -42,6 +42,11 @@ def draw_pictures(results: Results, folder: Path) -> list[Path]:
     return drawn
 
 
+def _plain(name: str) -> str:
+    """Return a name as matplotlib shows it literally: a dollar sign starts a formula."""
+    return name.replace("$", r"\$")
+
+
 def _figure(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
     """Return a figure and its grid of axes, without pyplot, whose backend belongs to the caller."""
     from matplotlib.figure import Figure
@@ -102,7 +107,7 @@ def _draw_entry(axes: Any, rows: Sequence[Row], name: str, style: Style) -> None
     x = [row.figures["l0"].mean for row in rows]
     y = [row.figures[name].mean for row in rows]
     spread = [row.figures[name].sd or 0.0 for row in rows]
-    axes.errorbar(x, y, spread, **_line(style), capsize=2, label=rows[0].entry)
+    axes.errorbar(x, y, spread, **_line(style), capsize=2, label=_plain(rows[0].entry))
     for row, x_at, y_at in zip(rows, x, y, strict=True):
         filled = style.colour if row.matched else "white"
         axes.plot(x_at, y_at, "o", color=style.colour, markerfacecolor=filled, markersize=5)
@@ -123,7 +128,7 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
                 other.curve.steps,
                 getattr(other.curve, name),
                 **_line(styles[other.entry]),
-                label=other.entry,
+                label=_plain(other.entry),
             )
     if not right.lines:
         right.text(0.5, 0.5, "no curves stored", ha="center", transform=right.transAxes)
@@ -202,8 +207,8 @@ def _draw_points(
             continue
         if value is None or value.mean is None:
             continue
-        x = str(point.values[key]) if text else point.values[key]
+        x = _plain(str(point.values[key])) if text else point.values[key]
         filled = colour if row.matched else "white"
         axes.errorbar(x, value.mean, value.sd or 0.0, color=colour, capsize=2, fmt="none")
         axes.plot(x, value.mean, "o", color=colour, markerfacecolor=filled, markersize=5)
-    axes.plot([], [], "o", color=colour, label=kind)
+    axes.plot([], [], "o", color=colour, label=_plain(kind))

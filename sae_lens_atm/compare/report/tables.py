@@ -1,8 +1,10 @@
 """The tables of a comparison, for the terminal and as Markdown."""
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from markupsafe import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -93,9 +95,15 @@ def markdown(results: Results) -> str:
         lines.append("|---" + "|--:" * len(names) + "|")
         for row in rows:
             cells = [_markdown_cell(row, name, best[name]) for name in names]
-            lines.append("| " + " | ".join([row.entry + signs(row), *cells]) + " |")
+            lines.append("| " + " | ".join([_markdown_name(row.entry) + signs(row), *cells]) + " |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
+
+
+def _markdown_name(name: str) -> str:
+    """Return a name for a cell. Marks of HTML and of Markdown are escaped."""
+    escaped = str(escape(" ".join(name.split())))
+    return re.sub(r"[\\`*|\[\]~]|\b_|_\b", r"\\\g<0>", escaped)
 
 
 def _markdown_cell(row: Row, name: str, best: set[tuple[str, float]]) -> str:

@@ -48,3 +48,16 @@ def test_a_picture_without_curves_says_so(comparison, tmp_path, monkeypatch):
     paths = draw_pictures(comparison.model_copy(update={"runs": runs}), tmp_path)
     assert "importance.png" in {path.name for path in paths}
     assert "no curves stored" in written
+
+
+def test_a_name_is_no_formula(comparison, tmp_path):
+    """Matplotlib reads text between dollar signs as TeX, and fails if it is not."""
+    odd = r"$\nothing{$ [/b]"
+    rename = {"atm": odd}
+    changed = comparison.model_copy(deep=True)
+    changed.entries = {rename.get(name, name): e for name, e in changed.entries.items()}
+    for holder in [*changed.runs, *changed.rows]:
+        holder.entry = rename.get(holder.entry, holder.entry)
+    points = {name: Point(entry=odd, values={"x": odd}) for name in changed.entries}
+    changed.sweep = Sweep(objective="mcc", points=points)
+    assert len(draw_pictures(changed, tmp_path)) == 3

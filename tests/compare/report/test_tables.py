@@ -136,3 +136,15 @@ def test_a_long_sweep_shows_its_best_points():
     rows = [line for line in shown.splitlines() if line.startswith("│")]
     assert len(rows) == 10
     assert "1.3" in rows[0]
+
+
+def test_names_in_markdown_are_no_markup():
+    results = small()
+    odd = r"a|b <i>&*c* `d` \\ [e](f) _g_ h_i"
+    for row in results.rows[:1]:
+        row.entry = odd
+    results.entries[odd] = results.entries["atm"]
+    line = markdown(results).splitlines()[2]
+    assert line.startswith(
+        r"| a\|b &lt;i&gt;&amp;\*c\* \`d\` \\\\ \[e\](f) \_g\_ h_i ~ | 4.05"
+    )
