@@ -19,7 +19,7 @@ import typer
 
 from sae_lens_atm.compare import read_results
 from sae_lens_atm.compare.report.tables import markdown
-from sae_lens_atm.metrics.figures import figure
+from sae_lens_atm.metrics.figures import ARROWS, FIGURES, figure
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks/study")]
@@ -107,6 +107,12 @@ def spelling(_: str) -> str:
     return "\n".join(lines)
 
 
+def glossary(_: str) -> str:
+    """Return the definitions of all figures."""
+    rows = [f"| {f.label}{ARROWS[f.better]} | `{n}` | {f.meaning} |" for n, f in FIGURES.items()]
+    return "\n".join(["| figure | in results.json | definition |", "|---|---|---|", *rows])
+
+
 KINDS: dict[str, Callable[[str], str]] = {
     "table": comparison,
     "targets": targets,
@@ -114,6 +120,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "ceiling": ceiling,
     "implied": implied,
     "spelling": spelling,
+    "glossary": glossary,
     "steps": script("step_time", "table"),
     "sentence": script("step_time", "sentence"),
     "growth": script("step_time", "growth_table"),

@@ -19,7 +19,6 @@ from sae_lens_atm.compare import (
     Comparison,
     Results,
     compare,
-    draw_all,
     dry_run,
     load_comparison,
     planned_jobs,
@@ -115,7 +114,7 @@ def report(
         loaded = read_results(results)
         folder = output or results.parent
         folder.mkdir(parents=True, exist_ok=True)
-        _print_results(loaded, draw_all(loaded, folder))
+        _print_results(loaded, write_all(loaded, folder))
 
 
 def evaluate(

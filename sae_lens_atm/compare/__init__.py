@@ -2,7 +2,7 @@
 
 from sae_lens_atm.compare.dry_run import dry_run
 from sae_lens_atm.compare.plan.comparison_file import Comparison, load_comparison
-from sae_lens_atm.compare.report.html import draw_all, write_all
+from sae_lens_atm.compare.report.html import write_all
 from sae_lens_atm.compare.report.results import Results, read_results
 from sae_lens_atm.compare.run.comparison import compare, summarise
 from sae_lens_atm.compare.run.tasks import planned_jobs
@@ -11,7 +11,6 @@ __all__ = [
     "Comparison",
     "Results",
     "compare",
-    "draw_all",
     "dry_run",
     "load_comparison",
     "planned_jobs",

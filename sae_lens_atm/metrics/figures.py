@@ -1,4 +1,4 @@
-"""The figures of an SAE: their labels, their better direction and their digits."""
+"""The figures of an SAE: their labels, better direction, definitions and digits."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ class Figure(NamedTuple):
     label: str
     better: int
     """1: higher is better. -1: lower is better. 0: neither."""
+    meaning: str = ""
+    """The definition, in one sentence."""
     digits: int = 3
     """Digits after the decimal point."""
 
@@ -17,37 +19,202 @@ ARROWS = {1: " ↑", -1: " ↓", 0: ""}
 """Arrows to better values, by `Figure.better`."""
 
 FIGURES: dict[str, Figure] = {
-    "l0": Figure("L0", 0, 2),
-    "explained_variance": Figure("explained variance", 1),
-    "mse": Figure("MSE", -1),
-    "cosine": Figure("cosine", 1),
-    "shrinkage": Figure("shrinkage", 0),
-    "dead_latents": Figure("dead latents", -1, 1),
-    "mcc": Figure("MCC", 1),
-    "f1": Figure("F1", 1),
-    "precision": Figure("precision", 1),
-    "recall": Figure("recall", 1),
-    "uniqueness": Figure("uniqueness", 1),
-    "absorption_full": Figure("absorption, full", -1),
-    "absorption_fraction": Figure("absorption, fraction", -1),
-    "recall_gap": Figure("recall gap", -1),
-    "absorption_full_learned": Figure("full, learned pairs", -1),
-    "absorption_fraction_learned": Figure("fraction, learned pairs", -1),
-    "parents_learned": Figure("parents learned", 1),
-    "children_learned": Figure("children learned", 1),
-    "probe_f1": Figure("letter probes, F1", 0),
-    "letters": Figure("letters that count", 0, 0),
-    "k1_f1": Figure("best latent, F1", 1),
-    "feature_splits": Figure("feature splits", 0, 2),
-    "sparse_probing_1": Figure("sparse probing, k 1", 1),
-    "sparse_probing_2": Figure("sparse probing, k 2", 1),
-    "sparse_probing_5": Figure("sparse probing, k 5", 1),
-    "ce_loss_score": Figure("CE loss recovered", 1),
-    "kl_div_score": Figure("KL recovered", 1),
-    "stability": Figure("stability", 1),
-    "seconds": Figure("training, s", 0, 0),
-    "step_ms": Figure("step, ms", 0, 1),
-    "peak_memory_mib": Figure("peak memory, MiB", 0, 0),
+    "l0": Figure(
+        "L0",
+        0,
+        "Number of latents that fire on a sample, averaged over samples.",
+        2,
+    ),
+    "true_l0": Figure(
+        "true L0",
+        0,
+        "Number of true features that are active on a sample, averaged over samples.",
+        2,
+    ),
+    "explained_variance": Figure(
+        "explained variance",
+        1,
+        "Share of the variance of the samples that the reconstruction explains.",
+    ),
+    "mse": Figure(
+        "MSE",
+        -1,
+        "Squared error of the reconstruction, summed over dimensions and averaged over samples.",
+    ),
+    "cosine": Figure(
+        "cosine",
+        1,
+        "Cosine of a sample and its reconstruction, averaged over samples.",
+    ),
+    "shrinkage": Figure(
+        "shrinkage",
+        0,
+        "Norm of the reconstruction divided by the norm of the sample, averaged over samples.",
+    ),
+    "dead_latents": Figure(
+        "dead latents",
+        -1,
+        "Number of latents that fire on no sample of the evaluation.",
+        1,
+    ),
+    "mcc": Figure(
+        "MCC",
+        1,
+        "Cosine, without its sign, of decoder rows and true features, averaged over the best "
+        "one-to-one match.",
+    ),
+    "f1": Figure(
+        "F1",
+        1,
+        "F1 of a latent as a detector of the true feature nearest to its decoder row, "
+        "averaged over latents.",
+    ),
+    "precision": Figure(
+        "precision",
+        1,
+        "Share of the samples on which a latent fires that have its nearest true feature, "
+        "averaged over latents.",
+    ),
+    "recall": Figure(
+        "recall",
+        1,
+        "Share of the samples with its nearest true feature on which a latent fires, averaged "
+        "over latents.",
+    ),
+    "uniqueness": Figure(
+        "uniqueness",
+        1,
+        "Number of true features that are nearest to at least one latent, divided by the "
+        "number of latents.",
+    ),
+    "absorption_full": Figure(
+        "absorption, full",
+        -1,
+        "Share of a parent's samples on which none of its main latents fires and one other "
+        "latent carries at least 0.4 of it, averaged over parents.",
+    ),
+    "absorption_fraction": Figure(
+        "absorption, fraction",
+        -1,
+        "Share of a parent's direction that other latents carry instead of its main latents, "
+        "averaged over its samples, then over parents.",
+    ),
+    "recall_gap": Figure(
+        "recall gap",
+        -1,
+        "Recall of a parent's main latents on samples without an active child, minus their "
+        "recall on samples with one, averaged over parents.",
+    ),
+    "absorption_full_learned": Figure(
+        "full, learned pairs",
+        -1,
+        "Absorption, full, only on samples with an active child that has a latent of its own "
+        "(cosine above 0.8); for first letters, only for letters whose best latent has an F1 "
+        "of at least 0.5.",
+    ),
+    "absorption_fraction_learned": Figure(
+        "fraction, learned pairs",
+        -1,
+        "Absorption, fraction, only on samples with an active child that has a latent of its "
+        "own (cosine above 0.8); for first letters, only for letters whose best latent has an "
+        "F1 of at least 0.5.",
+    ),
+    "parents_learned": Figure(
+        "parents learned",
+        1,
+        "Share of parents with a latent of their own (cosine above 0.8); for first letters, "
+        "share of letters whose best latent has an F1 of at least 0.5.",
+    ),
+    "children_learned": Figure(
+        "children learned",
+        1,
+        "Share of children with a latent of their own (cosine above 0.8).",
+    ),
+    "probe_f1": Figure(
+        "letter probes, F1",
+        0,
+        "F1 of a linear probe of the model's activations for a word's first letter, averaged "
+        "over the letters that count.",
+    ),
+    "letters": Figure(
+        "letters that count",
+        0,
+        "Number of first letters whose probe has an F1 above 0.6; 0 if there are fewer than 20.",
+        0,
+    ),
+    "k1_f1": Figure(
+        "best latent, F1",
+        1,
+        "F1 of a logistic regression on the best latent of a first letter, averaged over the "
+        "letters that count.",
+    ),
+    "feature_splits": Figure(
+        "feature splits",
+        0,
+        "Number of main latents of a first letter, averaged over the letters that count.",
+        2,
+    ),
+    "sparse_probing_1": Figure(
+        "sparse probing, k 1",
+        1,
+        "Balanced accuracy of a logistic regression on the best latent of a first letter, "
+        "averaged over the letters that count.",
+    ),
+    "sparse_probing_2": Figure(
+        "sparse probing, k 2",
+        1,
+        "Balanced accuracy of a logistic regression on the 2 best latents of a first letter, "
+        "averaged over the letters that count.",
+    ),
+    "sparse_probing_5": Figure(
+        "sparse probing, k 5",
+        1,
+        "Balanced accuracy of a logistic regression on the 5 best latents of a first letter, "
+        "averaged over the letters that count.",
+    ),
+    "ce_loss_score": Figure(
+        "CE loss recovered",
+        1,
+        "Share of the rise in cross-entropy loss without the activations that the "
+        "reconstruction prevents.",
+    ),
+    "kl_div_score": Figure(
+        "KL recovered",
+        1,
+        "Share of the KL divergence of the next-token distribution without the activations "
+        "that the reconstruction prevents.",
+    ),
+    "stability": Figure(
+        "stability",
+        1,
+        "Cosine of the decoder rows of two seeds, averaged over the best one-to-one match of "
+        "the latents that fire, then over pairs of seeds.",
+    ),
+    "seconds": Figure(
+        "training, s",
+        0,
+        "Time of the whole training of one SAE, with batches and evaluations.",
+        0,
+    ),
+    "group_seconds": Figure(
+        "training of the group, s",
+        0,
+        "Time of the whole training of the SAEs that share the language model's forward passes.",
+        0,
+    ),
+    "step_ms": Figure(
+        "step, ms",
+        0,
+        "Median time of a training step.",
+        1,
+    ),
+    "peak_memory_mib": Figure(
+        "peak memory, MiB",
+        0,
+        "Highest memory in use during training: on a GPU that of torch, else that of the "
+        "process, less what it used before.",
+        0,
+    ),
 }
 """The figures in the order of the tables. Other figures come after them."""
 NEEDS = {

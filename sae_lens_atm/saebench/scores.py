@@ -9,14 +9,14 @@ from sae_lens_atm.metrics.figures import ARROWS, Figure
 
 SCORES: dict[str, dict[str, Figure]] = {
     "absorption": {
-        "mean.mean_absorption_fraction_score": Figure("absorption, fraction", -1, 4),
-        "mean.mean_full_absorption_score": Figure("absorption, full", -1, 4),
-        "mean.mean_num_split_features": Figure("latents per letter", 0, 2),
+        "mean.mean_absorption_fraction_score": Figure("absorption, fraction", -1, digits=4),
+        "mean.mean_full_absorption_score": Figure("absorption, full", -1, digits=4),
+        "mean.mean_num_split_features": Figure("latents per letter", 0, digits=2),
         "probes.f1_probe": Figure("F1 of the letter probes", 0),
         "probes.f1_sparse_sae_1": Figure("F1 of one latent", 1),
     },
     "core": {
-        "sparsity.l0": Figure("L0", 0, 2),
+        "sparsity.l0": Figure("L0", 0, digits=2),
         "reconstruction_quality.explained_variance": Figure("explained variance", 1),
         "reconstruction_quality.cossim": Figure("cosine", 1),
         "model_performance_preservation.ce_loss_score": Figure("CE loss recovered", 1),

@@ -20,10 +20,12 @@ from sae_lens_atm.compare.report.results import (
     Importance,
     PairedTest,
     Parent,
+    Point,
     Results,
     Row,
     Run,
     Spread,
+    Sweep,
 )
 
 ODD = "<b>&x"
@@ -292,3 +294,15 @@ def entries_of(**roles):
         name: Entry(architecture=name, role=role, l0_parameter="k", settings={})
         for name, role in roles.items()
     }
+
+
+def sample_sweep() -> Results:
+    """A sweep of two architectures. The entries are points; the last misses its target L0."""
+    results = sample()
+    points: dict[str, Point] = {}
+    for i, name in enumerate(results.entries):
+        values = {"lr": 10.0 ** -(1 + i % 4), "k": i, "kind": ODD if i % 2 else "plain"}
+        points[name] = Point(entry=ODD if i % 2 else "atm", values=values if i else {"lr": 0.1})
+    results.sweep = Sweep(objective="mcc", points=points)
+    results.tests = []
+    return results

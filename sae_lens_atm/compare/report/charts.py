@@ -25,6 +25,12 @@ from sae_lens_atm.metrics.figures import figure
 PARETO = ("absorption_fraction", "explained_variance", "mcc", "f1", "ce_loss_score", "kl_div_score")
 CURVES = ("explained_variance", "absorption_fraction", "dead_latents", "l0")
 
+_IN_TRAINING = {
+    "l0": "Number of latents that fire on a sample of the training batch, averaged over samples.",
+    "dead_latents": "Number of latents that did not fire in the last dead_feature_window steps.",
+}
+"""The curves whose figure has another definition than after training."""
+
 
 class Panel(NamedTuple):
     """A place on the page, with one chart for each L0 to choose from.
@@ -37,6 +43,8 @@ class Panel(NamedTuple):
     charts: dict[str, go.Figure]
     outside: Sequence[str] = ()
     """Entries that are outside of the axes' ranges."""
+    meaning: str = ""
+    """The definition of the figure, as a tooltip."""
 
 
 def blank(x_title: str) -> go.Figure:
@@ -76,7 +84,9 @@ def pareto_panel(results: Results, name: str) -> Panel | None:
     ys = {entry: [center(row, name) for row in rows] for entry, rows in lines.items()}
     near = [entry for entry in lines if results.entries[entry].role != "control"] or list(lines)
     bars = [s * bar(r, name) + center(r, name) for e in near for r in lines[e] for s in (-1, 1)]
-    x_range = axis_range([x for entry in near for x in xs[entry]], xs.values())
+    # With a single target the axis shows twice the 5% by which an L0 may miss it.
+    asked = [share * row.l0_target for e in near for row in lines[e] for share in (0.9, 1.1)]
+    x_range = axis_range([*asked, *(x for entry in near for x in xs[entry])], xs.values())
     y_range = axis_range(bars, ys.values())
     chart, outside = blank("measured L0"), list[str]()
     for entry, rows in lines.items():
@@ -107,7 +117,7 @@ def pareto_panel(results: Results, name: str) -> Panel | None:
             meta=entry,
         )
     chart.update_layout(xaxis_range=x_range, yaxis_range=y_range)
-    return Panel(f"pareto-{name}", heading(name), {"": chart}, outside)
+    return Panel(f"pareto-{name}", heading(name), {"": chart}, outside, figure(name).meaning)
 
 
 def l0s(runs: Iterable[Run]) -> list[float]:
@@ -155,7 +165,8 @@ def curve_panel(results: Results, name: str) -> Panel | None:
             chart.update_layout(yaxis_range=axis_range(later))
         if later:
             charts[show_l0(l0)] = chart
-    return Panel(f"curve-{name}", heading(name), charts) if charts else None
+    meaning = _IN_TRAINING.get(name, figure(name).meaning)
+    return Panel(f"curve-{name}", heading(name), charts, meaning=meaning) if charts else None
 
 
 def importance_runs(results: Results) -> list[tuple[Run, Importance]]:

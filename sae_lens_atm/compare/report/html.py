@@ -4,8 +4,11 @@ This module chooses the content. The template `report.html.j2` has the layout an
 page and its charts.
 """
 
+import base64
+import gzip
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +36,24 @@ from sae_lens_atm.compare.report.results import (
 )
 from sae_lens_atm.compare.report.styles import GREY, GROUP_COLOURS, entry_styles
 from sae_lens_atm.compare.report.summary import best_rows
+from sae_lens_atm.compare.report.sweep import (
+    has_numbers,
+    point_lines,
+    show_value,
+    sweep_panels,
+    sweep_styles,
+    swept_fields,
+)
 from sae_lens_atm.compare.report.tables import markdown
 from sae_lens_atm.compare.report.wording import (
     P_BOUND,
+    Cell,
     clean,
+    count_latents,
     heading,
     in_order,
     marks,
+    number,
     show,
     show_l0,
     show_p,
@@ -47,15 +61,6 @@ from sae_lens_atm.compare.report.wording import (
 )
 from sae_lens_atm.files import write_text
 from sae_lens_atm.metrics.figures import FIGURES, figure
-
-
-class Cell(NamedTuple):
-    """A number in a table."""
-
-    text: str
-    value: str
-    """Value by which the column is sorted. Empty values come last."""
-    best: bool = False
 
 
 class Line(NamedTuple):
@@ -81,12 +86,6 @@ class Glance(NamedTuple):
 def breakable(name: str) -> Markup:
     """Return a name as HTML, with line breaks allowed after underscores."""
     return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
-
-
-def number(value: float | None, text: str, best: bool = False) -> Cell:
-    """Return the cell of a number."""
-    value = clean(value)
-    return Cell(text, "" if value is None else repr(value), best)
 
 
 def figure_names(holders: Sequence[Row] | Sequence[Run]) -> list[str]:
@@ -156,12 +155,20 @@ def pretty(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=str)
 
 
+@cache
+def packed_plotly() -> str:
+    """Return plotly's script, compressed with gzip, in base64: 2 MB instead of 5 MB."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode()
+
+
 def report_html(results: Results) -> str:
     """Return the HTML report. Names and messages are escaped."""
     pareto = [panel for name in PARETO if (panel := pareto_panel(results, name))]
     curves = [panel for name in CURVES if (panel := curve_panel(results, name))]
     importance, parents = importance_panels(results), parents_panel(results)
+    sweep = sweep_panels(results, results.sweep) if results.sweep else []
     panels = [
+        *sweep,
         *pareto,
         *curves,
         *(panel for _, panel in importance),
@@ -174,13 +181,17 @@ def report_html(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (breakable, figure, heading, marks, pretty, show, show_l0, show_p, verdict)
+    functions = (
+        *(breakable, count_latents, figure, heading, marks, point_lines, pretty, show, show_l0),
+        *(has_numbers, show_p, show_value, sweep_styles, swept_fields, verdict),
+    )
     return environment.get_template("report.html.j2").render(
         {function.__name__: function for function in functions},
         results=results,
         styles=entry_styles(results.entries),
         glances=make_glances(results),
         p_bound=P_BOUND,
+        sweep=sweep,
         pareto=pareto,
         curves=curves,
         importance=importance,
@@ -192,7 +203,7 @@ def report_html(results: Results) -> str:
         run_figures=figure_names(results.runs),
         runs=table(results, results.runs),
         charts={panel.key: plain(panel.charts) for panel in panels},
-        plotlyjs=Markup(get_plotlyjs().replace("</script", "<\\/script")),
+        plotly=packed_plotly(),
     )
 
 
@@ -203,11 +214,7 @@ def write_report(results: Results, path: Path) -> Path:
 
 def write_all(results: Results, folder: Path) -> list[Path]:
     """Write results, report, tables and pictures, and return their paths."""
-    return [*write_results(results, folder), *draw_all(results, folder)]
-
-
-def draw_all(results: Results, folder: Path) -> list[Path]:
-    """Write report, tables and pictures, and return their paths."""
-    table = write_text(folder / "tables.md", markdown(results))
+    data = write_results(results, folder)
     report = write_report(results, folder / "report.html")
-    return [report, table, *draw_pictures(results, folder)]
+    table = write_text(folder / "tables.md", markdown(results))
+    return [*data, report, table, *draw_pictures(results, folder)]

@@ -13,7 +13,9 @@ from sae_lens_atm.compare.report.styles import (
     Style,
     axis_range,
     entry_styles,
+    is_logarithmic,
 )
+from sae_lens_atm.compare.report.wording import count_latents
 from sae_lens_atm.metrics.figures import figure
 
 _DASHES = {
@@ -24,7 +26,6 @@ _DASHES = {
     "longdash": (0, (8, 3)),
 }
 """Matplotlib's dashes for plotly's names."""
-_LOG_RATIO = 8  # a swept field has a logarithmic axis from this ratio of its values on
 
 
 def draw_pictures(results: Results, folder: Path) -> list[Path]:
@@ -147,7 +148,7 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
 def _draw_importance(axes: Any, importance: Importance) -> None:
     for (name, quartiles), colour in zip(importance.groups.items(), GROUP_COLOURS, strict=False):
         low, middle, high = zip(*quartiles, strict=True)
-        label = f"{name} ({importance.latents[name]} latents)"
+        label = f"{name} ({count_latents(importance.latents[name])})"
         axes.plot(importance.steps, middle, color=colour, label=label)
         axes.fill_between(importance.steps, low, high, color=colour, alpha=0.2, linewidth=0)
     threshold = r"threshold $\theta_t$"
@@ -188,7 +189,7 @@ def _draw_sweep(results: Results, sweep: Sweep, path: Path) -> Path:
 def _set_scale(axes: Any, values: list[float]) -> None:
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-    if 0 < _LOG_RATIO * min(values) <= max(values):
+    if is_logarithmic(values):
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))

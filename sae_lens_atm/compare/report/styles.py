@@ -43,6 +43,11 @@ def entry_styles(entries: dict[str, Entry]) -> dict[str, Style]:
     return styles
 
 
+def is_logarithmic(values: Sequence[float]) -> bool:
+    """Return whether an axis of these values is logarithmic: their ratio is 8 or more."""
+    return 0 < 8 * min(values) <= max(values)
+
+
 def axis_range(values: Sequence[float], optional: Iterable[Sequence[float]] = ()) -> list[float]:
     """Return the ends of an axis.
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from markupsafe import escape
 from rich.table import Table
@@ -10,6 +9,7 @@ from rich.text import Text
 
 from sae_lens_atm.compare.report.results import PairedTest, Results, Row
 from sae_lens_atm.compare.report.summary import best_rows, ranked
+from sae_lens_atm.compare.report.sweep import show_value, swept_fields
 from sae_lens_atm.compare.report.wording import P_BOUND, show_p, show_spread
 from sae_lens_atm.metrics.figures import ARROWS, figure
 
@@ -174,7 +174,7 @@ def sweep_tables(results: Results, most: int = 10) -> Iterator[Table]:
     sweep = results.sweep
     assert sweep is not None
     shown = figure(sweep.objective)
-    keys = dict.fromkeys(key for point in sweep.points.values() for key in point.values)
+    keys = swept_fields(sweep)
     several = len({point.entry for point in sweep.points.values()}) > 1
     for l0 in dict.fromkeys(row.l0_target for row in results.rows):
         rows = ranked(results, l0)
@@ -189,12 +189,8 @@ def sweep_tables(results: Results, most: int = 10) -> Iterator[Table]:
             table.add_column(head, justify="right", no_wrap=True)
         for row in rows[:most]:
             point = sweep.points[row.entry]
-            values = [_swept(point.values.get(key, "")) for key in keys]
+            values = [show_value(point.values.get(key, "")) for key in keys]
             cells = [_cell(row, name, {name: set() for name in heads}) for name in heads]
             cells[0].append(signs(row))
             table.add_row(*([point.entry] if several else []), *values, *cells)
         yield table
-
-
-def _swept(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from statistics import fmean
+from typing import NamedTuple
 
 from sae_lens_atm.compare.report.results import Entry, Row, Run, Spread
 from sae_lens_atm.metrics.figures import figure
@@ -10,6 +11,15 @@ from sae_lens_atm.metrics.figures import figure
 P_BOUND = 0.05
 """p value below which a difference is highlighted."""
 ROLES = ("candidate", "baseline", "control")
+
+
+class Cell(NamedTuple):
+    """A number in a table."""
+
+    text: str
+    value: str
+    """Value by which the column is sorted. Empty values come last."""
+    best: bool = False
 
 
 def clean(value: float | None) -> float | None:
@@ -52,6 +62,17 @@ def show_p(p: float | None) -> str:
 def show_l0(l0: float) -> str:
     """Return a target L0 as text."""
     return f"{l0:g}"
+
+
+def count_latents(number: int) -> str:
+    """Return a number of latents as text."""
+    return f"{number:,} latent{'s' if number != 1 else ''}"
+
+
+def number(value: float | None, text: str, best: bool = False) -> Cell:
+    """Return the cell of a number."""
+    value = clean(value)
+    return Cell(text, "" if value is None else repr(value), best)
 
 
 def heading(name: str) -> str:

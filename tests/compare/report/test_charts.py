@@ -3,6 +3,7 @@ import math
 import pytest
 
 from sae_lens_atm.compare.report import charts, results
+from sae_lens_atm.metrics.figures import FIGURES
 from tests.compare.sample import ODD, sample
 
 
@@ -100,3 +101,22 @@ def test_parents_go_by_depth_then_probability(comparison):
 )
 def test_long_names_are_broken_beside_a_heatmap(name, label):
     assert charts.tick_label(name) == label
+
+
+def test_a_single_target_has_an_axis_around_it(comparison):
+    """Measured values of 3.997 to 4.000 once filled the axis."""
+    one = [row.model_copy(deep=True) for row in comparison.rows if row.l0_target == 4]
+    for i, row in enumerate(one):
+        row.figures["l0"].mean = 4 - 0.003 * (i % 2)
+    chart = charts.pareto_panel(comparison.model_copy(update={"rows": one}), "mcc").charts[""]
+    low, high = chart.layout.xaxis.range
+    assert 3.4 < low <= 3.6
+    assert 4.4 <= high < 4.6
+
+
+def test_a_panel_has_the_definition_of_its_figure(comparison):
+    mcc = charts.pareto_panel(comparison, "mcc")
+    assert mcc.meaning == FIGURES["mcc"].meaning
+    assert "dead_feature_window" in charts.curve_panel(comparison, "dead_latents").meaning
+    variance = charts.curve_panel(comparison, "explained_variance")
+    assert variance.meaning == FIGURES["explained_variance"].meaning

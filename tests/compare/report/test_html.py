@@ -6,10 +6,12 @@ import math
 from html.parser import HTMLParser
 
 import pytest
+from markupsafe import escape
 
 from sae_lens_atm.compare.report import html as report
 from sae_lens_atm.compare.report import results
-from tests.compare.sample import L0S, ODD, sample
+from sae_lens_atm.metrics.figures import FIGURES
+from tests.compare.sample import L0S, ODD, sample, sample_sweep
 
 VOID = {"meta", "link", "img", "br", "path", "rect", "input"}
 
@@ -130,7 +132,9 @@ def test_nothing_is_loaded_from_elsewhere(comparison):
     page = Page(html)
     for tag, attributes in page.tags:
         for name in ("src", "href", "srcset", "action", "data", "poster", "xlink:href"):
-            assert attributes.get(name, "#").startswith(("#", "data:")), (tag, attributes)
+            value = attributes.get(name, "#")
+            is_link = tag == "a" and value in ("results.json", "results.csv")
+            assert is_link or value.startswith(("#", "data:")), (tag, attributes)
     policy = next(a["content"] for _, a in page.tags if "http-equiv" in a)
     assert policy.startswith("default-src 'none'")
     style = html[html.index("<style>") : html.index("</style>")]
@@ -187,3 +191,46 @@ def test_writing_replaces_what_was_there(comparison, tmp_path):
     assert report.write_report(comparison, path) == path
     assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_every_head_has_its_definition(comparison):
+    html = report.report_html(comparison)
+    page = Page(html)
+    titles = {attributes.get("title") for _, attributes in page.tags}
+    shown = [name for name in report.figure_names(comparison.rows) if name in FIGURES]
+    assert {FIGURES[name].meaning for name in shown} <= titles
+    meanings = html[html.index('id="meanings"') :]
+    for name in shown:
+        assert meanings.count(f"<dd>{escape(FIGURES[name].meaning)}</dd>") == 1
+
+
+def test_every_section_is_in_the_navigation(comparison):
+    for shown in (comparison, sample_sweep()):
+        page = Page(report.report_html(shown))
+        sections = [a["aria-labelledby"] for tag, a in page.tags if tag == "section"]
+        links = [a["href"] for tag, a in page.tags if a.get("href", "").startswith("#")]
+        assert links == [f"#{name}" for name in sections]
+        assert ("sweep" in sections) == (shown.sweep is not None)
+
+
+def test_data_is_beside_the_report(comparison, tmp_path):
+    report.write_all(comparison, tmp_path)
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    links = [a["href"] for tag, a in page.tags if tag == "a" and a["href"][0] != "#"]
+    assert links == ["results.json", "results.csv"]
+    assert all((tmp_path / link).is_file() for link in links)
+
+
+def test_a_single_latent_is_no_latents():
+    results = sample()
+    for run in results.runs:
+        if run.importance is not None:
+            run.importance.latents["roots"] = 1
+    html = report.report_html(results)
+    assert "(1 latent)" in html
+    assert "(1 latents)" not in html
+    assert "(24 latents)" in html
+
+
+def test_a_report_is_below_3_mb(comparison):
+    assert len(report.report_html(comparison).encode()) < 3e6

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from sae_lens_atm.compare.report import html as report
-from tests.compare.sample import ODD
+from tests.compare.sample import ODD, sample_sweep
 
 
 def _missing(what):
@@ -57,6 +57,14 @@ def _show(browser, address, width=1280, scheme="light"):
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get(address)
+    _wait_for_charts(browser)
+
+
+def _wait_for_charts(browser):
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    drawn = "return 'drawn' in document.documentElement.dataset"
+    WebDriverWait(browser, 30).until(lambda b: b.execute_script(drawn))
 
 
 def _click(browser, selector):
@@ -143,6 +151,7 @@ def test_the_theme_turns_page_and_charts(page):
     dark = colours()
     assert all(one != other for one, other in zip(light, dark, strict=True))
     page.refresh()
+    _wait_for_charts(page)
     assert colours() == dark  # the choice is kept
     _click(page, "#theme")
     assert colours() == light
@@ -229,3 +238,48 @@ def test_a_phone_scrolls_only_down(page, address):
         "return [box.scrollLeft, name.left - box.getBoundingClientRect().left]"
     )
     assert left == [500, 0]
+
+
+def test_a_sweep_is_drawn(page, tmp_path):
+    _show(page, report.write_report(sample_sweep(), tmp_path / "sweep.html").as_uri())
+    points = page.execute_script(
+        "return [0, 1, 2].map((i) => document.querySelectorAll(`#sweep-${i} .point`).length)"
+    )
+    assert points == [7, 6, 6]
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_a_single_l0_is_in_the_middle_of_the_axis(page, comparison, tmp_path):
+    one = {
+        part: [held for held in getattr(comparison, part) if held.l0_target == 4]
+        for part in ("rows", "runs", "tests")
+    }
+    path = report.write_report(comparison.model_copy(update=one), tmp_path / "one.html")
+    _show(page, path.as_uri())
+    ticks = page.execute_script(
+        "return [...document.querySelectorAll('#pareto-mcc .xtick text')].map((t) => t.textContent)"
+    )
+    assert "4" in ticks
+    assert len(ticks) > 2
+
+
+def test_text_has_the_width_of_the_page(page):
+    page_width, text_width = page.execute_script(
+        "return [document.querySelector('main'), document.querySelector('main > p:last-of-type')]"
+        ".map((element) => element.getBoundingClientRect().width)"
+    )
+    assert text_width == page_width
+
+
+def test_an_old_browser_shows_the_tables(page, address):
+    """Without DecompressionStream the page says that there are no charts."""
+    without = {"source": "delete window.DecompressionStream"}
+    script = page.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", without)
+    try:
+        page.get(address)
+        notice = "return !document.getElementById('no-charts').hidden"
+        assert page.execute_script(notice)
+        assert len(_column(page, "target L0")[0]) == 21
+        _click(page, "#theme")
+    finally:
+        page.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)

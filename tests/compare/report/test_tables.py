@@ -145,6 +145,4 @@ def test_names_in_markdown_are_no_markup():
         row.entry = odd
     results.entries[odd] = results.entries["atm"]
     line = markdown(results).splitlines()[2]
-    assert line.startswith(
-        r"| a\|b &lt;i&gt;&amp;\*c\* \`d\` \\\\ \[e\](f) \_g\_ h_i ~ | 4.05"
-    )
+    assert line.startswith(r"| a\|b &lt;i&gt;&amp;\*c\* \`d\` \\\\ \[e\](f) \_g\_ h_i ~ | 4.05")
