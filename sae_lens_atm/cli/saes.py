@@ -17,6 +17,7 @@ from sae_lens_atm.files import to_json
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.hub.push import prepare
 from sae_lens_atm.hub.push import push as push_to_hub
+from sae_lens_atm.sae.active import active_settings
 from sae_lens_atm.sae.atm_sae import IMPORTANCE_QUANTILES
 from sae_lens_atm.sae.inference import ATMSAE
 
@@ -37,7 +38,7 @@ def inspect(sae: Reference) -> None:
 
 
 def describe(sae: SAE[Any]) -> Iterator[Table]:
-    """Yield tables about an SAE: what it is, how it was trained, its importance."""
+    """Yield tables about an SAE: what it is, its importance, the settings that had an effect."""
     metadata = sae.cfg.metadata
     facts: dict[str, Any] = {
         "architecture": sae.cfg.architecture(),
@@ -51,12 +52,14 @@ def describe(sae: SAE[Any]) -> Iterator[Table]:
         "SAELens": metadata.sae_lens_training_version,
     }
     yield _pairs("SAE", facts)
-    yield _pairs("Training", metadata.training_architecture_details or {})
     if isinstance(sae, ATMSAE):
         yield _importance_table(sae.importance)
     elif metadata.importance_quantiles:
         quantiles = {f"quantile {q}": v for q, v in metadata.importance_quantiles.items()}
         yield _pairs("Importance of the latents", quantiles)
+    details = active_settings(metadata.training_architecture_details or {})
+    if details:
+        yield _pairs("Training settings that have an effect", details)
 
 
 def _pairs(title: str, facts: dict[str, Any]) -> Table:

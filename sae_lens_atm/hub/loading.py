@@ -10,6 +10,9 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.hub.errors import explained
 from sae_lens_atm.training.checkpoints import is_broken
 
+_INSIDE = ("sae", "runs/*/sae")
+"""Where the folders of a run and of a whole comparison have their SAEs."""
+
 
 def load_sae(reference: str) -> SAE[Any]:
     """Load an SAE.
@@ -42,7 +45,9 @@ def _load_sae(reference: str) -> SAE[Any]:
     if (folder / SAE_CFG_FILENAME).is_file():
         return SAE[Any].load_from_disk(folder)
     if folder.exists():
-        raise SettingsError(f"{reference} holds no {SAE_CFG_FILENAME}: it is not a saved SAE")
+        inside = sorted(p for way in _INSIDE for p in folder.glob(f"{way}/{SAE_CFG_FILENAME}"))
+        hint = f", did you mean {inside[0].parent}?" if inside else ""
+        raise SettingsError(f"{reference} holds no {SAE_CFG_FILENAME}: it is not a saved SAE{hint}")
     release, colon, sae_id = reference.partition(":")
     if not colon or not sae_id:
         raise SettingsError(f"no folder {reference}: give a folder, or REPO:SAE_ID on the Hub")

@@ -56,3 +56,10 @@ def test_a_damaged_file_is_named_with_the_error(folder):
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(SettingsError, match=r"^cannot load .*: SafetensorError"):
         load_sae(str(folder))
+
+
+@pytest.mark.parametrize("inside", ["sae", "runs/atm-l0-4/sae"])
+def test_the_folder_of_a_comparison_leads_to_its_sae(tmp_path, inside):
+    train(make_sae(), 1).save_model(tmp_path / "out" / inside)
+    with pytest.raises(SettingsError, match=f"did you mean {tmp_path / 'out' / inside}[?]$"):
+        load_sae(str(tmp_path / "out"))

@@ -1,0 +1,43 @@
+"""The training settings of an SAE that have an effect, given the other settings."""
+
+from typing import Any
+
+_OF_ACTIVATION = {
+    "batchtopk": (
+        "k",
+        "topk_threshold_lr",
+        "aux_loss_coefficient",
+        "rescale_acts_by_decoder_norm",
+        "use_sparse_activations",
+    ),
+    "relu": ("l1_coefficient", "lp_norm", "l1_warm_up_steps"),
+}
+_OF_MASKS = ("c_start", "c_end", "mask_end", "mask_warm_up_steps", "mask_seed")
+_OF_PARENTS = ("parent_tau", "parent_start", "parent_rows")
+_OF_SCHEDULES = ("schedule_steps",)
+
+
+def active_settings(details: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings that have an effect.
+
+    Settings of the other activation are left out. So are those of masks and of the loss on parents
+    if they are off, except for the field that turns them off. Other architectures keep all.
+
+    Args:
+        details: ``training_architecture_details`` in the metadata of a saved SAE.
+    """
+    activation = details.get("activation")
+    if activation not in _OF_ACTIVATION or "mask_rate" not in details:
+        return details
+    inactive = {
+        name for other, names in _OF_ACTIVATION.items() if other != activation for name in names
+    }
+    masks = all(details.get(name, 1) > 0 for name in ("mask_rate", "masked_weight", "mask_end"))
+    parents = details.get("parent_weight", 0) > 0
+    if not masks:
+        inactive.update(_OF_MASKS)
+    if not parents:
+        inactive.update(_OF_PARENTS)
+    if not (masks or parents):
+        inactive.update(_OF_SCHEDULES)
+    return {name: value for name, value in details.items() if name not in inactive}
