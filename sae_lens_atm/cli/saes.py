@@ -56,10 +56,10 @@ def describe(sae: SAE[Any]) -> Iterator[Table]:
         yield _importance_table(sae.importance)
     elif metadata.importance_quantiles:
         quantiles = {f"quantile {q}": v for q, v in metadata.importance_quantiles.items()}
-        yield _pairs("Importance of the latents", quantiles)
+        yield _pairs("Importance", quantiles)
     details = active_settings(metadata.training_architecture_details or {})
     if details:
-        yield _pairs("Training settings that have an effect", details)
+        yield _pairs("Settings with an effect", details)
 
 
 def _pairs(title: str, facts: dict[str, Any]) -> Table:
@@ -76,7 +76,7 @@ def _importance_table(importance: Tensor) -> Table:
     """Return quantiles of the importance, and a histogram."""
     quantiles = importance.quantile(torch.tensor(IMPORTANCE_QUANTILES)).tolist()
     named = {f"quantile {q}": v for q, v in zip(IMPORTANCE_QUANTILES, quantiles, strict=True)}
-    table = _pairs("Importance of the latents", named)
+    table = _pairs("Importance", named)
     top = max(importance.max().item(), 1e-12)
     counts = torch.histc(importance, _BINS, 0, top).tolist()
     for i, count in enumerate(counts):

@@ -106,7 +106,7 @@ def test_facts_are_no_markup():
 def test_the_importance_comes_before_the_settings(tmp_path):
     train(make_sae(parent_weight=0.0), 5).save_inference_model(tmp_path)
     text = text_of(SAE.load_from_disk(tmp_path))
-    assert text.index("Importance of the latents") < text.index("Training settings")
+    assert text.index("\nImportance") < text.index("\nSettings with an effect")
     assert "parent_weight" in text
     assert "parent_tau" not in text
     assert "l1_coefficient" not in text
