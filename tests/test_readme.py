@@ -65,7 +65,7 @@ def test_schedule_steps_is_the_length_of_the_example():
     assert abs(tokens / batch.default - steps) < 0.02 * steps
 
 
-def test_python_example_loads(monkeypatch, tmp_path, capsys):
+def test_python_example_loads(monkeypatch, tmp_path):
     sae = train(make_sae(), 5)
     sae.save_inference_model(tmp_path / "hub/layer_12")
     sae.save_model(tmp_path / "checkpoints/100000")
@@ -86,8 +86,7 @@ def test_python_example_loads(monkeypatch, tmp_path, capsys):
     exec(blocks("python")[1], scope)
     x = torch.randn(4, 8)
     assert torch.equal(scope["sae"](x), sae.eval()(x))
-    assert scope["checkpoint"].cfg.architecture() == "atm"
-    assert "values=" in capsys.readouterr().out
+    assert scope["importance"].shape == (24,)
 
 
 def test_make_targets_exist():

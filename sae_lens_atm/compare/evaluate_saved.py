@@ -76,7 +76,7 @@ def evaluate_saved(references: Sequence[str], data: EvaluationData) -> dict[str,
     d_in = run.runner.sae.d_in
     for reference, sae in saes.items():
         if sae.cfg.d_in != d_in:
-            raise SettingsError(f"d_in of {reference} is {sae.cfg.d_in}: allowed is {d_in}")
+            raise SettingsError(f"d_in of {reference} must be {d_in}, got {sae.cfg.d_in}")
         sae.to(run.runner.device)
     if isinstance(run, SyntheticRun):
         return _evaluate_on_synthetic_data(saes, run)

@@ -45,18 +45,14 @@ def check_shares(run: Run) -> None:
     batch = getattr(cfg, name)
     if batch % size():
         raise SettingsError(
-            f"{name} is {batch}: allowed is a multiple of {size()}, the number of processes"
+            f"{name} must be a multiple of {size()}, the number of processes, got {batch}"
         )
     if size() > 1 and getattr(cfg, "use_cached_activations", False):
         # SAELens stores the position in the cache for one process only.
-        raise SettingsError(
-            "use_cached_activations is True: allowed is False with several processes"
-        )
+        raise SettingsError("use_cached_activations must be False with several processes, got True")
     for where, device in gpu_settings(run).items():
         if size() > 1 and ":" in device:
-            raise SettingsError(
-                f"{where} is {device!r}: allowed is 'cuda', one GPU for each process"
-            )
+            raise SettingsError(f"{where} must be 'cuda' with several processes, got {device!r}")
 
 
 def gpu_settings(run: Run) -> dict[str, str]:

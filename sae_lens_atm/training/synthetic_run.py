@@ -40,8 +40,8 @@ def prepare_synthetic(run: SyntheticRun, context: RunContext) -> PreparedRun:
     model = build_synthetic_model(run)
     if model.cfg.hidden_dim != cfg.sae.d_in:
         raise SettingsError(
-            f"sae.d_in is {cfg.sae.d_in}: allowed is {model.cfg.hidden_dim}, the hidden_dim of "
-            "the synthetic model"
+            f"sae.d_in must be {model.cfg.hidden_dim}, the hidden_dim of the synthetic model, got "
+            f"{cfg.sae.d_in}"
         )
     sae = TrainingSAE[Any].from_dict(cfg.sae.to_dict()).to(cfg.device)
 

@@ -41,7 +41,7 @@ def test_a_saved_sae_on_a_language_model(language_model_comparison_yaml, tmp_pat
 
 def test_an_sae_of_another_width_is_an_error(synthetic_yaml, tmp_path):
     make_sae(d_in=8).save_model(tmp_path / "narrow")
-    with pytest.raises(SettingsError, match=r"d_in of .*narrow is 8: allowed is 16"):
+    with pytest.raises(SettingsError, match=r"d_in of .*narrow must be 16, got 8"):
         evaluate_saved([str(tmp_path / "narrow")], data_of(str(synthetic_yaml)))
 
 

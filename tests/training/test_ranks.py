@@ -108,12 +108,12 @@ def test_a_single_process_has_no_ranks(synthetic_yaml):
 def test_what_does_not_go_into_the_number_of_processes(synthetic_yaml, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(SettingsError, match="batch_size is 64: allowed is a multiple of 3"):
+    with pytest.raises(SettingsError, match="batch_size must be a multiple of 3"):
         check_run(load_run(synthetic_yaml))
     facts = check_run(load_run(synthetic_yaml, ["batch_size=66"]))
     assert facts["processes"] == "3, with 22 of each batch"
     for name in ("device", "sae.device"):
-        with pytest.raises(SettingsError, match=f"^{name} is 'cuda:1'"):
+        with pytest.raises(SettingsError, match=f"^{name} must be 'cuda'"):
             check_run(load_run(synthetic_yaml, [f"{name}=cuda:1", "batch_size=66"]))
 
 

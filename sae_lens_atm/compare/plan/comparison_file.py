@@ -89,7 +89,7 @@ def read_comparison(
         quick_changes = content.get("quick")
         if not isinstance(quick_changes, dict) or not quick_changes:
             raise SettingsError(
-                f"quick is {quick_changes!r}: allowed is a mapping of the keys that --quick changes"
+                f"quick must be a mapping of the keys that --quick changes, got {quick_changes!r}"
             )
         changes = cast(dict[str, Any], quick_changes).items()
         content = apply_overrides(content, [f"{k}={json.dumps(v)}" for k, v in changes])
@@ -117,7 +117,7 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     if "seed" in shared:
         raise SettingsError("seed: not allowed in a comparison, use the list `seeds`")
     if not isinstance(shared.get("sae") or {}, dict):
-        raise SettingsError(f"sae is {shared['sae']!r}: allowed is a mapping of fields")
+        raise SettingsError(f"sae must be a mapping of fields, got {shared['sae']!r}")
     output = shared.setdefault("output_path", f"runs/{name}{'-quick' if quick else ''}")
     first_letters = _first_letters(settings, shared)
     planned = [
@@ -153,7 +153,7 @@ def _spelling_lms(own: ComparisonSettings) -> list[SpellingLMConfig | None]:
     values = dict(own.spelling_lm)
     seeds: Any = values.pop("seeds", [0])
     if not isinstance(seeds, list) or not seeds or len(set(map(str, seeds))) < len(seeds):
-        raise SettingsError(f"spelling_lm.seeds is {seeds!r}: allowed is a list, each value once")
+        raise SettingsError(f"spelling_lm.seeds must be a list, each value once, got {seeds!r}")
     return [
         parse_fields(SpellingLMConfig, {**values, "seed": seed}, "spelling_lm")
         for seed in cast(list[Any], seeds)
@@ -180,7 +180,7 @@ def _with_model(shared: dict[str, Any], lm: SpellingLMConfig | None) -> dict[str
     sae: Any = shared.get("sae") or {}
     if isinstance(sae, dict) and cast(Any, sae).get("d_in", lm.d_model) != lm.d_model:
         raise SettingsError(
-            f"sae.d_in is {sae['d_in']}: allowed is {lm.d_model}, d_model of the language model"
+            f"sae.d_in must be {lm.d_model}, d_model of the language model, got {sae['d_in']}"
         )
     return {"hook_name": HOOK, **shared, **model}
 
@@ -218,7 +218,7 @@ def _plan_entry(
                 ) from error
             samples = getattr(run.runner, "eval_samples", 1)
             if samples <= 0:
-                raise SettingsError(f"eval_samples is {samples}: allowed is more than 0")
+                raise SettingsError(f"eval_samples must be more than 0, got {samples}")
             yield PlannedRun(name, entry, float(l0), seed, l0_parameter, run, own.pool_batches)
 
 

@@ -88,10 +88,10 @@ def check_settings(values: dict[str, Any]) -> ComparisonSettings:
         raise SettingsError("\n".join(lines)) from error
     for key, value in (("seeds", settings.seeds), ("l0", settings.l0)):
         if len(set(value)) != len(value):
-            raise SettingsError(f"{key} is {value!r}: allowed is each value once")
+            raise SettingsError(f"{key} must have each value once, got {value!r}")
     for figure in settings.not_ranked:
         if figure not in FIGURES:
             raise SettingsError(
-                f"not_ranked has {figure!r}: allowed is a list of figures, {', '.join(FIGURES)}"
+                f"not_ranked must be a list of figures ({', '.join(FIGURES)}), got {figure!r}"
             )
     return settings

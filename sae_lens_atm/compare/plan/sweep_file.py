@@ -62,16 +62,14 @@ def load_sweep(
     if absolute_paths:
         base = _with_absolute_paths(base, f"runs/{name}{'-quick' if quick else ''}")
     if not isinstance(base["architectures"], dict):
-        raise SettingsError(
-            f"architectures is {shown(base['architectures'])}: allowed is a mapping"
-        )
+        raise SettingsError(f"architectures must be a mapping, got {shown(base['architectures'])}")
     entries: dict[str, Values] = {}
     points: dict[str, Point] = {}
     used: set[str] = set()
     for architecture, entry in cast(dict[str, Any], base["architectures"]).items():
         if not isinstance(entry, dict):
             raise SettingsError(
-                f"architectures.{architecture} is {shown(entry)}: allowed is a mapping"
+                f"architectures.{architecture} must be a mapping, got {shown(entry)}"
             )
         own_axes = _axes_of(architecture, cast(Values, entry), axes)
         used |= own_axes.keys()
@@ -120,8 +118,8 @@ def _check_objective(name: str, comparison: Comparison) -> None:
     ]
     if name not in allowed:
         raise SettingsError(
-            f"sweep.objective is {name!r}: allowed is a figure of these runs, one of "
-            f"{', '.join(allowed)}"
+            f"sweep.objective must be a figure of these runs, one of {', '.join(allowed)}, got "
+            f"{name!r}"
         )
 
 
@@ -133,8 +131,8 @@ def as_comparison(content: Values) -> Values:
     registered = SAE_TRAINING_CLASS_REGISTRY.get(name)
     if registered is None:
         raise SettingsError(
-            f"sae.architecture is {shown(architecture)}: allowed is one of "
-            f"{', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}"
+            f"sae.architecture must be one of {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}, "
+            f"got {shown(architecture)}"
         )
     result = {key: value for key, value in content.items() if key != "seed"}
     result["sae"] = {k: v for k, v in cast(Values, sae).items() if k != "architecture"}

@@ -29,9 +29,9 @@ class Range(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not self.low < self.high:
-            raise ValueError(f"low is {self.low}: allowed is less than high, {self.high}")
+            raise ValueError(f"low must be less than high, {self.high}, got {self.low}")
         if self.log and self.low <= 0:
-            raise ValueError(f"low is {self.low}: allowed is more than 0 with log")
+            raise ValueError(f"low must be more than 0 with log, got {self.low}")
         return self
 
     def draw(self, generator: random.Random) -> int | float:
@@ -77,7 +77,7 @@ def parse_sweep(content: Values) -> tuple[SweepSettings, Axes]:
     if figure(sweep.objective).better == 0:
         allowed = [name for name, shown_as in FIGURES.items() if shown_as.better]
         raise SettingsError(
-            f"sweep.objective is {sweep.objective!r}: allowed is one of {', '.join(allowed)}"
+            f"sweep.objective must be one of {', '.join(allowed)}, got {sweep.objective!r}"
             + did_you_mean(sweep.objective, allowed)
         )
     axes = dict(_axes(sweep.over, ""))
@@ -106,7 +106,7 @@ def _axes(over: Values, prefix: str) -> Iterator[tuple[str, list[Any] | Range]]:
             yield from _axes(cast(Values, value), "sae.")
         else:
             raise SettingsError(
-                f"sweep.over.{key} is {shown(value)}: allowed is a list of values, or low and high"
+                f"sweep.over.{key} must be a list of values, or low and high, got {shown(value)}"
             )
 
 

@@ -235,7 +235,7 @@ def read_results(path: str | Path) -> Results:
         raise SettingsError(f"{path} is not JSON: {error}") from error
     if isinstance(content, dict) and cast(Any, content).get("schema_version") == 2:
         raise SettingsError(
-            f"{path} has schema_version 2: allowed is {SCHEMA_VERSION}, convert the file with "
+            f"schema_version of {path} must be {SCHEMA_VERSION}, got 2: convert the file with "
             "tools/migrate_results.py of the source repository"
         )
     try:

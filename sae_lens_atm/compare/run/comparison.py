@@ -116,7 +116,7 @@ def check(comparison: Comparison) -> None:
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise SettingsError(
-            f"output_path is {folder}: allowed is a writable folder, {existing} is not writable"
+            f"output_path must be a writable folder, got {folder}: {existing} is not writable"
         )
     for run in {planned.group: planned.run for planned in comparison.planned}.values():
         if isinstance(run, LanguageModelRun):

@@ -52,8 +52,8 @@ def test_draws_are_uniform_or_uniform_in_the_logarithm():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"low": 2, "high": 1}, "low is 2: allowed is less than high, 1"),
-        ({"low": 0, "high": 1, "log": True}, "low is 0: allowed is more than 0 with log"),
+        ({"low": 2, "high": 1}, "low must be less than high, 1, got 2"),
+        ({"low": 0, "high": 1, "log": True}, "low must be more than 0 with log, got 0"),
         ({"low": math.nan, "high": 1}, "finite"),
         ({"low": 1}, "high"),
     ],
