@@ -27,7 +27,7 @@ types: $(VENV)/.installed
 
 # The notebooks at full length. `make test` runs them with few training steps.
 notebooks: $(VENV)/.installed
-	FULL_LENGTH=1 $(BIN)/python -m pytest -n 2 tests/test_notebooks.py
+	NOTEBOOKS=full $(BIN)/python -m pytest -n 2 tests/test_notebooks.py
 
 ci: test lint types notebooks
 

@@ -83,11 +83,11 @@ def estimate_table(entries: list[Entry], device: str) -> Table:
         what = entry.what if entry.seconds is not None else f"{entry.what}: {entry.reason}"
         table.add_row(entry.phase if entry.phase != phase else "", what, time)
         phase = entry.phase
-    known = [entry.seconds for entry in entries if entry.seconds is not None]
-    if known:
-        remark = "" if len(known) == len(entries) else "without what was not timed"
+    timed = [entry.seconds for entry in entries if entry.seconds is not None]
+    if timed:
+        remark = "" if len(timed) == len(entries) else "without what was not timed"
         table.add_section()
-        table.add_row("total", remark, duration(sum(known)))
+        table.add_row("total", remark, duration(sum(timed)))
     return table
 
 

@@ -129,12 +129,12 @@ def build_hierarchy_model(cfg: HierarchyModelConfig, device: str = "cpu") -> Syn
 
 def children_of(hierarchy: Hierarchy) -> dict[int, list[int]]:
     """Return the feature index of every node with children, and the indices of its children."""
-    found: dict[int, list[int]] = {}
+    children_by_parent: dict[int, list[int]] = {}
     todo = list(hierarchy.roots)
     while todo:
         node = todo.pop()
         children = [c.feature_index for c in node.children if c.feature_index is not None]
         if children and node.feature_index is not None:
-            found[node.feature_index] = children
+            children_by_parent[node.feature_index] = children
         todo.extend(node.children)
-    return dict(sorted(found.items()))
+    return dict(sorted(children_by_parent.items()))

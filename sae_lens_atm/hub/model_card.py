@@ -113,8 +113,8 @@ def section(described: Described, repo_id: str, revision: str, sae_id: str) -> s
         sae_id=sae_id,
         repo_id=repo_id,
         revision=revision,
-        facts=_known(facts),
-        training=_known(training),
+        facts=_without_none(facts),
+        training=_without_none(training),
         atm={k: details[k] for k in _ATM if k in details} if trained_as == "atm" else None,
         figures=_figures(described.figures),
         figures_from=described.figures_from,
@@ -172,8 +172,8 @@ def updated_card(old: str | None, sae_id: str, text: str, metadata: Mapping[str,
     start, end = f"<!-- sae-lens-atm writes this: {sae_id} -->", f"<!-- end of {sae_id} -->"
     ours = f"{start}\n{text}\n{end}"
     marked = re.compile(f"{re.escape(start)}.*?{re.escape(end)}", re.DOTALL)
-    card.text, found = marked.subn(lambda _: ours, card.text, count=1)
-    if not found:
+    card.text, replaced = marked.subn(lambda _: ours, card.text, count=1)
+    if not replaced:
         card.text = f"{card.text.rstrip()}\n\n{ours}\n"
     return str(card)
 
@@ -184,12 +184,12 @@ def _joined(old: Any, new: list[str]) -> list[Any]:
 
 
 def _figures(figures: Mapping[str, Any]) -> list[_Figure]:
-    known = {k: v for k, v in figures.items() if isinstance(v, int | float) and math.isfinite(v)}
-    order = [*(k for k in FIGURES if k in known), *(k for k in known if k not in FIGURES)]
+    finite = {k: v for k, v in figures.items() if isinstance(v, int | float) and math.isfinite(v)}
+    order = [*(k for k in FIGURES if k in finite), *(k for k in finite if k not in FIGURES)]
     return [
         _Figure(
             figure_info(name).label,
-            f"{known[name]:,}" if isinstance(known[name], int) else f"{known[name]:.4g}",
+            f"{finite[name]:,}" if isinstance(finite[name], int) else f"{finite[name]:.4g}",
             _SAELENS_BETTER.get(name, _BETTER[figure_info(name).better]),
         )
         for name in order
@@ -220,7 +220,7 @@ def _hub_id(name: str | None) -> str | None:
     return name if is_id else None
 
 
-def _known(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _without_none(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 

@@ -158,4 +158,4 @@ def read_results(file: Path, returncode: int) -> dict[str, Any]:
 
 def failures(evals: Mapping[str, Any]) -> list[str]:
     """Return one line for each eval that failed."""
-    return [f"{name}: {found['error']}" for name, found in evals.items() if "error" in found]
+    return [f"{name}: {result['error']}" for name, result in evals.items() if "error" in result]

@@ -266,7 +266,9 @@ def test_the_output_shows_the_full_pass(preset):
 
 @every_preset
 def test_averages_are_measured_in_the_pass_that_is_trained(preset):
-    sae = with_importance(make_sae(**preset, mask_rate=20.0, importance_decay=0.0), HALF)
+    sae = make_sae(**preset, mask_rate=60.0, importance_decay=0.0)
+    with_importance(sae, 0.1 + 0.9 * HALF)
+    assert not sae.draw_mask().keep[:12].any()
     x = torch.randn(256, 8)
     before = sae.tracker.averages().frequency.clone()
     acts = sae.training_forward_pass(step_input(x)).feature_acts.to_dense()

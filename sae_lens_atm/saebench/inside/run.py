@@ -98,17 +98,17 @@ def absorption(subject: Subject) -> dict[str, Any]:
     )
     random.seed(SEED)  # SAEBench seeds nothing here
     torch.manual_seed(SEED)
-    found = run(absorption_main.run_eval, config, subject, home)
+    results = run(absorption_main.run_eval, config, subject, home)
     (probing,) = Path("artifacts/absorption").glob("*_k_sparse_probing.json")
     f1 = {row["letter"]: row for row in json.loads(probing.read_text())}
-    if not found:
+    if not results:
         good = sum(row["f1_probe"] > config.min_GT_probe_f1 for row in f1.values())
         raise CannotRun(
             f"the model represents too few first letters: the F1 of a linear probe is above "
             f"{config.min_GT_probe_f1} for {good} letters, SAEBench needs "
             f"{config.min_feats_for_eval}"
         )
-    (result,) = found.values()
+    (result,) = results.values()
     scored = [f1[letter["first_letter"]] for letter in result["eval_result_details"]]
     result["eval_result_metrics"]["probes"] = {
         name: sum(row[name] for row in scored) / len(scored)
@@ -167,13 +167,13 @@ def sparse_probing(subject: Subject) -> dict[str, Any]:
     )
     dataset_utils.load_dataset = from_hub
     sparse_probing_main.HookedTransformer = given(subject.model)
-    found = run(
+    results = run(
         partial(sparse_probing_main.run_eval, save_activations=False),
         config,
         subject,
         Path("sparse_probing"),
     )
-    (result,) = found.values()
+    (result,) = results.values()
     return result
 
 
@@ -237,7 +237,7 @@ def subject_of(job: dict[str, Any]) -> Subject:
 
 def all_evals(job: dict[str, Any]) -> dict[str, Any]:
     """Run all evals of a job. Return their results, or the error of each that failed."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     try:
         subject = subject_of(job)
     except Exception as error:
@@ -246,21 +246,22 @@ def all_evals(job: dict[str, Any]) -> dict[str, Any]:
     for name in job["evals"]:
         print(f"--- SAEBench: {name}", flush=True)
         try:
-            found[name] = EVALS[name](subject)
+            results[name] = EVALS[name](subject)
         except CannotRun as error:
-            found[name] = {"error": str(error)}
+            results[name] = {"error": str(error)}
         except Exception as error:
             traceback.print_exc()
-            found[name] = {"error": reason(error)}
+            results[name] = {"error": reason(error)}
     versions = {name: version(name) for name in ("sae-bench", "sae-lens", "torch")}
-    return {"device": subject.device, "versions": versions, "evals": found}
+    return {"device": subject.device, "versions": versions, "evals": results}
 
 
 def main() -> None:
-    job, results = map(Path, sys.argv[1:])
+    """Read a job, run it, and write its results."""
+    job, output = map(Path, sys.argv[1:])
     end_with_parent()
-    found = all_evals(json.loads(job.read_text(encoding="utf-8")))
-    results.write_text(json.dumps(found, default=float), encoding="utf-8")
+    results = all_evals(json.loads(job.read_text(encoding="utf-8")))
+    output.write_text(json.dumps(results, default=float), encoding="utf-8")
 
 
 if __name__ == "__main__":

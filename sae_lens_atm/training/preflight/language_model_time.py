@@ -95,7 +95,7 @@ def language_model_entries(
     until_step_1 = max(llm_batches_of(cfg, estimated + 1, share_kept), fill)
     whole = llm_batches_of(cfg, estimated + trained, share_kept)
     shape = f"{len(tokens):,} x {cfg.context_size:,} tokens"
-    beside = ", beside the SAE (prefetch_llm_batches)" if cfg.prefetch_llm_batches else ""
+    parallel = ", in parallel to the SAE (prefetch_llm_batches)" if cfg.prefetch_llm_batches else ""
     what = f"fill the buffer: {fill:,} model batches of {shape}{timed.note}"
     entries.append(Entry(BEFORE, what, fill * each))
     if estimated:
@@ -104,7 +104,7 @@ def language_model_entries(
         entries.append(Entry(BEFORE, f"{what}{number:,} model batches", number * each))
     number = max(whole - until_step_1, 0)
     entries.append(
-        Entry(TRAINING, f"language model: {number:,} model batches{beside}", number * each)
+        Entry(TRAINING, f"language model: {number:,} model batches{parallel}", number * each)
     )
     return entries + _evaluations(run, trainer, model, tokens, first, limit, report)
 

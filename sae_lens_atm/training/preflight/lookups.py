@@ -37,20 +37,20 @@ def look_up(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, str]:
     """Check model, hook, width and dataset, and return the memory and disk that a run needs.
 
     Raises:
-        SettingsError: something was found and does not fit.
+        SettingsError: model, hook, width or dataset do not fit.
     """
     facts = {"disk": _disk(cfg)}
     if cfg.use_cached_activations:
         return facts
     online = hub_answers()
     try:
-        known = look_up_model(cfg, online)
-        check_hook_without_weights(cfg, known)
-        shape = shape_of(cfg, known)
+        meta = look_up_model(cfg, online)
+        check_hook_without_weights(cfg, meta)
+        shape = shape_of(cfg, meta)
     except NotChecked as reason:
         facts["checked"] = f"not checked: the model ({reason})"
     else:
-        facts["checked"] = f"hook and d_in, from {known.source}: {_describe(shape)}"
+        facts["checked"] = f"hook and d_in, from {meta.source}: {_describe(shape)}"
         facts["memory"] = memory_needed(cfg, shape)
     if not online and not Path(cfg.dataset_path).exists():
         if cfg.dataset_path.startswith((".", "/", "~")):

@@ -104,7 +104,7 @@ def within(seconds: float, function: Callable[[], _T]) -> _T:
     """Return the result of a function, or raise its error, if it ends in time.
 
     Raises:
-        NotChecked: it did not. Its thread goes on, and ends with the process.
+        NotChecked: it did not. Its thread continues until the process ends.
     """
     answers: Queue[tuple[bool, Any]] = Queue()
 
@@ -217,11 +217,11 @@ def _without_weights(hooked: bool, config: PretrainedConfig) -> Any:
         return HookedTransformer(cfg, move_to_device=False)
 
 
-def shape_of(cfg: LanguageModelSAERunnerConfig[Any], known: ModelWithoutWeights) -> ModelShape:
+def shape_of(cfg: LanguageModelSAERunnerConfig[Any], meta: ModelWithoutWeights) -> ModelShape:
     """Return the sizes of a run's model."""
-    config: Any = known.config
+    config: Any = meta.config
     return ModelShape(
-        parameters=sum(p.numel() for p in known.model.parameters()),
+        parameters=sum(p.numel() for p in meta.model.parameters()),
         dtype=_dtype(cfg, config),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -242,12 +242,12 @@ def _dtype(cfg: LanguageModelSAERunnerConfig[Any], config: Any) -> torch.dtype:
 
 
 def check_hook_without_weights(
-    cfg: LanguageModelSAERunnerConfig[Any], known: ModelWithoutWeights
+    cfg: LanguageModelSAERunnerConfig[Any], meta: ModelWithoutWeights
 ) -> None:
     """Check hook and width (`check_hook`) before the weights are downloaded."""
     on_meta = copy.copy(cfg)
     on_meta.llm_device = "meta"
-    check_hook(on_meta, known.model)
+    check_hook(on_meta, meta.model)
 
 
 def short(error: BaseException, most: int = 160) -> str:

@@ -87,22 +87,22 @@ def time_work(
         return clock() - before
 
     def predicted(size: int) -> float:
-        (n, t) = known[-1]
-        if len(known) == 1:
+        (n, t) = measured[-1]
+        if len(measured) == 1:
             return t * size / n
-        (m, s) = known[-2]
+        (m, s) = measured[-2]
         return t + max(t - s, 0.0) / (n - m) * (size - n)
 
-    known = [(sizes[0], seconds(sizes[0]))]
+    measured = [(sizes[0], seconds(sizes[0]))]
     for size in sizes[1:]:
         if clock() - start + predicted(size) > limit:
             break
-        known.append((size, seconds(size)))
-    size, first = known[-1]
+        measured.append((size, seconds(size)))
+    size, first = measured[-1]
     times = [first]
     while len(times) < _REPEATS and clock() - start + first <= limit:
         times.append(seconds(size))
-    known[-1] = (size, statistics.median(times))
+    measured[-1] = (size, statistics.median(times))
     return Timed(predicted(sizes[-1]), size, sizes[-1])
 
 
