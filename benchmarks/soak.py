@@ -1,11 +1,11 @@
-"""Interrupt and kill runs, fill their disk or make it read-only, and count what is lost.
+"""Stop runs by signals, a full disk or a read-only folder, and count the lost states.
 
     python benchmarks/soak.py --json docs/reliability/soak.json --report docs/reliability.md
 
-Each run is a small one on synthetic data, in its own process. After a random time something stops
-it. It is resumed from the files on disk until it ends. A state is lost if the newest checkpoint is
-older than before, or does not load. At its end a run must have the weights of an undisturbed run.
-Then files of checkpoints are damaged, one at a time.
+Each run trains a small SAE on synthetic data, in its own process. It is stopped after a random time
+and resumed until it ends. A state is lost if the newest checkpoint is older than before the stop,
+or does not load. At its end a run must have the same weights as an undisturbed run. Afterwards the
+script damages files of a checkpoint, one at a time.
 """
 
 import json
@@ -153,9 +153,9 @@ def report(found: dict[str, Any]) -> str:
         **{f"stopped by {name}": number for name, number in events.items()},
         "resumed after that": found["states_resumed"],
         "states lost": found["states_lost"],
-        "runs that ended with the very weights of an undisturbed one": found["identical"],
-        **{f"checkpoints damaged: a file {how}": n for how, n in damages["tried"].items()},
-        "of these noticed, and the checkpoint before taken": damages["noticed"],
+        "runs that ended with the same weights as an undisturbed run": found["identical"],
+        **{f"checkpoints with a damaged file: {how}": n for how, n in damages["tried"].items()},
+        "damages that were noticed, so that the previous checkpoint was used": damages["noticed"],
     }
     lines = "\n".join(f"| {name} | {number} |" for name, number in rows.items())
     return f"| | |\n|---|--:|\n{lines}\n"

@@ -5,9 +5,9 @@
     python benchmarks/step_time.py --grow               # vary each dimension
 
 The step is SAELens' `SAETrainer.step` (forward, backward, clipping, Adam) on a batch in memory. The
-architectures take turns, so that noise of the machine affects all alike. Printed are medians, as
-ratios to SAELens' `batchtopk`. The floor is five matrix products and one pass over Adam's state, at
-the rates measured in the same run.
+architectures take turns, so that other work of the machine slows all of them equally. The script
+prints medians relative to SAELens' `batchtopk`. The floor is the time of five matrix products and
+one pass over Adam's state, at the speed measured in the same run.
 """
 
 import json

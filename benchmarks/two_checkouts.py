@@ -4,8 +4,8 @@
     python benchmarks/two_checkouts.py ../before .
 
 Each checkout trains every configuration for 250 steps of SAELens' trainer, on one CPU thread, with
-dead latents and pressure on children. Compared are the loss of each step and every tensor of the
-state dict. "equal" means `torch.equal`; otherwise the largest absolute difference is printed.
+dead latents and pressure on children. The script compares the loss of each step and every tensor of
+the state dict. "equal" means `torch.equal`; otherwise the largest absolute difference is printed.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Count the latent pairs that ATM takes for child and parent, and compare them with the hierarchy.
+"""Count the latent pairs that ATM treats as child and parent, and compare them with the hierarchy.
 
 The script trains ATM and assigns to each latent the feature nearest to its decoder row. It then
 counts the pairs (child, parent) at the end of training, and their energy in the pressure on

@@ -1,4 +1,4 @@
-"""The commands that train many SAEs, and those that show and redraw their results."""
+"""The commands that train many SAEs, evaluate them and draw their results."""
 
 from pathlib import Path
 from typing import Annotated
@@ -73,7 +73,7 @@ def sweep(
         typer.Option(help="Run on a Ray cluster: its address, `auto`, or `local` for a new one."),
     ] = None,
 ) -> None:
-    """Train at many settings, on a grid or at random, and report the best.
+    """Train SAEs at many settings, on a grid or at random, and report the best.
 
     Finished runs are kept, and the same command resumes, as in `compare`.
     """
@@ -106,7 +106,7 @@ def _carry_out(
 def report(
     results: Annotated[Path, typer.Argument(help="The results.json of a comparison or sweep.")],
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the report. By default that of the file.")
+        Path | None, typer.Option(help="Folder of the report. By default the folder of the file.")
     ] = None,
 ) -> None:
     """Draw the report of a comparison or sweep again."""

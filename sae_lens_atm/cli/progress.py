@@ -143,7 +143,7 @@ class RunsProgress:
 def figures_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
     """Return a table with a row for each figure and a column for each SAE.
 
-    An arrow shows whether more or less is better.
+    An arrow shows whether higher or lower is better.
     """
     table = Table(title=title)
     table.add_column("figure")

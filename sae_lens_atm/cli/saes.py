@@ -94,7 +94,7 @@ def push(
     repo_id: Annotated[str, typer.Argument(help="The repo on the Hub: NAMESPACE/NAME.")],
     sae_id: Annotated[
         str | None,
-        typer.Option("--id", help="The SAE's folder in the repo. By default hook and width."),
+        typer.Option("--id", help="The SAE's folder in the repo. By default hook, width and L0."),
     ] = None,
     private: Annotated[
         bool, typer.Option(help="Create the repo as private if it does not exist.")
@@ -143,7 +143,7 @@ def saebench_command(
 ) -> None:
     """Run SAEBench's evals on a saved SAE.
 
-    SAEBench runs in an environment of its own, which is installed at the first use.
+    SAEBench runs in a separate environment, which is installed at the first use.
     """
     with clear_errors():
         request = saebench.plan_evals(sae, evals, model, dataset, quick)

@@ -1,8 +1,8 @@
 """Synthetic hierarchies for measuring absorption, in which parents also fire without a child.
 
 In SAELens' own generator (`SyntheticModelConfig.hierarchy`), nearly every active parent has an
-active child, as it compensates probabilities. Such a parent is the sum of its children, and
-absorbing it is no error. Here an active node has an active child with probability `coverage`.
+active child, because it compensates probabilities. Such a parent is the sum of its children, and
+absorbing it is not an error. Here an active node has an active child with probability `coverage`.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Figures of saved SAEs on a language model, from tokens that none of them was trained on."""
+"""Figures of saved SAEs on a language model, on tokens that were not used for training."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,7 @@ class HeldOutTokens:
     _next: int = field(default=0, repr=False)
 
     def get_batch_tokens(self, _batch_size: int | None = None) -> Tensor:
-        """Return the next batch. After the last comes the first again."""
+        """Return the next batch. The first follows the last."""
         self._next += 1
         return self.batches[(self._next - 1) % len(self.batches)]
 
@@ -48,7 +48,7 @@ class HeldOutTokens:
 
 
 def hold_out(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) -> HeldOutTokens:
-    """Take the first tokens of a store's dataset. In its first epoch it does not serve them."""
+    """Take the first tokens of a store's dataset. It does not serve them again in this epoch."""
     prompts = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
     batches = [store.get_batch_tokens(prompts) for _ in range(max(cfg.n_eval_batches, 1))]
     return HeldOutTokens(batches, cfg.context_size, prompts)

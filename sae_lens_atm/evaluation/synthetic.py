@@ -53,7 +53,7 @@ def evaluate(
 
 @torch.no_grad()
 def is_signed(sae: SAE[Any]) -> bool:
-    """Return whether activations can be negative, as in AbsTopK. Tried on noise."""
+    """Return whether activations can be negative, as in AbsTopK. Tests the SAE on noise."""
     with temporary_seed(0):
         x = torch.randn(256, sae.cfg.d_in).to(sae.device, sae.dtype)
     return bool((sae.encode(x).to_dense() < 0).any())

@@ -1,6 +1,6 @@
 """The model card of a repo of SAEs, with one section for each SAE.
 
-The section stands between two comments. The rest of the card is left as it is. The facts of a
+The section stands between two comments. The rest of the card does not change. The facts of a
 section are collected here, its text is in `model_card.md.j2`.
 """
 

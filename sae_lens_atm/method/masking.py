@@ -37,7 +37,7 @@ def importance_threshold(importance: Tensor, c: float | Tensor) -> Tensor:
 def mask_probability(importance: Tensor, threshold: Tensor, r: float) -> Tensor:
     """Return ``p_i = 1 - exp(-r (theta - Importance_i) / theta)`` (the paper's), 0 above ``theta``.
 
-    If ``theta <= 0`` all probabilities are 0. The most important latents have probability 0 also
+    If ``theta <= 0`` all probabilities are 0. The most important latents have probability 0, even
     where a large ``c`` puts ``theta`` above them.
     """
     maskable = (threshold > 0) & (importance < importance.max())

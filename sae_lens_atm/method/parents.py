@@ -1,7 +1,7 @@
-"""Pressure on children: a loss that keeps the decoder of a child off those of its parents.
+"""Pressure on children: a loss that keeps a parent's direction out of a child's decoder row.
 
-This part is ours, not the paper's. It removes the reward for absorption: one active latent, the
-child, can replace two, the parent and the child.
+This part is ours, not the paper's. Without it absorption is rewarded: one active latent, the child,
+can replace two, the parent and the child.
 
 Latent ``j`` *implies* a more important latent ``i`` if the inputs on which ``j`` fires contain
 ``i``'s direction about as much as the inputs on which ``i`` fires. Then ``i`` is a parent of ``j``.
@@ -21,8 +21,8 @@ _TINY = 1e-12
 def lift(inputs: Tensor, magnitude: Tensor, mean_input: Tensor, decoder: Tensor) -> Tensor:
     """Return ``L_ji = <E[a_j x] / E[a_j] - E[x], d_i / |d_i|>``, shape ``(latents, d_sae)``.
 
-    It is how much more of ``i``'s direction an input contains when latent ``j`` fires than on
-    average. Inputs are weighted by the activation of ``j``.
+    It compares the length along ``d_i`` of inputs on which latent ``j`` fires with the average
+    input. Inputs are weighted by the activation of ``j``.
 
     Args:
         inputs: ``E[a_j x]`` of some latents, shape ``(latents, d_in)``.
@@ -42,10 +42,10 @@ def implied_parents(
 
         L_ji >= tau L_ii   and   Importance_i > Importance_j
 
-    Dividing by the parent's own lift ``L_ii`` excludes latents that often fire weakly: those would
-    pass for parents of every latent that overlaps with them. Latents without a positive lift, for
-    example those that never fired, have no parents and no children. If there are more than ``most``
-    parents, those with the largest ``L_ji / L_ii`` are returned.
+    Comparing with the parent's own lift ``L_ii`` excludes latents that often fire weakly. They
+    would otherwise count as parents of every latent that overlaps with them. Latents without a
+    positive lift, for example those that never fired, have no parents and no children. If there are
+    more than ``most`` parents, those with the largest ``L_ji / L_ii`` are returned.
     """
     lifts = own_lift > 0
     implied = lift >= tau * own_lift

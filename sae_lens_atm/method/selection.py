@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-_STRIDE = 61  # one value in so many is sampled; a prime, so that all latents are sampled
-_MARGIN = 1.2  # ratio of the number of candidates aimed at to the number needed
+_STRIDE = 61  # one of this many values is sampled; a prime, so that all latents are sampled
+_MARGIN = 1.2  # number of candidates to find, relative to the number needed
 
 
 def largest_positive(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def candidates(flat: Tensor, count: int) -> Tensor:
 
 
 def _lower_bound(flat: Tensor, count: int) -> Tensor:
-    """Return a value, at least 0, that probably somewhat more than `count` values exceed."""
+    """Return a value, at least 0, that probably a few more than `count` values exceed."""
     sample = flat[::_STRIDE]
     expected = count * sample.numel() / max(flat.numel(), 1)
     rank = int(_MARGIN * expected + 4 * expected**0.5) + 1

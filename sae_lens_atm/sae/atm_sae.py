@@ -49,8 +49,8 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 
     Each training step passes the batch through the full SAE. While masks are active it also passes
     the batch through the SAE without the masked latents. The loss is
-    ``(1 - masked_weight) L_full + masked_weight L_masked``. Later in training children are kept off
-    their parents (`parent_loss`).
+    ``(1 - masked_weight) L_full + masked_weight L_masked``. Later in training `parent_loss` is
+    added, a penalty on children.
 
     In eval mode nothing is masked or updated, and the SAE equals the one that
     `save_inference_model` saves.
@@ -165,7 +165,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 
     @torch.no_grad()
     def draw_mask(self) -> Mask:
-        """Draw the mask of this step. It keeps all latents where masks are not active."""
+        """Draw the mask of this step. It keeps all latents while masks are not active."""
         cfg, steps, importance = self.cfg, self.tracker.steps, self.importance
         c = cfg.c_start + (cfg.c_end - cfg.c_start) * ramp(steps, 0, cfg.mask_end_step)
         threshold = importance_threshold(importance, c)

@@ -23,8 +23,8 @@ Kernels = Literal["auto", "dense"]
 class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig):
     """Configuration of an `ATMTrainingSAE`: an SAE trained with Adaptive Temporal Masking.
 
-    The fields of SAELens' `batchtopk` and `standard` training configurations are inherited. Those
-    of the activation in use apply; the others are ignored.
+    The fields of SAELens' `batchtopk` and `standard` training configurations are inherited. Fields
+    that only the other activation uses are ignored.
 
     Args:
         activation: the activation function, SAELens' own. "batchtopk" uses the field `k`. "relu"
@@ -36,8 +36,8 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
         frequency_weight: weight in the importance of F_i = P(a_i > 0).
         contribution_weight: weight in the importance of R_i = E[2 a_i <d_i, e>] + |d_i|^2 E[a_i^2],
             the increase of the squared error without latent i.
-        schedule_steps: the number of training steps, which an SAE does not know. Run files fill it
-            in; set it yourself elsewhere.
+        schedule_steps: number of training steps. Run files set it automatically; set it yourself
+            in Python.
         c_start: c in theta_t = mu_t + c * sigma_t at the first step.
         c_end: c at the end of masking. It changes linearly from `c_start`.
         mask_end: share of `schedule_steps` after which nothing is masked, in [0, 1]. At 1 masking
@@ -45,14 +45,14 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
         mask_rate: r in p_i = 1 - exp(-r * (theta_t - Importance_i) / theta_t). At 0 nothing is
             masked.
         mask_warm_up_steps: steps at the start without masking, while the averages fill.
-        mask_seed: seed of the masks' random numbers, which depend on it and the step only.
-        parent_weight: weight of the loss that keeps the decoder of a latent off those of its
-            parents (ours, not the paper's; see `method.parents`). At 0 it is off.
-        parent_tau: share of a latent's own lift that the inputs of another latent must have for
-            the first to be a parent of the second, in (0, 1].
+        mask_seed: seed of the masks. Their random numbers depend only on it and the step.
+        parent_weight: weight of the loss that keeps the directions of a latent's parents out of
+            its decoder row (ours, not the paper's; see `method.parents`). At 0 it is off.
+        parent_tau: tau in the rule for parents, in (0, 1]. Latent i is a parent of latent j if
+            L_ji >= tau L_ii (see `method.parents.lift`).
         parent_start: share of `schedule_steps` at which that loss begins, in [0, 1].
-        parent_rows: number of latents, in turn, whose parents are searched in a step. It bounds
-            the cost of the search.
+        parent_rows: number of latents whose parents are searched in a step. The latents take
+            turns, which bounds the cost of the search.
         kernels: "auto" uses sparse products where they are faster (see `method.sparse`), "dense"
             always dense ones, as SAELens does. The results are equal up to rounding.
     """
@@ -118,7 +118,7 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
 
     @property
     def parent_start_step(self) -> int:
-        """The first step with the loss that keeps children off their parents."""
+        """The first step with the loss on children (`parent_weight`)."""
         return round(self.parent_start * self.schedule_steps)
 
     @override

@@ -70,7 +70,7 @@ def sparse_pass(sae: ATMTrainingSAE, step_input: TrainStepInput, hidden_pre: Ten
     places, chosen = sae.context.largest(hidden_pre, sae.cfg.k)
     d_sae = hidden_pre.shape[1]
     pattern = Pattern(places // d_sae, places % d_sae, (len(x), d_sae))
-    # Activations for the decoder as it is. `chosen` are activations for rows of unit length.
+    # `chosen` are activations for decoder rows of unit length. Rescale them to the actual rows.
     known = chosen / length[pattern.columns] if sae.cfg.rescale_acts_by_decoder_norm else chosen
     acts = dots_at(x, sae.W_enc.T, pattern, sae.b_enc, known)
     error, sae_out, aligned = squared_error(target, acts, sae.W_dec, sae.b_dec, pattern)

@@ -1,4 +1,4 @@
-"""Run SAEBench's evals on a saved SAE, in an environment of their own."""
+"""Run SAEBench's evals on a saved SAE, in a separate environment."""
 
 from sae_lens_atm.errors import SAEBenchError
 from sae_lens_atm.saebench.environment import default_folder, is_complete, prepare

@@ -1,4 +1,4 @@
-"""SAEBench's scores: which are shown, and whether more or less is better."""
+"""SAEBench's scores: which are shown, and whether higher or lower is better."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside and renamed, found again, checked before use.
+"""Checkpoints of a run: write them atomically, find the newest, check them before use.
 
 A checkpoint has SAELens' own files (`SAETrainer.save_checkpoint`), the configuration of the run,
 the state of torch's random numbers, and a manifest with checksums.
@@ -103,7 +103,7 @@ class Checkpointer(Hook):
                     text = json.dumps(self._config)
                     (partial / RUNNER_CFG_FILENAME).write_text(text, encoding="utf-8")
                 write_manifest(partial, **self._facts())
-            except BaseException:  # do not leave half a checkpoint on a full disk
+            except BaseException:  # a full disk must not keep half a checkpoint
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
             replaced = base / f".{name}.replaced"

@@ -186,7 +186,7 @@ class PreparedRun(NamedTuple):
             figures = self.evaluate(sae)
             if figures:
                 write_text(output / "eval_stats.json", to_json(figures))
-        except Exception as error:  # any error: the trained SAE must not be lost to it
+        except Exception as error:  # Catch any error, because the trained SAE must not be lost.
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"the SAE is saved, but evaluating it failed ({reason})", stacklevel=2)
         return figures

@@ -1,10 +1,10 @@
-"""One training in several processes. Each has its rows of every batch, all hold the same SAE.
+"""One training in several processes, each with its rows of every batch and a copy of the SAE.
 
     torchrun --nproc-per-node 4 -m sae_lens_atm train run.yaml
 
-SAELens' trainer runs on every rank. Means, sums, choices and extremes over a batch are computed
-over the rows of all ranks. The step is then the step of one process with the whole batch, and the
-state after it is the same on all ranks.
+SAELens' trainer runs on every rank. Means, sums, selections and extremes over a batch are computed
+over the rows of all ranks. Each step therefore equals the step of one process with the whole batch,
+and all ranks have the same state after it.
 
 A step is complete on a rank or has no effect there. All exchanges of a step come before the
 optimizer changes the weights, and a rank that loses another undoes the step (`BadBatchGuard`).
@@ -103,8 +103,7 @@ class AcrossRanks(UpdateQueue):
 class RankExchange(Hook):
     """Makes each step of the trainer one step on the rows of all ranks.
 
-    The trainer's configuration describes the whole: its batch size and samples are those of all
-    ranks together.
+    In the trainer's configuration, batch size and samples are totals over all ranks.
 
     Args:
         trainer: the trainer of this rank.
@@ -194,7 +193,7 @@ class RankExchange(Hook):
 
 
 class BatchTopKAcrossRanks(BatchTopK):
-    """SAELens' BatchTopK, which in training chooses among the activations of all ranks."""
+    """SAELens' BatchTopK, which in training selects among the activations of all ranks."""
 
     def __init__(self, k: float, ranks: Ranks) -> None:
         super().__init__(k)

@@ -1,4 +1,4 @@
-"""The plan of one SAE in a comparison: what it is trained with, and in which folder."""
+"""The plan of one SAE in a comparison: its settings and its folder."""
 
 import hashlib
 import json

@@ -35,7 +35,7 @@ DEAD_TOLERANCE = 0.02
 
 
 class HeldOutBatch:
-    """Samples that are not trained on, at which an SAE is evaluated during training.
+    """Samples on which an SAE is evaluated during training. It is not trained on them.
 
     Args:
         x: inputs, shape ``(samples, d_in)``.

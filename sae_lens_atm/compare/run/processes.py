@@ -1,6 +1,6 @@
-"""Run jobs in processes of their own.
+"""Run each job in its own process.
 
-A job that crashes leaves the others alone, and the peak memory of each can be measured.
+A job that crashes does not stop the others, and the peak memory of each can be measured.
 """
 
 import logging

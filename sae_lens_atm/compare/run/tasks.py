@@ -154,7 +154,7 @@ def planned_jobs(comparison: Comparison) -> list[Job]:
 
 
 def steps_of(planned: PlannedRun) -> int:
-    """Return the number of training steps of a run; 0 for a control that is left untrained."""
+    """Return the number of training steps of a run; 0 for an untrained control."""
     return planned.run.runner.total_training_steps if planned.settings.trained else 0
 
 

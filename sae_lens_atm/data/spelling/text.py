@@ -20,7 +20,7 @@ LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 """The answers. All other text is in lower case."""
 _TOKEN = r"[A-Za-z]+|<[a-z]+>|\n|[^\sA-Za-z]"
 _ELSEWHERE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-_OFTEN = 20  # other strings than words are in the vocabulary if they occur so often
+_OFTEN = 20  # strings that are not words are in the vocabulary if they occur this often
 
 
 class Text(NamedTuple):
@@ -28,7 +28,7 @@ class Text(NamedTuple):
 
     vocabulary: list[str]
     words: list[str]
-    """The words of the vocabulary: strings of letters, also of one letter."""
+    """The words of the vocabulary: strings of one or more letters."""
     tokens: Tensor
     """The text, shape ``(tokens,)``."""
 

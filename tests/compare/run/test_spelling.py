@@ -122,12 +122,12 @@ def test_tests_pair_language_models_not_seeds():
 @pytest.mark.parametrize(
     ("override", "message"),
     {
-        "spelling_lm.seeds=[]": "spelling_lm.seeds is []: allowed is a list",
+        "spelling_lm.seeds=[]": "spelling_lm.seeds must be a list",
         "spelling_lm.steps=0": "spelling_lm.steps",
         "spelling_lm.step=4": "spelling_lm.step: unknown key, did you mean 'steps'?",
         "first_letters.probe_lr=0": "first_letters.probe_lr",
         "model_name=gpt2": "model_name cannot be set",
-        "sae.d_in=16": "sae.d_in is 16",
+        "sae.d_in=16": "sae.d_in must be 8",
     }.items(),
 )
 def test_mistakes_are_one_line(yaml, override, message):
