@@ -11,8 +11,47 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from sae_lens_atm.errors import SettingsError
+
 MANIFEST_FILENAME = "manifest.json"
 _CHUNK = 2**20
+_LONGEST = 300  # characters of a path in a message
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Check that files can be written into a folder, which may be missing.
+
+    Args:
+        name: the setting or option, for the message.
+        folder: the folder.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except (OSError, ValueError) as error:  # not a path: too long, or with a null character
+        shown = str(folder) if len(str(folder)) < _LONGEST else f"{str(folder)[:_LONGEST]}..."
+        raise SettingsError(f"{name} {shown!r} cannot be written: {error.args[-1]}") from error
+    if not existing.is_dir():
+        raise SettingsError(f"{name} {folder} cannot be written: {existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise SettingsError(f"{name} {folder} cannot be written: {existing} is read-only")
+
+
+def check_writable_file(name: str, file: Path | None) -> None:
+    """Check that a file can be written into an existing folder. Do nothing without a file.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if file is None:
+        return
+    check_writable(name, file.parent)
+    if file.is_dir():
+        raise SettingsError(f"{name} {file} cannot be written: it is a folder")
+    if not file.parent.is_dir():
+        raise SettingsError(f"{name} {file} cannot be written: there is no folder {file.parent}")
 
 
 # --- writing aside -------------------------------------------------------------------------------

@@ -73,7 +73,10 @@ def estimate_table(entries: list[Entry], device: str) -> Table:
     """Return the phases of a run as a table, with their times and the total."""
     if device == "cpu":
         device = f"cpu, threads: {torch.get_num_threads()}"
-    table = Table(title=f"Estimated time, from a few timed steps ({device})", title_justify="left")
+    table = Table(
+        title=f"Estimated time, from a few steps timed under the present load ({device})",
+        title_justify="left",
+    )
     table.add_column("phase")
     table.add_column("what")
     table.add_column("time", justify="right")

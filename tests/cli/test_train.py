@@ -31,14 +31,14 @@ def text_of(table):
 def test_train_prints_facts_progress_and_figures(synthetic_yaml):
     result = run("train", synthetic_yaml)
     assert result.exit_code == 0, result.output
-    for text in ("40 of 64", "step 40/40", "masked", "L0", "absorption_full", "saved out"):
+    for text in ("40, each with 64", "step 40/40", "masked", "L0", "absorption_full", "saved out"):
         assert text in result.output
 
 
 def test_keys_can_be_set_with_and_without_an_option(synthetic_yaml):
     result = run("train", synthetic_yaml, "training_samples=640", "--set", "n_checkpoints=2")
     assert result.exit_code == 0, result.output
-    assert "10 of 64" in result.output
+    assert "10, each with 64" in result.output
     assert len(list(Path("out/checkpoints").iterdir())) == 2
 
 
@@ -68,7 +68,14 @@ def test_dry_run_prints_phases_and_writes_nothing(synthetic_yaml, tmp_path, monk
     monkeypatch.setattr(estimate, "SECONDS", 1.0)
     result = run("train", synthetic_yaml, "--dry-run")
     assert result.exit_code == 0, result.output
-    for text in ("40 of 64", BEFORE, TRAINING, AFTER, "SAE: 40 steps of 64", "total"):
+    for text in (
+        "40, each with 64",
+        BEFORE,
+        TRAINING,
+        AFTER,
+        "SAE: 40 steps, each with 64",
+        "total",
+    ):
         assert text in result.output
     assert "timing: training steps of the SAE" in result.output  # a line each, in a log
     assert {path.name for path in tmp_path.iterdir()} == {synthetic_yaml.name}
