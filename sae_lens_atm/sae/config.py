@@ -195,6 +195,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _INF = math.inf
 _UNIT = (0, 1, "in [0, 1]")
 _NOT_NEGATIVE = (0, _INF, "0 or more, and finite")
+_COEFFICIENT = (0, 1e6, "0 or more, and at most 1e6")
 _WIDTH = (1, 2**28, "1 or more, and at most 2**28")
 _STEPS = (0, 2**53, "a whole number, 0 or more")
 _RANGES: dict[str, tuple[float, float, str]] = {
@@ -212,13 +213,13 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "mask_end": _UNIT,
     "mask_warm_up_steps": _STEPS,
     "mask_seed": (-_INF, _INF, "a whole number"),
-    "parent_weight": _NOT_NEGATIVE,
+    "parent_weight": _COEFFICIENT,
     "parent_tau": (0, 1, "in (0, 1]"),
     "parent_start": _UNIT,
     "parent_rows": (1, _INF, "a whole number, 1 or more"),
     "topk_threshold_lr": _UNIT,
-    "aux_loss_coefficient": _NOT_NEGATIVE,
-    "l1_coefficient": _NOT_NEGATIVE,
+    "aux_loss_coefficient": _COEFFICIENT,
+    "l1_coefficient": _COEFFICIENT,
     "lp_norm": (1e-12, _INF, "above 0"),
     "l1_warm_up_steps": _NOT_NEGATIVE,
 }

@@ -58,7 +58,7 @@ _LIMITS: dict[str, _Limit] = {
     # the SAE, of any architecture
     "sae.d_in": _WIDTH,
     "sae.d_sae": _WIDTH,
-    "sae.decoder_init_norm": (1e-6, 1e6, "from 1e-6 to 1e6"),
+    "sae.decoder_init_norm": (1e-6, 1e3, "from 1e-6 to 1000"),
     # SAELens' synthetic model
     "synthetic_model.num_features": (1, 2**20, "1 or more, and at most 2**20"),
     "synthetic_model.hidden_dim": _WIDTH,

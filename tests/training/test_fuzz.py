@@ -3,6 +3,7 @@
 15 examples by default. HYPOTHESIS_PROFILE=long tries more.
 """
 
+import contextlib
 import dataclasses
 import os
 import typing
@@ -115,10 +116,8 @@ def train_two_steps(content):
         if len(steps) == 2:
             stop.request()
 
-    try:
+    with contextlib.suppress(Interrupted):
         train(parse_run(content), on_step=on_step, stop=stop)
-    except Interrupted:
-        pass
     return len(steps)
 
 
@@ -142,7 +141,9 @@ def test_what_passes_the_dry_run_trains(changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"batch_size": 1},
+        {"sae.decoder_init_norm": 1e6},
+        {"sae.parent_weight": 1e30},
+        {"sae.dtype": "float16"},
     ],
 )
 def test_found_by_the_fuzzer(changes):
