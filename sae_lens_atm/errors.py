@@ -26,7 +26,10 @@ class Interrupted(Exception):
 
 
 class NonFiniteBatchError(RuntimeError):
-    """Too many batches in a row hold NaN or Inf values. None of them changed the SAE."""
+    """Too many steps in a row had a loss or gradients that are not finite.
+
+    None of them changed the SAE. The message says whether the data or the training are at fault.
+    """
 
 
 class RankLostError(RuntimeError):

@@ -13,7 +13,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, cast
 
 import torch
 from sae_lens import JumpReLUTrainingSAEConfig, SAETrainer, TrainingSAEConfig
@@ -323,13 +324,28 @@ def check_pickles(folder: Path) -> dict[str, Any]:
         Exception: of any kind, if a file holds anything else.
     """
     if (folder / RANDOM_STATE_FILENAME).exists():
-        _load_plain(folder / RANDOM_STATE_FILENAME)
+        _check_random_state(_load_plain(folder / RANDOM_STATE_FILENAME))
     return _load_plain(folder / TRAINER_STATE_FILENAME)
 
 
+def _check_random_state(state: Any) -> None:
+    expected = torch.get_rng_state()
+    states: list[Any] = []
+    if isinstance(state, dict):
+        content = cast(dict[str, Any], state)
+        states = [content.get("cpu"), *content.get("cuda", [])]
+    if not states or any(getattr(s, "dtype", None) != expected.dtype for s in states):
+        raise ValueError(f"{RANDOM_STATE_FILENAME} holds no random state")
+    if states[0].shape != expected.shape:
+        raise ValueError(f"{RANDOM_STATE_FILENAME} holds the random state of another generator")
+
+
 def _load_plain(path: Path) -> Any:
-    # Mapped, not read: the optimizer's state is twice as large as the SAE.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        # Mapped, not read: the optimizer's state is twice as large as the SAE.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:  # torch's message advises to execute the file
+        raise ValueError(f"{path.name} holds other objects than tensors and numbers") from error
 
 
 def is_broken(name: str, tensor: torch.Tensor) -> bool:

@@ -269,6 +269,26 @@ def test_a_pickle_is_never_executed(out, tmp_path, monkeypatch, name, write):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("name", ["trainer_state.pt", "random_state.pt"])
+def test_nobody_is_advised_to_execute_a_pickle(out, name):
+    torch.save({"optimizer": Evil()}, out / "checkpoints/576" / name)
+    text = message(out / "checkpoints/576")
+    assert f"is damaged (ValueError: {name} holds other objects" in text
+    assert "weights_only" not in text
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"cuda": []}, [1], {"cpu": 3}, {"cpu": torch.zeros(3)}, {"cpu": torch.zeros(3).byte()}],
+    ids=["no cpu", "list", "number", "float", "short"],
+)
+def test_a_foreign_random_state_is_damage(out, state):
+    folder = out / "checkpoints/576"
+    (folder / MANIFEST_FILENAME).unlink()
+    torch.save(state, folder / "random_state.pt")
+    assert "is damaged" in message(folder)
+
+
 @pytest.mark.parametrize("name", ["trainer_state.pt", "random_state.pt", "cfg.json"])
 @pytest.mark.parametrize("content", [None, b"", b"\xff" * 100], ids=["half", "empty", "other"])
 def test_a_file_that_cannot_be_read_is_refused(out, name, content):

@@ -94,6 +94,20 @@ def test_a_bfloat16_sae_trains(synthetic_yaml, activation):
     assert all(p.isfinite().all() for p in result.sae.parameters())
 
 
+@pytest.mark.parametrize("architecture", ["atm", "batchtopk"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_an_sae_of_any_dtype_is_evaluated(synthetic_yaml, architecture, dtype):
+    content = synthetic_yaml.read_text()
+    if architecture != "atm":
+        content = content.replace(", schedule_steps: 40, mask_warm_up_steps: 5", "")
+    synthetic_yaml.write_text(content.replace("atm", architecture))
+    figures = train(load_run(synthetic_yaml, [f"sae.dtype={dtype}"])).figures
+    single = train(load_run(synthetic_yaml, ["output_path=single"])).figures
+    assert figures.keys() == single.keys() > {"mcc", "absorption_full"}
+    for name in ("explained_variance", "mcc"):
+        assert figures[name] == pytest.approx(single[name], abs=0.1)
+
+
 def test_evaluation_does_not_meet_the_samples_of_training_again(synthetic_yaml, monkeypatch):
     # Every sample of either passes through the feature dictionary.
     rows, forward = [], FeatureDictionary.forward
