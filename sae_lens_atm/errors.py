@@ -32,6 +32,10 @@ class NonFiniteBatchError(RuntimeError):
     """
 
 
+class SaveError(OSError):
+    """Files cannot be written, for example on a full disk. The message names the folder."""
+
+
 class RankLostError(RuntimeError):
     """Another process of a distributed training has ended."""
 

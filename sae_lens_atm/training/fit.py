@@ -119,10 +119,15 @@ def fit(
 
 
 def _finish_resuming(trainer: SAETrainer[Any, Any]) -> None:
-    """Correct the counts that SAELens stores before the last step of a checkpoint is counted."""
+    """Correct what SAELens stores: counts before the last step, and when lr begins to decay."""
     samples = trainer.n_training_samples
     trainer.n_training_steps = samples // trainer.cfg.train_batch_size_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= samples]
+    # An extended run decays lr later than the run of the checkpoint.
+    schedule, cfg = trainer.lr_scheduler.state_dict(), trainer.cfg
+    if "_milestones" in schedule and cfg.lr_decay_steps > 0:
+        schedule["_milestones"][-1] = cfg.total_training_steps - cfg.lr_decay_steps
+        trainer.lr_scheduler.load_state_dict(schedule)
 
 
 def _is_finished(trainer: SAETrainer[Any, Any]) -> bool:

@@ -26,7 +26,7 @@ from sae_lens.synthetic import (
 
 from sae_lens_atm import ATMSAE, ATMTrainingSAE, ATMTrainingSAEConfig
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
-from sae_lens_atm.errors import Interrupted, SettingsError
+from sae_lens_atm.errors import CheckpointError, Interrupted, SettingsError
 from sae_lens_atm.training.checkpoints import newest_checkpoint
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
@@ -66,6 +66,7 @@ def test_synthetic_run_saves_a_stock_sae_and_its_figures(synthetic_yaml, tmp_pat
         "sparsity.safetensors",
         "runner_cfg.json",
         "eval_stats.json",
+        ".lock",
     }
     assert type(SAE.load_from_disk(out)) is JumpReLUSAE
     assert result.sae.tracker.steps.item() == 40
@@ -193,6 +194,58 @@ def test_nothing_finished_is_overwritten(synthetic_yaml, tmp_path):
     (tmp_path / "out/cfg.json").unlink()
     with pytest.raises(SettingsError, match=r"out/checkpoints .*--resume"):
         train(run)
+
+
+def test_two_runs_do_not_share_a_folder(synthetic_yaml):
+    errors = []
+
+    def start_another(trainer, _):
+        if trainer.n_training_steps == 20:
+            try:
+                train(load_run(synthetic_yaml, ["seed=9"]))
+            except SettingsError as error:
+                errors.append(str(error))
+
+    result = train(load_run(synthetic_yaml), on_step=start_another)
+    (error,) = errors
+    assert error.startswith("output_path is out: another process is writing there")
+    saved = json.loads((result.output_path / "runner_cfg.json").read_text())
+    assert saved["seed"] == 3
+
+
+@pytest.mark.parametrize("extra", [0, 640], ids=["before its end", "beyond its end"])
+@pytest.mark.parametrize("stop_at", [None, 44])
+def test_an_extended_run_is_the_longer_run(tmp_path, extra, stop_at):
+    """The decay of lr moves to the new end."""
+    settings = {"n_checkpoints": 4, "sae.schedule_steps": 40}
+    total = 2560 + 640 + extra
+    train(synthetic_run("straight", training_samples=total, **settings))
+    train(synthetic_run("longer", **settings))
+    stops = [] if stop_at is None else [stop_at]
+    for more in (640, 640 + extra):
+        for at in stops if more == 640 else ():
+            stop = StopFlag()
+            run = synthetic_run("longer", **settings)
+            with pytest.raises(Interrupted):
+                train(run, "longer", stop_after(at, stop), stop, extend=more)
+        train(synthetic_run("longer", **settings), resume="longer", extend=more)
+        if not extra:
+            break
+    assert state_equal(trained_files("straight"), trained_files("longer"))
+    saved = json.loads((tmp_path / "longer/runner_cfg.json").read_text())
+    assert saved["training_samples"] == total
+
+
+def test_a_run_whose_lr_has_decayed_cannot_be_extended(synthetic_yaml):
+    settings = ["n_checkpoints=0", "save_final_checkpoint=true", "run_final_eval=false"]
+    train(load_run(synthetic_yaml, settings))
+    with pytest.raises(CheckpointError, match="no complete checkpoint before lr decays"):
+        train(load_run(synthetic_yaml, settings), resume="out", extend=640)
+    with pytest.raises(CheckpointError, match="cannot extend out/checkpoints/final_2560: lr has"):
+        train(load_run(synthetic_yaml, settings), "out/checkpoints/final_2560", extend=640)
+    cosine = load_run(synthetic_yaml, [*settings, "lr_scheduler_name=cosineannealing"])
+    with pytest.raises(SettingsError, match=r"^lr_scheduler_name must be 'constant'"):
+        train(cosine, resume="out", extend=640)
 
 
 def test_unwritable_output(synthetic_yaml, tmp_path):

@@ -18,19 +18,22 @@ from sae_lens_atm.training.run_file import LanguageModelRun, Run, batch_size_of
 from sae_lens_atm.training.schema import shown
 
 
-def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> dict[str, Any]:
+def check_run(
+    run: Run, checkpoint: Path | None = None, dry: bool = False, extend: int = 0
+) -> dict[str, Any]:
     """Check a run without loading data or models, and return facts about it for a table.
 
     Args:
         run: the run.
         checkpoint: the checkpoint that it resumes from, found by `newest_checkpoint`.
         dry: also look up model, hook and dataset (`look_up`).
+        extend: number of samples by which the run is longer than its settings.
 
     Raises:
         SettingsError, CheckpointError: something does not fit.
     """
     cfg = run.runner
-    output = check_output(run, checkpoint)
+    output = check_output(run, checkpoint, extend > 0)
     facts: dict[str, Any] = {"architecture": cfg.sae.architecture()}
     if isinstance(run, LanguageModelRun):
         facts |= {
@@ -59,7 +62,7 @@ def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> di
         share = batch // number_of_processes()
         facts["processes"] = f"{number_of_processes()}, with {share:,} of each batch"
     if checkpoint is not None:
-        check_resumable(checkpoint, run)
+        check_resumable(checkpoint, run, extend)
         facts["resuming from"] = checkpoint
     if dry and isinstance(run, LanguageModelRun):
         facts |= look_up(run.runner)
@@ -102,8 +105,13 @@ def check_devices(run: Run) -> None:
             raise SettingsError(f"{name} is {device!r}: this machine has no CUDA device")
 
 
-def check_output(run: Run, checkpoint: Path | None = None) -> Path:
+def check_output(run: Run, checkpoint: Path | None = None, extends: bool = False) -> Path:
     """Check that the run's folder can be written and holds no other run. Return the folder.
+
+    Args:
+        run: the run.
+        checkpoint: the checkpoint that it resumes from.
+        extends: whether it may replace the finished SAE in its folder by a longer one.
 
     Raises:
         SettingsError: it cannot, or it does. The message says what to do.
@@ -117,7 +125,7 @@ def check_output(run: Run, checkpoint: Path | None = None) -> Path:
             raise SettingsError(f"output_path {shown(str(folder))}: {error.args[-1]}") from error
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise SettingsError(f"output_path {folder} cannot be written: check {existing}")
-    if (output / SAE_CFG_FILENAME).exists():
+    if (output / SAE_CFG_FILENAME).exists() and not extends:
         raise SettingsError(
             f"output_path {output} already holds a finished SAE: choose another folder"
         )
