@@ -177,6 +177,12 @@ def _print_result(result: Result, language_model: bool) -> None:
     title = "on the language model" if language_model else "on fresh synthetic samples"
     if result.figures:
         console.print(figures_table(f"The saved SAE {title}", {"value": result.figures}))
+    if result.saved_l0 == result.saved_l0:  # NaN if no step was taken
+        console.print(
+            f"L0 of the saved SAE on the last batch: {result.saved_l0:.2f} "
+            f"({result.training_l0:.2f} in training)",
+            highlight=False,
+        )
     if result.skipped_batches:
         console.print(
             f"skipped {result.skipped_batches} batches with NaN, Inf or too large values",

@@ -19,6 +19,7 @@ from sae_lens_atm.training.checkpoints import (
     skipped_batches,
 )
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
+from sae_lens_atm.training.history import History, LastBatch
 from sae_lens_atm.training.hooks import (
     CollapseWarning,
     OnStep,
@@ -149,6 +150,7 @@ class RunContext(NamedTuple):
     stop: StopFlag
     keep: int | None
     ranks: Ranks | None
+    last_batch: LastBatch
 
     @property
     def writes(self) -> bool:
@@ -163,12 +165,18 @@ class RunContext(NamedTuple):
         restores_random_state: bool = True,
     ) -> int:
         """Train, and return the number of skipped batches."""
-        callbacks = [] if self.on_step is None else [StepCallback(trainer, self.on_step)]
+        observers: list[Hook] = []
+        if self.writes:
+            self.last_batch.trainer = trainer
+            folder = Path(run.runner.output_path or "")
+            observers = [self.last_batch, History(trainer, folder, self.checkpoint)]
+        if self.on_step is not None:
+            observers.append(StepCallback(trainer, self.on_step))
         return fit(
             trainer,
             self.stop,
             self.checkpoint,
-            hooks=[*hooks, *callbacks],
+            hooks=[*hooks, *observers],
             max_bad_batches=run.max_bad_batches,
             keep=self.keep,
             config=run_config(run),
@@ -184,14 +192,22 @@ class PreparedRun(NamedTuple):
     """Trains and saves. Returns the SAE and the number of skipped batches."""
     evaluate: Callable[[TrainingSAE[Any]], dict[str, float]]
 
-    def evaluate_safely(self, sae: TrainingSAE[Any], output: Path) -> dict[str, float]:
-        """Evaluate the SAE and save the figures. An error is only a warning."""
+    def evaluate_safely(
+        self, sae: TrainingSAE[Any], output: Path, last_batch: LastBatch
+    ) -> tuple[dict[str, float], float]:
+        """Evaluate the SAE and save the figures. An error is only a warning.
+
+        Returns:
+            The figures, and the mean L0 of the saved SAE on the last batch.
+        """
+        saved_l0 = float("nan")
         figures: dict[str, float] = {}
         try:
+            saved_l0 = last_batch.saved_l0(output, str(sae.device))
             figures = self.evaluate(sae)
             if figures:
                 write_text(output / "eval_stats.json", to_json(figures))
         except Exception as error:  # Catch any error, because the trained SAE must not be lost.
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"the SAE is saved, but evaluating it failed ({reason})", stacklevel=2)
-        return figures
+        return figures, saved_l0

@@ -13,6 +13,7 @@ from torch.random import fork_rng
 from sae_lens_atm.files import locked
 from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
 from sae_lens_atm.training.fit import RunContext
+from sae_lens_atm.training.history import LastBatch
 from sae_lens_atm.training.hooks import OnStep, StopFlag
 from sae_lens_atm.training.language_model_run import prepare_language_model
 from sae_lens_atm.training.preflight.checks import check_devices, check_output, check_run
@@ -32,6 +33,10 @@ class Result:
     """Figures of the final evaluation."""
     skipped_batches: int = 0
     """Number of bad batches (NaN, Inf, overflow) that were skipped."""
+    training_l0: float = float("nan")
+    """Mean L0 of the last training step; NaN if none was taken."""
+    saved_l0: float = float("nan")
+    """Mean L0 of the SAE that is saved, on the batch of that step."""
 
 
 def train(
@@ -87,7 +92,8 @@ def train_checked(
             check_output(run, checkpoint, extend > 0)
         torch.manual_seed(run.seed)
         start = time.perf_counter()
-        context = RunContext(checkpoint, on_step, stop, keep, ranks)
+        last = LastBatch()
+        context = RunContext(checkpoint, on_step, stop, keep, ranks, last)
         if isinstance(run, SyntheticRun):
             prepared = prepare_synthetic(run, context)
         else:
@@ -95,5 +101,8 @@ def train_checked(
         with stop.on_signals():  # also while the result is saved
             sae, skipped = prepared.fit()
         sae.eval()
-        figures = prepared.evaluate_safely(sae, output) if context.writes else {}
-        return Result(sae, output, time.perf_counter() - start, figures, skipped)
+        figures, saved_l0 = dict[str, float](), float("nan")
+        if context.writes:
+            figures, saved_l0 = prepared.evaluate_safely(sae, output, last)
+        seconds = time.perf_counter() - start
+        return Result(sae, output, seconds, figures, skipped, last.training_l0, saved_l0)

@@ -1,6 +1,7 @@
 """Check a run before it starts, and describe what it will do."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import torch
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.training.checkpoints import check_resumable, is_checkpoint
 from sae_lens_atm.training.preflight.amounts import estimation_batches
 from sae_lens_atm.training.preflight.lookups import look_up
 from sae_lens_atm.training.preflight.memory import sae_size, size_text
-from sae_lens_atm.training.ranks import check_shares
+from sae_lens_atm.training.ranks import check_shares, rank
 from sae_lens_atm.training.ranks import size as number_of_processes
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, batch_size_of
 from sae_lens_atm.training.schema import shown
@@ -42,6 +44,9 @@ def check_run(
         }
         check_data(run)
     check_shares(run)
+    reason = never_masks(run)
+    if reason is not None and rank() == 0:
+        warnings.warn(reason, stacklevel=2)
     size, batch = sae_size(cfg.sae), batch_size_of(run)
     parameters = cfg.sae.d_sae * (2 * cfg.sae.d_in + 1) + cfg.sae.d_in
     needed = size.resident + size.parameters
@@ -67,6 +72,20 @@ def check_run(
     if dry and isinstance(run, LanguageModelRun):
         facts |= look_up(run.runner)
     return facts
+
+
+def never_masks(run: Run) -> str | None:
+    """Return why a run with a mask_rate masks no latent in any step, or None if it does."""
+    cfg, steps = run.runner.sae, run.runner.total_training_steps
+    if not isinstance(cfg, ATMTrainingSAEConfig) or cfg.mask_rate == 0:
+        return None
+    start, end = cfg.mask_warm_up_steps, cfg.mask_end_step if cfg.mask_end < 1 else steps
+    if start < min(steps, end):
+        return None
+    why = f"the run ends after {steps} steps" if steps <= end else f"mask_end ends it at step {end}"
+    return (
+        f"no latent will be masked: masking begins at step {start} (mask_warm_up_steps), and {why}"
+    )
 
 
 def check_data(run: LanguageModelRun) -> None:
