@@ -55,7 +55,8 @@ NAMES = ", ".join(sorted(path.stem for path in shipped_config("demo").parent.glo
         ),
         (
             ["train", "{run}", "--resume", "nowhere"],
-            "cannot resume: nowhere does not exist",
+            "cannot resume: nowhere does not exist. "
+            "Set n_checkpoints or save_final_checkpoint to have some",
         ),
         (
             ["train", "demo"],

@@ -1,5 +1,6 @@
 """Check a run before it starts, and describe what it will do."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import check_writable
+from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.training.checkpoints import check_resumable, is_checkpoint
 from sae_lens_atm.training.preflight.amounts import estimation_batches
 from sae_lens_atm.training.preflight.lookups import look_up
@@ -19,24 +21,27 @@ from sae_lens_atm.training.preflight.memory import (
     synthetic_bytes,
     total_bytes,
 )
-from sae_lens_atm.training.ranks import check_shares
+from sae_lens_atm.training.ranks import check_shares, rank
 from sae_lens_atm.training.ranks import size as number_of_processes
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun, batch_size_of
 
 
-def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> dict[str, Any]:
+def check_run(
+    run: Run, checkpoint: Path | None = None, dry: bool = False, extend: int = 0
+) -> dict[str, Any]:
     """Check a run without loading data or models, and return facts about it for a table.
 
     Args:
         run: the run.
         checkpoint: the checkpoint that it resumes from, found by `newest_checkpoint`.
         dry: also look up model, hook and dataset (`look_up`).
+        extend: number of samples by which the run is longer than its settings.
 
     Raises:
         SettingsError, CheckpointError: something does not fit.
     """
     cfg = run.runner
-    output = check_output(run, checkpoint)
+    output = check_output(run, checkpoint, extend > 0)
     facts: dict[str, Any] = {"architecture": cfg.sae.architecture()}
     if isinstance(run, LanguageModelRun):
         facts |= {
@@ -45,6 +50,9 @@ def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> di
         }
         check_data(run)
     check_shares(run)
+    reason = never_masks(run)
+    if reason is not None and rank() == 0:
+        warnings.warn(reason, stacklevel=2)
     size, batch = sae_size(cfg.sae), batch_size_of(run)
     check_memory(run, size.resident)
     parameters = cfg.sae.d_sae * (2 * cfg.sae.d_in + 1) + cfg.sae.d_in
@@ -66,11 +74,25 @@ def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> di
         share = batch // number_of_processes()
         facts["processes"] = f"{number_of_processes()}, with {share:,} of each batch"
     if checkpoint is not None:
-        check_resumable(checkpoint, run)
+        check_resumable(checkpoint, run, extend)
         facts["resuming from"] = checkpoint
     if dry and isinstance(run, LanguageModelRun):
         facts |= look_up(run.runner)
     return facts
+
+
+def never_masks(run: Run) -> str | None:
+    """Return why a run with a mask_rate masks no latent in any step, or None if it does."""
+    cfg, steps = run.runner.sae, run.runner.total_training_steps
+    if not isinstance(cfg, ATMTrainingSAEConfig) or cfg.mask_rate == 0:
+        return None
+    start, end = cfg.mask_warm_up_steps, cfg.mask_end_step if cfg.mask_end < 1 else steps
+    if start < min(steps, end):
+        return None
+    why = f"the run ends after {steps} steps" if steps <= end else f"mask_end ends it at step {end}"
+    return (
+        f"no latent will be masked: masking begins at step {start} (mask_warm_up_steps), and {why}"
+    )
 
 
 def check_data(run: LanguageModelRun) -> None:
@@ -147,8 +169,13 @@ def check_devices(run: Run) -> None:
             raise SettingsError(f"{name} is {device!r}: this machine has no such device") from error
 
 
-def check_output(run: Run, checkpoint: Path | None = None) -> Path:
+def check_output(run: Run, checkpoint: Path | None = None, extends: bool = False) -> Path:
     """Check that the run's folder can be written and holds no other run. Return the folder.
+
+    Args:
+        run: the run.
+        checkpoint: the checkpoint that it resumes from.
+        extends: whether it may replace the finished SAE in its folder by a longer one.
 
     Raises:
         SettingsError: it cannot, or it does. The message says what to do.
@@ -157,7 +184,7 @@ def check_output(run: Run, checkpoint: Path | None = None) -> Path:
     checkpoints = Path(run.runner.checkpoint_path or "")
     for folder in (output, checkpoints):
         check_writable("output_path", folder)
-    if (output / SAE_CFG_FILENAME).exists():
+    if (output / SAE_CFG_FILENAME).exists() and not extends:
         raise SettingsError(
             f"output_path {output} already holds a finished SAE: choose another folder"
         )
