@@ -26,7 +26,14 @@ class Interrupted(Exception):
 
 
 class NonFiniteBatchError(RuntimeError):
-    """Too many batches in a row hold NaN or Inf values. None of them changed the SAE."""
+    """Too many steps in a row had a loss or gradients that are not finite.
+
+    None of them changed the SAE. The message says whether the data or the training are at fault.
+    """
+
+
+class SaveError(OSError):
+    """Files cannot be written, for example on a full disk. The message names the folder."""
 
 
 class RankLostError(RuntimeError):

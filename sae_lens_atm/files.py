@@ -1,5 +1,6 @@
 """Files that are complete or absent: writing aside and renaming, JSON, manifests with checksums."""
 
+import errno
 import json
 import math
 import os
@@ -11,8 +12,97 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from sae_lens_atm.errors import RankLostError, SaveError, SettingsError
+
 MANIFEST_FILENAME = "manifest.json"
+LOCK_FILENAME = ".lock"
 _CHUNK = 2**20
+_LONGEST = 300  # characters of a path in a message
+
+
+def check_writable(name: str, folder: Path) -> None:
+    """Check that files can be written into a folder, which may be missing.
+
+    Args:
+        name: the setting or option, for the message.
+        folder: the folder.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    try:
+        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except (OSError, ValueError) as error:  # not a path: too long, or with a null character
+        shown = str(folder) if len(str(folder)) < _LONGEST else f"{str(folder)[:_LONGEST]}..."
+        raise SettingsError(f"{name} {shown!r} cannot be written: {error.args[-1]}") from error
+    if not existing.is_dir():
+        raise SettingsError(f"{name} {folder} cannot be written: {existing} is no folder")
+    if not os.access(existing, os.W_OK):
+        raise SettingsError(f"{name} {folder} cannot be written: {existing} is read-only")
+
+
+def check_writable_file(name: str, file: Path | None) -> None:
+    """Check that a file can be written into an existing folder. Do nothing without a file.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if file is None:
+        return
+    check_writable(name, file.parent)
+    if file.is_dir():
+        raise SettingsError(f"{name} {file} cannot be written: it is a folder")
+    if not file.parent.is_dir():
+        raise SettingsError(f"{name} {file} cannot be written: there is no folder {file.parent}")
+
+
+# --- errors and locks ----------------------------------------------------------------------------
+
+
+@contextmanager
+def saving(folder: Path) -> Generator[None]:
+    """Turn any error while files are written into a SaveError that names the folder."""
+    try:
+        yield
+    except (SaveError, RankLostError):
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError
+        reason = " ".join(str(error).split())
+        if _disk_is_full(folder, error):
+            reason = "No space left on the disk"
+        raise SaveError(f"cannot save {folder}: {reason}") from error
+
+
+def _disk_is_full(folder: Path, error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # safetensors and torch pass on no error number.
+    return "code: 28," in str(error) or shutil.disk_usage(existing).free < _CHUNK
+
+
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """Make a folder, and lock it against other processes that write there.
+
+    Raises:
+        SettingsError: another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_FILENAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise SettingsError(
+            f"output_path is {folder}: another process is writing there, wait or choose another"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 # --- writing aside -------------------------------------------------------------------------------
@@ -32,14 +122,22 @@ def saved_at_once(folder: Path, last: str = "cfg.json") -> Generator[Path]:
     Args:
         folder: where the files go. It is made if it is missing.
         last: the file that is moved last. Without it `folder` does not count as complete.
+
+    Raises:
+        SaveError: a file cannot be written.
     """
     partial = folder / ".sae.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for file in sorted(partial.iterdir(), key=lambda f: f.name == last):
-        file.replace(folder / file.name)
-    partial.rmdir()
+    with saving(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            for file in sorted(partial.iterdir(), key=lambda f: f.name == last):
+                file.replace(folder / file.name)
+            partial.rmdir()
+        except BaseException:  # do not leave half an SAE on a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 # --- JSON ----------------------------------------------------------------------------------------

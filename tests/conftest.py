@@ -108,8 +108,8 @@ sae: {architecture: atm, d_in: 16, d_sae: 32, k: 2, schedule_steps: 40, mask_war
 training_samples: 2560
 batch_size: 64
 lr: 1e-3
-lr_warm_up_steps: 5
-lr_decay_steps: 10
+lr_warm_up_steps: 1
+lr_decay_steps: 1
 eval_samples: 1000
 output_path: out
 """

@@ -96,7 +96,8 @@ def test_compare_report_and_evaluate(comparison_yaml, tmp_path):
 
 @pytest.mark.parametrize("line", lines_of("sweep"), ids=" ".join)
 def test_sweep(line):
-    run(*line, "--set", "training_samples=4096", "--set", "sweep.points=2", "--dry-run")
+    short = ["training_samples=4096", "lr_warm_up_steps=0", "lr_decay_steps=0", "sweep.points=2"]
+    run(*line, *(part for setting in short for part in ("--set", setting)), "--dry-run")
 
 
 def test_inspect_and_push(tmp_path):

@@ -1,14 +1,19 @@
+import errno
 import json
 import math
 
 import pytest
+from safetensors import SafetensorError
 
+from sae_lens_atm.errors import RankLostError, SaveError, SettingsError
 from sae_lens_atm.files import (
     MANIFEST_FILENAME,
+    locked,
     manifest_mismatch,
     read_json,
     read_manifest,
     saved_at_once,
+    saving,
     to_json,
     write_json,
     write_manifest,
@@ -79,3 +84,32 @@ def test_a_manifest_notices_every_change(tmp_path):
     for text in ("[]", "{}", '{"files": []}', '{"files": {"cfg.json": 3}}', "\0"):
         (tmp_path / MANIFEST_FILENAME).write_text(text)
         assert manifest_mismatch(tmp_path) is not None
+
+
+def test_only_one_process_writes_to_a_folder(tmp_path):
+    error = pytest.raises(SettingsError, match=r"^output_path is .*out: another process")
+    with locked(tmp_path / "out"), error, locked(tmp_path / "out"):
+        pass
+    with locked(tmp_path / "out"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ENOSPC, "No space"), "No space left on the disk"),
+        (
+            SafetensorError("I/O error: IoError(Os { code: 28, kind: StorageFull })"),
+            "No space left",
+        ),
+        (RuntimeError("PytorchStreamWriter failed\nwriting file"), "PytorchStreamWriter failed w"),
+    ],
+)
+def test_an_error_while_saving_names_the_folder(tmp_path, error, reason):
+    with pytest.raises(SaveError, match=f"^cannot save {tmp_path}: {reason}"), saving(tmp_path):
+        raise error
+
+
+def test_a_lost_rank_is_no_error_of_saving(tmp_path):
+    with pytest.raises(RankLostError), saving(tmp_path):
+        raise RankLostError("gone")

@@ -11,7 +11,8 @@ import sae_lens_atm
 PACKAGE = Path(sae_lens_atm.__file__).parent
 # Each folder may import itself and the folders of the lines above its own.
 LAYERS = [
-    "errors files",
+    "errors",
+    "files",
     "method metrics",
     "sae data",
     "evaluation",

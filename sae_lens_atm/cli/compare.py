@@ -36,7 +36,7 @@ from sae_lens_atm.compare.report.tables import (
     test_table,
 )
 from sae_lens_atm.errors import Interrupted
-from sae_lens_atm.files import to_json
+from sae_lens_atm.files import check_writable, check_writable_file, to_json
 from sae_lens_atm.training.quiet import silence_saelens
 
 Jobs = Annotated[int, typer.Option(min=1, help="Number of processes.")]
@@ -113,6 +113,7 @@ def report(
     with clear_errors():
         loaded = read_results(results)
         folder = output or results.parent
+        check_writable("--output", folder)
         folder.mkdir(parents=True, exist_ok=True)
         _print_results(loaded, write_all(loaded, folder))
 
@@ -130,6 +131,7 @@ def evaluate(
 ) -> None:
     """Evaluate saved SAEs on the data of a configuration file."""
     with clear_errors():
+        check_writable_file("--json", json_file)
         silence_saelens()
         hub_logging.set_verbosity_error()  # its client logs every retry; the last error is enough
         figures = evaluate_saved(saes, data_of(str(config_path(on)), overrides or []))

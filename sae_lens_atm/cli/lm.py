@@ -10,6 +10,7 @@ from sae_lens.load_model import load_model
 from sae_lens_atm.cli.terminal import clear_errors, console
 from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig, make_spelling_lm
 from sae_lens_atm.evaluation.first_letters import SMALL_MODEL, look_at_first_letters
+from sae_lens_atm.files import check_writable
 from sae_lens_atm.metrics.first_letter import PROBE_F1
 from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.run_file import apply_overrides
@@ -32,6 +33,7 @@ def make_lm(
     with clear_errors():
         values = apply_overrides({"seed": seed}, overrides or [])
         cfg = parse_fields(SpellingLMConfig, values, "")
+        check_writable("folder", folder)
         columns = (TextColumn("training"), BarColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
             task = bar.add_task("training", total=cfg.steps)

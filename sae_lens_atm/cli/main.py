@@ -47,7 +47,7 @@ def main() -> None:
     """Run the command line."""
     warnings.formatwarning = _one_line_warning
     load_plugins()
-    app()
+    app(prog_name="sae-lens-atm")
 
 
 def load_plugins() -> None:

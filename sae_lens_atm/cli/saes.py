@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_lens_atm import saebench
 from sae_lens_atm.cli.terminal import clear_errors, console, exit_with, facts_table
-from sae_lens_atm.files import to_json
+from sae_lens_atm.files import check_writable_file, to_json
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.hub.push import prepare
 from sae_lens_atm.hub.push import push as push_to_hub
@@ -146,6 +146,7 @@ def saebench_command(
     SAEBench runs in a separate environment, which is installed at the first use.
     """
     with clear_errors():
+        check_writable_file("--json", json_file)
         request = saebench.plan_evals(sae, evals, model, dataset, quick)
         environment = env or saebench.default_folder()
         if not saebench.is_complete(environment):

@@ -1,5 +1,10 @@
 """The command that trains one SAE."""
 
+import os
+import shlex
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -8,13 +13,22 @@ import typer
 from rich.table import Table
 
 from sae_lens_atm.cli.progress import Progress, figures_table
-from sae_lens_atm.cli.terminal import Overrides, clear_errors, config_path, console, facts_table
-from sae_lens_atm.training.checkpoints import newest_checkpoint
+from sae_lens_atm.cli.terminal import (
+    Overrides,
+    clear_errors,
+    config_path,
+    console,
+    exit_with,
+    facts_table,
+)
+from sae_lens_atm.errors import CheckpointError, Interrupted, SaveError, SettingsError
+from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
 from sae_lens_atm.training.preflight.checks import check_run
 from sae_lens_atm.training.preflight.estimate import estimate_time
 from sae_lens_atm.training.preflight.timing import Entry, duration
 from sae_lens_atm.training.quiet import silence_saelens
-from sae_lens_atm.training.ranks import rank
+from sae_lens_atm.training.ranks import rank, size
+from sae_lens_atm.training.resume import is_already_trained, resume_in_place
 from sae_lens_atm.training.run import Result, train_checked
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, load_run
 
@@ -27,7 +41,7 @@ def train_command(
     overrides: Overrides = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Resume from a checkpoint, or from the newest one in a run's folder."),
+        typer.Option(help="Resume a run, from the newest checkpoint in its folder or from this."),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -36,25 +50,93 @@ def train_command(
     keep: Annotated[
         int | None, typer.Option(min=1, help="Keep only this many checkpoints, the newest.")
     ] = None,
+    extend: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --resume: train this many samples (tokens) more than CONFIG says."
+        ),
+    ] = None,
 ) -> None:
     """Train an SAE from a run file.
 
-    Ctrl-C saves a checkpoint after the current step. --resume continues from there.
+    Ctrl-C saves a checkpoint after the current step, and prints the command that resumes. The run
+    goes on in its folder, unless output_path is set.
 
     --dry-run times a few steps on this machine, for about 20 seconds.
     """
     console.quiet = rank() > 0
     with clear_errors():
-        run = load_run(config_path(config), [*(settings or []), *(overrides or [])])
-        checkpoint = None if resume is None else newest_checkpoint(resume)
-        console.print(facts_table(check_run(run, checkpoint, dry_run)))
+        given = [*(settings or []), *(overrides or [])]
+        run, checkpoint, more = load_run(config_path(config), given), None, extend or 0
+        if more and resume is None:
+            raise SettingsError("--extend needs --resume with the folder of the run")
+        if resume is not None:
+            run = extended(run, more)
+            if not any(pair.startswith(("output_path=", "checkpoint_path=")) for pair in given):
+                resume_in_place(run, resume)
+                if is_already_trained(run, more):
+                    console.print(
+                        f"{run.runner.output_path} is already finished. "
+                        "--extend N trains N samples or tokens more",
+                        markup=False,
+                    )
+                    return
+            checkpoint = newest_checkpoint(resume, run if more else None)
+        console.print(facts_table(check_run(run, checkpoint, dry_run, more)))
         silence_saelens()
         if dry_run:
             _print_estimate(run, checkpoint)
             return
-        with Progress(console, run.runner.total_training_steps) as progress:
-            result = train_checked(run, checkpoint, progress.on_step, keep=keep)
+        command = ["train", config, *given]
+        command += ["--keep", str(keep)] if keep else []
+        command += ["--extend", str(more)] if more else []
+        with (
+            resume_hint(run, command),
+            Progress(console, run.runner.total_training_steps) as progress,
+        ):
+            result = train_checked(run, checkpoint, progress.on_step, keep=keep, extend=more)
         _print_result(result, isinstance(run, LanguageModelRun))
+
+
+@contextmanager
+def resume_hint(run: Run, arguments: list[str]) -> Generator[None]:
+    """Print the command that resumes the run, when it is stopped or cannot be saved.
+
+    Args:
+        run: the run.
+        arguments: the arguments of the command, without --resume.
+    """
+    try:
+        yield
+    except Interrupted as stop:
+        command = resume_command(run, arguments, stop.checkpoint)
+        exit_with(f"{stop}; resume with: {command}", 128 + stop.signal_number)
+    except SaveError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                checkpoint = newest_checkpoint(run.runner.checkpoint_path or "")
+            except CheckpointError:
+                checkpoint = None
+        then = "then resume with" if checkpoint else "there is no checkpoint, then train again with"
+        command = resume_command(run, arguments, checkpoint)
+        exit_with(f"{error}; free some space, {then}: {command}", 1)
+
+
+def resume_command(run: Run, arguments: list[str], checkpoint: Path | None) -> str:
+    """Return the whole command that resumes a run from its folder or a checkpoint.
+
+    Without a checkpoint it is the command that starts the run.
+    """
+    start = ["sae-lens-atm"]
+    if size() > 1:
+        processes = os.environ.get("LOCAL_WORLD_SIZE", str(size()))
+        start = ["torchrun", "--nproc-per-node", processes, "-m", "sae_lens_atm"]
+    if checkpoint is not None:
+        output = Path(run.runner.output_path or "")
+        is_inside = checkpoint.parent == output / "checkpoints"
+        arguments = [*arguments, "--resume", str(output if is_inside else checkpoint)]
+    return shlex.join([*start, *arguments])
 
 
 def _print_estimate(run: Run, checkpoint: Path | None) -> None:
@@ -73,7 +155,10 @@ def estimate_table(entries: list[Entry], device: str) -> Table:
     """Return the phases of a run as a table, with their times and the total."""
     if device == "cpu":
         device = f"cpu, threads: {torch.get_num_threads()}"
-    table = Table(title=f"Estimated time, from a few timed steps ({device})", title_justify="left")
+    table = Table(
+        title=f"Estimated time, from a few steps timed under the present load ({device})",
+        title_justify="left",
+    )
     table.add_column("phase")
     table.add_column("what")
     table.add_column("time", justify="right")
@@ -95,6 +180,12 @@ def _print_result(result: Result, language_model: bool) -> None:
     title = "on the language model" if language_model else "on fresh synthetic samples"
     if result.figures:
         console.print(figures_table(f"The saved SAE {title}", {"value": result.figures}))
+    if result.saved_l0 == result.saved_l0:  # NaN if no step was taken
+        console.print(
+            f"L0 of the saved SAE on the last batch: {result.saved_l0:.2f} "
+            f"({result.training_l0:.2f} in training)",
+            highlight=False,
+        )
     if result.skipped_batches:
         console.print(
             f"skipped {result.skipped_batches} batches with NaN, Inf or too large values",

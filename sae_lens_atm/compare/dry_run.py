@@ -92,7 +92,7 @@ def _estimate(comparison: Comparison, left: Sequence[PlannedRun], at_once: int) 
     more = "" if comparison.is_synthetic else ", and the language model's forward passes"
     return {
         "ms a step": ", ".join(f"{name} {1000 * s:.1f}" for name, s in seconds.items()),
-        "estimate": f"about {estimate}{more}",
+        "estimate": f"about {estimate}{more}, under the present load",
     }
 
 

@@ -13,10 +13,13 @@ from sae_lens_atm.errors import SettingsError
 
 @torch.no_grad()
 def check_hook(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> None:
-    """Check, with one token, that the hook exists and that its width is the SAE's `d_in`.
+    """Check hook, width and context size of a run, with one token.
+
+    The hook must exist, its width must be the SAE's `d_in`, and the model must have as many
+    positions as the context.
 
     Raises:
-        SettingsError: it does not. The message names similar hooks, or the hook's width.
+        SettingsError: one of them does not fit. The message names similar hooks, or the width.
     """
     if cfg.hook_name not in model.hook_dict:
         inner: Any = getattr(model, "model", model)
@@ -24,12 +27,26 @@ def check_hook(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> None:
         close = difflib.get_close_matches(cfg.hook_name, names, n=3, cutoff=0.4)
         similar = f"; similar names: {', '.join(close)}" if close else ""
         raise SettingsError(f"hook_name is {cfg.hook_name!r}: no such hook in the model{similar}")
+    positions = _positions(model)
+    if positions is not None and cfg.context_size > positions:
+        raise SettingsError(
+            f"context_size must be at most {positions}, the positions of {cfg.model_name}, "
+            f"got {cfg.context_size}"
+        )
     token = torch.zeros(1, 1, dtype=torch.long, device=cfg.llm_device)
     _, cache = model.run_with_cache(token, names_filter=[cfg.hook_name], **cfg.model_kwargs)
     shape = cache[cfg.hook_name].shape[2:]
     width = shape[-1] if cfg.hook_head_index is not None else shape.numel()
     if width != cfg.sae.d_in:
         raise SettingsError(f"sae.d_in must be {width}, the width of the hook, got {cfg.sae.d_in}")
+
+
+def _positions(model: Any) -> int | None:
+    """Return the largest number of tokens in a prompt of a model, or None if it is unknown."""
+    if hasattr(model, "cfg"):  # TransformerLens
+        return getattr(model.cfg, "n_ctx", None)
+    inner: Any = getattr(model, "model", model)
+    return getattr(getattr(inner, "config", None), "max_position_embeddings", None)
 
 
 def saved_dataset(path: str) -> Dataset | None:

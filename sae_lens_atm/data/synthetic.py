@@ -18,6 +18,19 @@ from sae_lens.synthetic import (
     hierarchy_modifier,
 )
 
+_MOST_FEATURES = 2**20
+_RANGES: dict[str, tuple[float, float]] = {
+    "hidden_dim": (1, 2**24),
+    "roots": (1, _MOST_FEATURES),
+    "branching": (2, _MOST_FEATURES),
+    "depth": (0, 20),
+    "lone_features": (0, _MOST_FEATURES),
+    "mean_magnitude": (1e-6, 1e6),
+    "std_magnitude": (0, 1e6),
+    "bias": (0, 1e6),
+    "seed": (0, 2**31 - 1),
+}
+
 
 @dataclass(frozen=True)
 class HierarchyModelConfig:
@@ -57,17 +70,18 @@ class HierarchyModelConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("hidden_dim", "roots"):
-            self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("depth", "lone_features", "std_magnitude", "bias"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name, (low, high) in _RANGES.items():
+            self._require(name, low <= getattr(self, name) <= high, f"from {low} to {high}")
         for name in ("max_root_probability", "min_root_probability", "lone_probability"):
             self._require(name, 0 < getattr(self, name) <= 1, "in (0, 1]")
-        self._require("branching", self.branching >= 2, "2 or more")
         self._require("coverage", 0 < self.coverage < 1, "in (0, 1)")
-        self._require("mean_magnitude", self.mean_magnitude > 0, "above 0")
         ordered = self.min_root_probability <= self.max_root_probability
         self._require("min_root_probability", ordered, "at most max_root_probability")
+        if self.num_features > _MOST_FEATURES:
+            raise ValueError(
+                f"roots, branching, depth and lone_features must make at most {_MOST_FEATURES:,} "
+                f"features, got {self.num_features:,}"
+            )
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:

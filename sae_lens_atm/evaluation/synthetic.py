@@ -62,11 +62,13 @@ def is_signed(sae: SAE[Any]) -> bool:
 def decoder_of_activations(sae: SAE[Any]) -> Tensor:
     """Return the rows that the activations from `encode` multiply, shape ``(d_sae, d_in)``.
 
-    With ``rescale_acts_by_decoder_norm``, activations are those for rows of unit length.
+    With ``rescale_acts_by_decoder_norm``, activations are those for rows of unit length. The result
+    is float32 for an SAE of any dtype.
     """
+    decoder = sae.W_dec.float()
     if not getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
-        return sae.W_dec
-    return sae.W_dec / sae.W_dec.norm(dim=-1, keepdim=True)
+        return decoder
+    return decoder / decoder.norm(dim=-1, keepdim=True)
 
 
 @torch.no_grad()
@@ -77,7 +79,10 @@ def evaluate_closely(
 
     ``mse`` is the squared error summed over dimensions, ``cosine`` the cosine similarity of a
     sample and its reconstruction. Both are means over samples, as in SAELens' evaluation on
-    language models. The other figures of SAELens come from its own calculators.
+    language models. ``dead_latents`` is the number of latents that fired on none of the samples.
+    The other figures of SAELens come from its own calculators.
+
+    The SAE computes in its own dtype. The figures are computed in float32.
     """
     was_training = sae.training
     sae.eval()
@@ -88,7 +93,8 @@ def evaluate_closely(
     absorption = Absorption(decoder, vectors, children, signed=signed) if children else None
     l0, true_l0, shrinkage = L0Calculator(), L0Calculator(), ShrinkageCalculator()
     explained = ExplainedVarianceCalculator()
-    classification = ClassificationMetricsCalculator(sae.W_dec, vectors)
+    directions = sae.W_dec.float()
+    classification = ClassificationMetricsCalculator(directions, vectors)
     fired = torch.zeros(sae.cfg.d_sae, device=sae.device)
     parents_fired = torch.zeros(len(parents), device=vectors.device)
     squared_error, cosine = 0.0, 0.0
@@ -97,7 +103,7 @@ def evaluate_closely(
             x, features = model.sample_with_features(min(batch_size, samples - start))
             features = features.to_dense()
             acts = sae.encode(x).to_dense()
-            x_hat = sae.decode(acts)
+            x_hat, acts = sae.decode(acts).float(), acts.float()
             l0.add_batch(acts)
             true_l0.add_batch(features)
             shrinkage.add_batch(x_hat, x)
@@ -116,11 +122,11 @@ def evaluate_closely(
         "explained_variance": explained.compute(),
         "mse": squared_error / samples,
         "cosine": cosine / samples,
-        "mcc": mean_correlation_coefficient(sae.W_dec, vectors),
+        "mcc": mean_correlation_coefficient(directions, vectors),
         "f1": detection.f1_score,
         "precision": detection.precision,
         "recall": detection.recall,
-        "uniqueness": feature_uniqueness(sae.W_dec, vectors),
+        "uniqueness": feature_uniqueness(directions, vectors),
         "shrinkage": shrinkage.compute(),
         "dead_latents": int((~alive).sum()),
         "true_l0": true_l0.compute(),

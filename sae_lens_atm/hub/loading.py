@@ -1,14 +1,17 @@
 """Load an SAE from a folder or from the Hub."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
+from sae_lens.registry import SAE_CLASS_REGISTRY
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.hub.errors import explained
 from sae_lens_atm.training.checkpoints import is_broken
+from sae_lens_atm.training.schema import shown
 
 _INSIDE = ("sae", "runs/*/sae")
 """Where the folders of a run and of a whole comparison have their SAEs."""
@@ -43,6 +46,7 @@ def load_sae(reference: str) -> SAE[Any]:
 def _load_sae(reference: str) -> SAE[Any]:
     folder = Path(reference)
     if (folder / SAE_CFG_FILENAME).is_file():
+        check_architecture(reference, folder / SAE_CFG_FILENAME)
         return SAE[Any].load_from_disk(folder)
     if folder.exists():
         inside = sorted(p for way in _INSIDE for p in folder.glob(f"{way}/{SAE_CFG_FILENAME}"))
@@ -52,3 +56,19 @@ def _load_sae(reference: str) -> SAE[Any]:
     if not colon or not sae_id:
         raise SettingsError(f"no folder {reference}: give a folder, or REPO:SAE_ID on the Hub")
     return SAE[Any].from_pretrained(release, sae_id)
+
+
+def check_architecture(reference: str, file: Path) -> None:
+    """Check that the architecture in a saved SAE's `cfg.json` is registered with SAELens.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    content = json.loads(file.read_text(encoding="utf-8"))
+    architecture = content.get("architecture") if isinstance(content, dict) else None
+    if not isinstance(architecture, str) or architecture not in SAE_CLASS_REGISTRY:
+        names = sorted(SAE_CLASS_REGISTRY)
+        raise SettingsError(
+            f"cannot load {reference}: architecture in {SAE_CFG_FILENAME} must be one of "
+            f"{', '.join(names)}, got {shown(architecture)}"
+        )

@@ -1,12 +1,14 @@
 """The configuration of an ATM SAE. Its fields are validated when it is made."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+import torch
 from sae_lens import (
     BatchTopKTrainingSAEConfig,
     JumpReLUSAEConfig,
+    JumpReLUTrainingSAEConfig,
     SAEConfig,
     StandardTrainingSAEConfig,
 )
@@ -100,8 +102,19 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
     @override
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any]) -> Self:
-        """Make the configuration from a dictionary. Removed fields raise ValueError."""
-        return super().from_dict(drop_removed(config_dict))
+        """Make the configuration from a dictionary.
+
+        Version 0.1 inherited the fields of SAELens' JumpReLU configuration. They are ignored.
+
+        Raises:
+            ValueError: a field is unknown, or was removed (see `sae.removed`).
+        """
+        values = drop_removed(config_dict)
+        known = {f.name for config in (cls, JumpReLUTrainingSAEConfig) for f in fields(config)}
+        unknown = sorted(values.keys() - known - _NOT_FIELDS)
+        if unknown:
+            raise ValueError(f"{unknown[0]}: unknown field of the configuration of an ATM SAE")
+        return super().from_dict(values)
 
     @override
     def get_inference_config_class(self) -> type[SAEConfig]:
@@ -132,6 +145,7 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
         for name, (low, high, allowed) in _RANGES.items():
             value = getattr(self, name)
             self._require(name, _is_number(value) and low <= value <= high, allowed)
+        self._require("device", _is_device(self.device), "a device of torch")
         for name in _WHOLE:
             self._require(name, isinstance(getattr(self, name), int), "a whole number")
         self._require("importance_decay", self.importance_decay < 1, "in [0, 1)")
@@ -158,9 +172,21 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_device(value: str) -> bool:
+    try:
+        torch.device(value)
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+# What SAELens adds to the fields when it writes or reads a cfg.json.
+_NOT_FIELDS = {"architecture", "finetuning_scaling_factor"}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "activation": get_args(Activation),
     "kernels": get_args(Kernels),
@@ -169,10 +195,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _INF = math.inf
 _UNIT = (0, 1, "in [0, 1]")
 _NOT_NEGATIVE = (0, _INF, "0 or more, and finite")
+_COEFFICIENT = (0, 1e6, "0 or more, and at most 1e6")
+_WIDTH = (1, 2**28, "1 or more, and at most 2**28")
 _STEPS = (0, 2**53, "a whole number, 0 or more")
 _RANGES: dict[str, tuple[float, float, str]] = {
-    "d_in": (1, _INF, "1 or more"),
-    "d_sae": (1, _INF, "1 or more"),
+    "d_in": _WIDTH,
+    "d_sae": _WIDTH,
     "masked_weight": _UNIT,
     "importance_decay": (0, 1, "in [0, 1)"),
     "magnitude_weight": _NOT_NEGATIVE,
@@ -185,13 +213,13 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "mask_end": _UNIT,
     "mask_warm_up_steps": _STEPS,
     "mask_seed": (-_INF, _INF, "a whole number"),
-    "parent_weight": _NOT_NEGATIVE,
+    "parent_weight": _COEFFICIENT,
     "parent_tau": (0, 1, "in (0, 1]"),
     "parent_start": _UNIT,
     "parent_rows": (1, _INF, "a whole number, 1 or more"),
     "topk_threshold_lr": _UNIT,
-    "aux_loss_coefficient": _NOT_NEGATIVE,
-    "l1_coefficient": _NOT_NEGATIVE,
+    "aux_loss_coefficient": _COEFFICIENT,
+    "l1_coefficient": _COEFFICIENT,
     "lp_norm": (1e-12, _INF, "above 0"),
     "l1_warm_up_steps": _NOT_NEGATIVE,
 }

@@ -28,11 +28,11 @@ class ForwardPass:
     """The result of one pass of a batch, with all latents or under a mask."""
 
     feature_acts: Tensor
-    """Activations, dense or sparse COO, shape ``(batch, d_sae)``."""
+    """Activations, dense or sparse COO, shape ``(..., d_sae)``."""
     hidden_pre: Tensor
-    """Pre-activations, shape ``(batch, d_sae)``."""
+    """Pre-activations, shape ``(..., d_sae)``."""
     sae_out: Tensor
-    """Reconstructions, shape ``(batch, d_in)``."""
+    """Reconstructions, shape ``(..., d_in)``."""
     losses: dict[str, Tensor]
     """``"mse_loss"`` and the losses that SAELens' class adds: sparsity, dead latents."""
     statistics: Callable[[Tensor], BatchStatistics]
@@ -51,7 +51,8 @@ def dense_pass(
 
     def statistics(keep: Tensor) -> BatchStatistics:
         units = state.get("ln_std", 1.0) / state.get("x_norm_coeff", 1.0)
-        return dense_statistics(x, acts * units, sae.decoder_rows(), sae_out, keep)
+        inputs, scaled_acts, outputs = (t.flatten(0, -2) for t in (x, acts * units, sae_out))
+        return dense_statistics(inputs, scaled_acts, sae.decoder_rows(), outputs, keep)
 
     error = sae.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
     losses = _with_auxiliary_losses(sae, step_input, error, acts, hidden_pre, sae_out)
@@ -120,4 +121,4 @@ def restricted_to(sae: TrainingSAE[Any], latents: Tensor) -> Generator[None]:
 
 def mean_l0(acts: Tensor) -> Tensor:
     """Return the mean number of active latents of a sample."""
-    return (acts.values() if acts.is_sparse else acts).count_nonzero() / acts.shape[0]
+    return (acts.values() if acts.is_sparse else acts).count_nonzero() / acts.shape[:-1].numel()

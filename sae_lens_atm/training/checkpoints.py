@@ -4,6 +4,7 @@ A checkpoint has SAELens' own files (`SAETrainer.save_checkpoint`), the configur
 the state of torch's random numbers, and a manifest with checksums.
 """
 
+import copy
 import json
 import math
 import os
@@ -11,9 +12,10 @@ import shutil
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, cast
 
 import torch
 from sae_lens import JumpReLUTrainingSAEConfig, SAETrainer, TrainingSAEConfig
@@ -29,10 +31,10 @@ from safetensors import safe_open
 from typing_extensions import override
 
 from sae_lens_atm.data.random_state import RANDOM_STATE_FILENAME, save_random_state
-from sae_lens_atm.errors import CheckpointError
-from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest, write_manifest
+from sae_lens_atm.errors import CheckpointError, SettingsError
+from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest, saving, write_manifest
 from sae_lens_atm.sae.removed import drop_removed
-from sae_lens_atm.training.run_file import Run, SyntheticRun, shown
+from sae_lens_atm.training.run_file import Run, SyntheticRun, batch_size_of, shown
 from sae_lens_atm.training.supervise import Hook, Save
 
 MAY_CHANGE_ON_RESUME = (
@@ -96,13 +98,14 @@ class Checkpointer(Hook):
             provider = self._trainer.data_provider
             is_ahead = isinstance(provider, PrefetchingIterator)
             try:
-                with provider.paused() if is_ahead else nullcontext():
-                    save(partial.name, base, aliases)
-                    save_random_state(partial)
-                if self._config is not None and not (partial / RUNNER_CFG_FILENAME).exists():
-                    text = json.dumps(self._config)
-                    (partial / RUNNER_CFG_FILENAME).write_text(text, encoding="utf-8")
-                write_manifest(partial, **self._facts())
+                with saving(final):
+                    with provider.paused() if is_ahead else nullcontext():
+                        save(partial.name, base, aliases)
+                        save_random_state(partial)
+                    if self._config is not None and not (partial / RUNNER_CFG_FILENAME).exists():
+                        text = json.dumps(self._config)
+                        (partial / RUNNER_CFG_FILENAME).write_text(text, encoding="utf-8")
+                    write_manifest(partial, **self._facts())
             except BaseException:  # a full disk must not keep half a checkpoint
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
@@ -175,11 +178,15 @@ def _problem(folder: Path, checksums: bool) -> str | None:
     return manifest_mismatch(folder, checksums)
 
 
-def newest_checkpoint(path: str | Path) -> Path:
+def newest_checkpoint(path: str | Path, run: Run | None = None) -> Path:
     """Return the checkpoint at a path: the path itself, or the newest one in a run's folder.
 
     Every file is read and compared with its checksum. In a run's folder, newer checkpoints that are
     damaged are skipped with a warning.
+
+    Args:
+        path: the path.
+        run: skip checkpoints in a run's folder that this run cannot extend.
 
     Raises:
         CheckpointError: there is no checkpoint, or the path is a damaged one.
@@ -200,13 +207,18 @@ def newest_checkpoint(path: str | Path) -> Path:
         problem = _problem(candidate, checksums=True)
         if candidate.name.startswith("."):
             problem = "it is incomplete, the run ended while writing it"
-        if problem is None:
+        if problem is None and (run is None or can_extend(candidate, run)):
             return candidate
+        if problem is None:
+            continue
         warnings.warn(f"skipped the damaged checkpoint {candidate}: {problem}", stacklevel=2)
-    reason = "holds no complete checkpoint" if folder.exists() else "does not exist"
+    what = "complete checkpoint" if run is None else "complete checkpoint before lr decays"
+    reason = f"holds no {what}" if folder.exists() else "does not exist"
     if (folder / SAE_CFG_FILENAME).exists():
-        reason = "holds a finished SAE, and no complete checkpoint"
-    raise CheckpointError(f"cannot resume: {folder} {reason}")
+        reason = f"holds a finished SAE, and no {what}"
+    raise CheckpointError(
+        f"cannot resume: {folder} {reason}. Set n_checkpoints or save_final_checkpoint to have some"
+    )
 
 
 def samples_of(checkpoint: Path) -> int:
@@ -238,7 +250,7 @@ def reading(folder: Path) -> Generator[None]:
         raise CheckpointError(f"cannot resume: {folder} is damaged ({reason})") from error
 
 
-def check_resumable(folder: Path, run: Run) -> None:
+def check_resumable(folder: Path, run: Run, extend: int = 0) -> None:
     """Check that a run can resume from a checkpoint, before models and data are loaded.
 
     Nothing in the checkpoint is executed. SAELens and older versions of torch would execute its
@@ -247,6 +259,7 @@ def check_resumable(folder: Path, run: Run) -> None:
     Args:
         folder: a checkpoint whose files match its manifest, see `newest_checkpoint`.
         run: the run that resumes. It may differ in `MAY_CHANGE_ON_RESUME` only.
+        extend: number of samples by which it is longer, see `extended`.
 
     Raises:
         CheckpointError: the checkpoint belongs to another run, or is damaged.
@@ -272,8 +285,12 @@ def check_resumable(folder: Path, run: Run) -> None:
             f"cannot resume: {folder} has {key} = {saved[key]!r}, a setting that this version of "
             f"{architecture!r} does not have"
         )
-    config = json.loads(json.dumps(run_config(run)))
-    _compare(folder, config, stored_run, ["sae", *MAY_CHANGE_ON_RESUME])
+    _compare_run(folder, run, stored_run, extend)
+    if not can_extend(folder, run):
+        raise CheckpointError(
+            f"cannot extend {folder}: lr has decayed there, or the scale of the activations is "
+            "folded into its weights. Resume from an earlier checkpoint"
+        )
     with reading(folder):
         with safe_open(folder / SAE_WEIGHTS_FILENAME, framework="pt") as tensors:
             shape = tuple(tensors.get_slice("W_dec").get_shape())
@@ -296,6 +313,76 @@ def check_resumable(folder: Path, run: Run) -> None:
             f"cannot resume: the batch size is {batch} in this run, but {folder} has {samples} "
             f"samples in {steps} steps"
         )
+
+
+def check_finished(folder: Path, run: Run, extend: int = 0) -> bool:
+    """Return whether a finished run is as long as this one, after checking that they are equal.
+
+    Args:
+        folder: the folder of the finished run.
+        run: this run, in the same place.
+        extend: number of samples by which it is longer, see `extended`.
+
+    Raises:
+        CheckpointError: the runs differ.
+    """
+    with reading(folder):
+        stored = read_json(folder / RUNNER_CFG_FILENAME)
+        trained = int(stored.get(length_setting(run), 0))
+    cfg, saved = _comparable(run.runner.sae), stored.get("sae", {})
+    _compare(folder, cfg, saved, ["metadata", "device", *CHANGED_BY_FOLDING])
+    _compare_run(folder, run, stored, extend, longer=True)
+    return trained >= getattr(run.runner, length_setting(run))
+
+
+def length_setting(run: Run) -> str:
+    """Return the name of the setting with the length of a run."""
+    return "training_samples" if isinstance(run, SyntheticRun) else "training_tokens"
+
+
+def extended(run: Run, samples: int) -> Run:
+    """Return the run with more samples (tokens of a language model).
+
+    The decay of lr moves to the new end. All fields of the SAE stay, `schedule_steps` too.
+
+    Raises:
+        SettingsError: the whole schedule of lr depends on the length of the run.
+    """
+    if samples and run.runner.lr_scheduler_name != "constant":
+        raise SettingsError(
+            "lr_scheduler_name must be 'constant' for a run that is extended, got "
+            f"{run.runner.lr_scheduler_name!r}"
+        )
+    name, result = length_setting(run), replace(run, runner=copy.copy(run.runner))
+    setattr(result.runner, name, getattr(run.runner, name) + samples)
+    return result
+
+
+def can_extend(folder: Path, run: Run) -> bool:
+    """Return whether a checkpoint is of this run, or of a shorter one before its lr decayed."""
+    cfg = run.runner
+    stored = read_json(folder / RUNNER_CFG_FILENAME)
+    length, wanted = stored.get(length_setting(run)), getattr(cfg, length_setting(run))
+    if not isinstance(length, int) or length >= wanted:
+        return True
+    is_folded = folder.name.startswith("final_") and cfg.sae.normalize_activations in (
+        ESTIMATED_SCALES
+    )
+    return not is_folded and samples_of(folder) <= length - cfg.lr_decay_steps * batch_size_of(run)
+
+
+def _compare_run(
+    folder: Path, run: Run, stored: dict[str, Any], extend: int, longer: bool = False
+) -> None:
+    """Check that a stored configuration is the run's, or that of the run before its extension."""
+    config, name = json.loads(json.dumps(run_config(run))), length_setting(run)
+    ignored = ["sae", *MAY_CHANGE_ON_RESUME]
+    length = config[name]
+    if length - extend <= stored.get(name, length) and (longer or stored.get(name, 0) <= length):
+        ignored.append(name)
+    elif extend:
+        config[name] = length - extend
+    _compare(folder, config, stored, ignored)
 
 
 def _compare(
@@ -323,13 +410,28 @@ def check_pickles(folder: Path) -> dict[str, Any]:
         Exception: of any kind, if a file holds anything else.
     """
     if (folder / RANDOM_STATE_FILENAME).exists():
-        _load_plain(folder / RANDOM_STATE_FILENAME)
+        _check_random_state(_load_plain(folder / RANDOM_STATE_FILENAME))
     return _load_plain(folder / TRAINER_STATE_FILENAME)
 
 
+def _check_random_state(state: Any) -> None:
+    expected = torch.get_rng_state()
+    states: list[Any] = []
+    if isinstance(state, dict):
+        content = cast(dict[str, Any], state)
+        states = [content.get("cpu"), *content.get("cuda", [])]
+    if not states or any(getattr(s, "dtype", None) != expected.dtype for s in states):
+        raise ValueError(f"{RANDOM_STATE_FILENAME} holds no random state")
+    if states[0].shape != expected.shape:
+        raise ValueError(f"{RANDOM_STATE_FILENAME} holds the random state of another generator")
+
+
 def _load_plain(path: Path) -> Any:
-    # Mapped, not read: the optimizer's state is twice as large as the SAE.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        # Mapped, not read: the optimizer's state is twice as large as the SAE.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:  # torch's message advises to execute the file
+        raise ValueError(f"{path.name} holds other objects than tensors and numbers") from error
 
 
 def is_broken(name: str, tensor: torch.Tensor) -> bool:

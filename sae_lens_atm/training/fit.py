@@ -19,6 +19,7 @@ from sae_lens_atm.training.checkpoints import (
     skipped_batches,
 )
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
+from sae_lens_atm.training.history import History, LastBatch
 from sae_lens_atm.training.hooks import (
     CollapseWarning,
     OnStep,
@@ -119,10 +120,15 @@ def fit(
 
 
 def _finish_resuming(trainer: SAETrainer[Any, Any]) -> None:
-    """Correct the counts that SAELens stores before the last step of a checkpoint is counted."""
+    """Correct what SAELens stores: counts before the last step, and when lr begins to decay."""
     samples = trainer.n_training_samples
     trainer.n_training_steps = samples // trainer.cfg.train_batch_size_samples
     trainer.checkpoint_thresholds = [t for t in trainer.checkpoint_thresholds if t >= samples]
+    # An extended run decays lr later than the run of the checkpoint.
+    schedule, cfg = trainer.lr_scheduler.state_dict(), trainer.cfg
+    if "_milestones" in schedule and cfg.lr_decay_steps > 0:
+        schedule["_milestones"][-1] = cfg.total_training_steps - cfg.lr_decay_steps
+        trainer.lr_scheduler.load_state_dict(schedule)
 
 
 def _is_finished(trainer: SAETrainer[Any, Any]) -> bool:
@@ -144,6 +150,7 @@ class RunContext(NamedTuple):
     stop: StopFlag
     keep: int | None
     ranks: Ranks | None
+    last_batch: LastBatch
 
     @property
     def writes(self) -> bool:
@@ -158,12 +165,18 @@ class RunContext(NamedTuple):
         restores_random_state: bool = True,
     ) -> int:
         """Train, and return the number of skipped batches."""
-        callbacks = [] if self.on_step is None else [StepCallback(trainer, self.on_step)]
+        observers: list[Hook] = []
+        if self.writes:
+            self.last_batch.trainer = trainer
+            folder = Path(run.runner.output_path or "")
+            observers = [self.last_batch, History(trainer, folder, self.checkpoint)]
+        if self.on_step is not None:
+            observers.append(StepCallback(trainer, self.on_step))
         return fit(
             trainer,
             self.stop,
             self.checkpoint,
-            hooks=[*hooks, *callbacks],
+            hooks=[*hooks, *observers],
             max_bad_batches=run.max_bad_batches,
             keep=self.keep,
             config=run_config(run),
@@ -179,14 +192,22 @@ class PreparedRun(NamedTuple):
     """Trains and saves. Returns the SAE and the number of skipped batches."""
     evaluate: Callable[[TrainingSAE[Any]], dict[str, float]]
 
-    def evaluate_safely(self, sae: TrainingSAE[Any], output: Path) -> dict[str, float]:
-        """Evaluate the SAE and save the figures. An error is only a warning."""
+    def evaluate_safely(
+        self, sae: TrainingSAE[Any], output: Path, last_batch: LastBatch
+    ) -> tuple[dict[str, float], float]:
+        """Evaluate the SAE and save the figures. An error is only a warning.
+
+        Returns:
+            The figures, and the mean L0 of the saved SAE on the last batch.
+        """
+        saved_l0 = float("nan")
         figures: dict[str, float] = {}
         try:
+            saved_l0 = last_batch.saved_l0(output, str(sae.device))
             figures = self.evaluate(sae)
             if figures:
                 write_text(output / "eval_stats.json", to_json(figures))
         except Exception as error:  # Catch any error, because the trained SAE must not be lost.
             reason = f"{type(error).__name__}: {error}"
             warnings.warn(f"the SAE is saved, but evaluating it failed ({reason})", stacklevel=2)
-        return figures
+        return figures, saved_l0

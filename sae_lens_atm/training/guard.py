@@ -20,6 +20,10 @@ MaxOverRanks = Callable[[int], int]
 """Returns the largest of the numbers that the processes of a training pass."""
 
 
+_DIVERGED = 1
+"""The number that a bad step reads, if its batch is finite. Otherwise it is 2."""
+
+
 class _Rejected(Exception):
     pass
 
@@ -28,7 +32,9 @@ class BadBatchGuard(Hook):
     """Skips bad batches: the step is undone, and taken with the next good batch instead.
 
     A batch is bad if its loss or gradients are not finite. That is known after the backward pass,
-    where one flag is read from the device. By then the forward pass has changed:
+    where one number is read from the device. It also says whether the batch itself was finite: if
+    not, the data are at fault, and otherwise training has diverged. By then the forward pass has
+    changed:
 
     - the trainer's counts and the SAE's own buffers (BatchTopK's threshold): copied before each
       step, and restored;
@@ -58,6 +64,9 @@ class BadBatchGuard(Hook):
         self._trainer, self._max_bad_batches = trainer, max_bad_batches
         self._max_over_ranks = max_over_ranks
         self._in_a_row = 0
+        self._finite_in_a_row = 0
+        self._badness = 0
+        self._input_is_bad = torch.zeros((), dtype=torch.bool)
         self._loss = torch.zeros(())
         self._norms: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -77,6 +86,7 @@ class BadBatchGuard(Hook):
     def wrap_forward(self, forward: Forward) -> Forward:
         def forward_and_keep_loss(step_input: TrainStepInput) -> TrainStepOutput:
             output = forward(step_input)
+            self._input_is_bad = ~step_input.sae_in.isfinite().all()
             self._loss = output.loss.detach()
             return output
 
@@ -85,8 +95,9 @@ class BadBatchGuard(Hook):
     @override
     def before_update(self) -> None:
         norm = torch.linalg.vector_norm(torch.stack(self._norms))
-        finite = norm.isfinite() & self._loss.isfinite()
-        if self._max_over_ranks(int(not finite)):
+        is_bad = ~(norm.isfinite() & self._loss.isfinite())
+        self._badness = self._max_over_ranks(int(is_bad * (_DIVERGED + self._input_is_bad)))
+        if self._badness:
             raise _Rejected
 
     @override
@@ -108,10 +119,10 @@ class BadBatchGuard(Hook):
                     if isinstance(error, RankLostError):
                         raise
                 else:
-                    self._in_a_row = 0
+                    self._in_a_row = self._finite_in_a_row = 0
                     output.metrics["skipped_batches"] = self.skipped
                     return output
-                self._count_bad()
+                self._count_bad(self._badness == _DIVERGED)
                 batch = next(trainer.data_provider)
 
         return step_on_good_batch
@@ -131,15 +142,24 @@ class BadBatchGuard(Hook):
         for copy, tensor in zip(self._copies, self._saved(), strict=True):
             tensor.copy_(copy)
 
-    def _count_bad(self) -> None:
+    def _count_bad(self, is_finite: bool = False) -> None:
         self.skipped += 1
         self._in_a_row += 1
-        if self._in_a_row >= self._max_bad_batches:
+        self._finite_in_a_row += is_finite
+        if self._in_a_row < self._max_bad_batches:
+            return
+        trainer = self._trainer
+        where = f"{self._in_a_row} bad batches in a row at step {trainer.n_training_steps}"
+        if self._finite_in_a_row < self._in_a_row:
             raise NonFiniteBatchError(
-                f"{self._in_a_row} bad batches in a row at step {self._trainer.n_training_steps}: "
-                "NaN or Inf values, or an overflow of the loss or a gradient. Check activations, "
-                "lr and max_bad_batches"
+                f"{where}: {self._in_a_row - self._finite_in_a_row} of them hold NaN, Inf or too "
+                "large values. Check the activations, or increase max_bad_batches"
             )
+        raise NonFiniteBatchError(
+            f"{where}: training diverged. The batches are finite, but the loss or its gradients "
+            f"are not. lr is {trainer.cfg.lr:g}, dtype is {str(trainer.sae.dtype)[6:]!r}: train "
+            "again with a lower lr, or with dtype 'float32'"
+        )
 
     @override
     def wrap_batches(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -147,7 +167,7 @@ class BadBatchGuard(Hook):
             if self._max_over_ranks(int(not batch.norm(dim=-1).isfinite().all())):
                 self._count_bad()
             else:
-                self._in_a_row = 0
+                self._in_a_row = self._finite_in_a_row = 0
                 yield batch
 
 

@@ -1,6 +1,7 @@
 """Training a run file: train, save the SAE, evaluate it."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,14 @@ import torch
 from sae_lens import TrainingSAE
 from torch.random import fork_rng
 
-from sae_lens_atm.training.checkpoints import newest_checkpoint
+from sae_lens_atm.files import locked
+from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
 from sae_lens_atm.training.fit import RunContext
+from sae_lens_atm.training.history import LastBatch
 from sae_lens_atm.training.hooks import OnStep, StopFlag
 from sae_lens_atm.training.language_model_run import prepare_language_model
-from sae_lens_atm.training.preflight.checks import check_devices, check_run
-from sae_lens_atm.training.ranks import gpu_settings, joined
+from sae_lens_atm.training.preflight.checks import check_devices, check_output, check_run
+from sae_lens_atm.training.ranks import gpu_settings, joined, rank
 from sae_lens_atm.training.run_file import Run, SyntheticRun
 from sae_lens_atm.training.synthetic_run import prepare_synthetic
 
@@ -30,6 +33,10 @@ class Result:
     """Figures of the final evaluation."""
     skipped_batches: int = 0
     """Number of bad batches (NaN, Inf, overflow) that were skipped."""
+    training_l0: float = float("nan")
+    """Mean L0 of the last training step; NaN if none was taken."""
+    saved_l0: float = float("nan")
+    """Mean L0 of the SAE that is saved, on the batch of that step."""
 
 
 def train(
@@ -38,6 +45,7 @@ def train(
     on_step: OnStep | None = None,
     stop: StopFlag | None = None,
     keep: int | None = None,
+    extend: int = 0,
 ) -> Result:
     """Train a run to its end and save the SAE in its `output_path`.
 
@@ -49,16 +57,21 @@ def train(
         on_step: called after each training step, with the trainer and the step's output.
         stop: requests a stop from outside. Signals do, too.
         keep: number of checkpoints to keep, the newest; None keeps all.
+        extend: number of samples (tokens) to train beyond the length in the run's settings. Needs
+            `resume`. The SAE of the shorter run is replaced when the longer one is complete.
 
     Raises:
         Interrupted: a signal or `stop` requested it. A checkpoint is saved.
-        SettingsError, CheckpointError: run, data or checkpoint do not fit. Nothing was trained.
+        SettingsError, CheckpointError: run, data or checkpoint do not fit, or another process
+            writes to `output_path`. Nothing was trained.
+        SaveError: the disk is full, for example. The newest complete checkpoint is intact.
         NonFiniteBatchError: too many bad batches in a row. The last good step is saved.
         RankLostError: another process has ended. Rank 0 has saved the last complete step.
     """
-    checkpoint = None if resume is None else newest_checkpoint(resume)
-    check_run(run, checkpoint)
-    return train_checked(run, checkpoint, on_step, stop, keep)
+    run = extended(run, extend)
+    checkpoint = None if resume is None else newest_checkpoint(resume, run if extend else None)
+    check_run(run, checkpoint, extend=extend)
+    return train_checked(run, checkpoint, on_step, stop, keep, extend)
 
 
 def train_checked(
@@ -67,16 +80,20 @@ def train_checked(
     on_step: OnStep | None = None,
     stop: StopFlag | None = None,
     keep: int | None = None,
+    extend: int = 0,
 ) -> Result:
     """Train as `train`, after `newest_checkpoint` and `check_run` were called."""
     check_devices(run)
     stop = stop or StopFlag()
-    with joined(run) as ranks, fork_rng({*gpu_settings(run).values()}):
+    output = Path(run.runner.output_path or "")
+    lock = locked(output) if rank() == 0 else nullcontext()
+    with lock, joined(run) as ranks, fork_rng({*gpu_settings(run).values()}):
+        if rank() == 0:  # another run may have ended since the check
+            check_output(run, checkpoint, extend > 0)
         torch.manual_seed(run.seed)
-        output = Path(run.runner.output_path or "")
-        output.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        context = RunContext(checkpoint, on_step, stop, keep, ranks)
+        last = LastBatch()
+        context = RunContext(checkpoint, on_step, stop, keep, ranks, last)
         if isinstance(run, SyntheticRun):
             prepared = prepare_synthetic(run, context)
         else:
@@ -84,5 +101,8 @@ def train_checked(
         with stop.on_signals():  # also while the result is saved
             sae, skipped = prepared.fit()
         sae.eval()
-        figures = prepared.evaluate_safely(sae, output) if context.writes else {}
-        return Result(sae, output, time.perf_counter() - start, figures, skipped)
+        figures, saved_l0 = dict[str, float](), float("nan")
+        if context.writes:
+            figures, saved_l0 = prepared.evaluate_safely(sae, output, last)
+        seconds = time.perf_counter() - start
+        return Result(sae, output, seconds, figures, skipped, last.training_l0, saved_l0)

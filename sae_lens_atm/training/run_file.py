@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 from pydantic import BaseModel
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
@@ -27,24 +26,10 @@ from sae_lens_atm.data.synthetic import HierarchyModelConfig
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.sae.removed import drop_removed
+from sae_lens_atm.training.limits import check_limits, check_schedule
 from sae_lens_atm.training.schema import build, did_you_mean, one_line, schema_of, shown, validate
 
 RUNNERS = ("synthetic", "language_model")
-_LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
-_POSITIVE = (
-    "training_samples",
-    "training_tokens",
-    "batch_size",
-    "train_batch_size_tokens",
-    "store_batch_size_prompts",
-    "n_batches_in_buffer",
-    "context_size",
-    "feature_sampling_window",
-    "dead_feature_window",
-    "n_batches_for_norm_estimate",
-    "max_bad_batches",
-    "lr",
-)
 
 
 @dataclass
@@ -106,6 +91,26 @@ def shipped_config(name: str) -> Path:
     return names[name]
 
 
+class _DuplicateKey(ValueError):
+    """A key that a mapping in a YAML file has twice."""
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Loads YAML as `yaml.safe_load` does, and refuses a key that a mapping has twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            name = key.value if isinstance(key, yaml.ScalarNode) else ""
+            if name in lines:
+                raise _DuplicateKey(f"{name} is set twice, in lines {lines[name]} and {line}")
+            if name:
+                lines[name] = line
+        return node
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML file.
 
@@ -113,9 +118,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         SettingsError: the file cannot be read, or holds something else.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
+    except _DuplicateKey as error:
+        raise SettingsError(f"{path}: {error}") from error
     except Exception as error:  # PyYAML's constructors raise errors of many types
         reason = one_line(error) or type(error).__name__
         raise SettingsError(f"{path} is not YAML: {reason}") from error
@@ -142,7 +149,9 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
             target[parent] = dict(inner) if isinstance(inner, dict) else {}
             target = target[parent]
         try:
-            target[key] = yaml.safe_load(text)
+            target[key] = yaml.load(text, _UniqueKeys)
+        except _DuplicateKey as error:
+            raise SettingsError(f"--set {shown(override)}: {error}") from error
         except Exception as error:  # see `read_yaml`
             raise SettingsError(f"--set {shown(override)}: the value is not YAML") from error
     return result
@@ -171,8 +180,8 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     sae = _parse_sae(content.get("sae"))
     fields = {key: value for key, value in content.items() if key not in ("runner", "sae")}
     values = validate(_schemas()[runner], fields)
+    check_limits({**values, "sae": sae.to_dict()})
     seed, max_bad_batches = values.pop("seed", 0), values.pop("max_bad_batches", 10)
-    _check_common({**values, "max_bad_batches": max_bad_batches})
     # SAELens logs to wandb by default, which needs an account.
     logging: dict[str, Any] = {"log_to_wandb": False, **values.pop("logger", {})}
     values |= {"sae": sae, "logger": LoggingConfig(**logging)}
@@ -186,6 +195,7 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     else:
         run = _language_model_run(values, checkpoints, seed, max_bad_batches)
     cfg = run.runner
+    check_schedule(cfg)
     if isinstance(sae, ATMTrainingSAEConfig) and "schedule_steps" not in content["sae"]:
         sae.schedule_steps = cfg.total_training_steps
     return run
@@ -229,26 +239,6 @@ def _synthetic_run(
         SyntheticSAERunnerConfig, synthetic_model=model, checkpoint_path=checkpoints, **values
     )
     return SyntheticRun(cfg, hierarchy, seed, max_bad_batches)
-
-
-def _check_common(values: dict[str, Any]) -> None:
-    """Check what SAELens' runner configs accept, and what fails later."""
-    for name in _POSITIVE:
-        value = values.get(name)
-        if value is not None and not value > 0:
-            raise SettingsError(f"{name} must be above 0, got {value!r}")
-    scheduler = values.get("lr_scheduler_name", "constant")
-    if scheduler not in _LR_SCHEDULERS:
-        raise SettingsError(
-            f"lr_scheduler_name must be one of {', '.join(_LR_SCHEDULERS)}, got {scheduler!r}"
-            + did_you_mean(scheduler, _LR_SCHEDULERS)
-        )
-    for name in ("device", "llm_device", "act_store_device"):
-        value = values.get(name)
-        try:
-            torch.device(value or "cpu")
-        except RuntimeError as error:
-            raise SettingsError(f"{name} must be a device of torch, got {value!r}") from error
 
 
 def _parse_sae(content: Any) -> Any:

@@ -5,14 +5,15 @@ mistake becomes one line: the key, its value, and what is allowed.
 """
 
 import difflib
+import math
 import re
 import reprlib
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
 from sae_lens_atm.errors import SettingsError
@@ -56,12 +57,28 @@ def schema_of(
         if field.name not in skipped:
             required = field.default is MISSING and field.default_factory is MISSING
             spec[field.name] = (_schema_of_hint(hints[field.name]), ... if required else None)
-    config = ConfigDict(extra="forbid", protected_namespaces=())
-    return cast(Any, create_model)(cls.__name__, __config__=config, **{**spec, **(extra or {})})
+    for name, (hint, default) in (extra or {}).items():
+        spec[name] = (_schema_of_hint(hint), default)
+    config = ConfigDict(extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    return cast(Any, create_model)(cls.__name__, __config__=config, **spec)
+
+
+def _whole(value: object) -> object:
+    """Return text such as "1e5" as the whole number that it is. YAML reads it as text."""
+    try:
+        number = float(value) if isinstance(value, str) else math.nan
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() else value
+
+
+_Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 def _schema_of_hint(hint: Any) -> Any:
     """Replace dataclasses in a type hint by their schemas, and abstract ones by dictionaries."""
+    if hint is int:
+        return _Whole
     if is_dataclass(hint) and isinstance(hint, type):
         return dict[str, Any] if getattr(hint, "__abstractmethods__", None) else schema_of(hint)
     if get_origin(hint) in (Union, types.UnionType):
@@ -85,7 +102,7 @@ def build(cls: Any, where: str = "", **values: Any) -> Any:
     """Call a configuration class, and turn its own errors into a `SettingsError`."""
     try:
         return cls(**values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         message = f"missing key {error}" if isinstance(error, KeyError) else one_line(error)
         # Messages of our own classes start with the field, those of other classes with any text.
         names = {field.name for field in fields(cls)} if is_dataclass(cls) else set[str]()

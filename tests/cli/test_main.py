@@ -37,6 +37,13 @@ def test_every_command_has_help(command):
     assert "--help" in result.output
 
 
+def test_usage_errors_name_the_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["anything.py", "train", "--bogus"])
+    with pytest.raises(SystemExit):
+        cli_main.main()
+    assert "Try 'sae-lens-atm train --help' for help" in capsys.readouterr().err
+
+
 def test_saelens_command_line_knows_atm():
     """In a fresh interpreter: SAELens' own module is run, and parses its own flags."""
     command = [sys.executable, "-m", "sae_lens_atm", "saelens", "--architecture", "atm", "--help"]
@@ -46,7 +53,7 @@ def test_saelens_command_line_knows_atm():
 
 
 def test_warnings_are_one_line(monkeypatch):
-    monkeypatch.setattr(cli_main, "app", lambda: None)
+    monkeypatch.setattr(cli_main, "app", lambda **_: None)
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     cli_main.main()
     assert warnings.formatwarning("slow", UserWarning, "file.py", 3) == "warning: slow\n"

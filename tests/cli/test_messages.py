@@ -2,6 +2,7 @@
 
 import pytest
 
+from sae_lens_atm import files
 from sae_lens_atm.cli.terminal import BAD_INPUT
 from sae_lens_atm.training.run_file import shipped_config
 from tests.cli.command import run
@@ -50,11 +51,12 @@ NAMES = ", ".join(sorted(path.stem for path in shipped_config("demo").parent.glo
         (["train", "{run}", "device=tpux"], "device must be a device of torch, got 'tpux'"),
         (
             ["train", "{run}", "output_path={run}/x"],
-            "output_path {run}/x cannot be written: check {run}",
+            "output_path {run}/x cannot be written: {run} is no folder",
         ),
         (
             ["train", "{run}", "--resume", "nowhere"],
-            "cannot resume: nowhere does not exist",
+            "cannot resume: nowhere does not exist. "
+            "Set n_checkpoints or save_final_checkpoint to have some",
         ),
         (
             ["train", "demo"],
@@ -86,10 +88,27 @@ NAMES = ", ".join(sorted(path.stem for path in shipped_config("demo").parent.glo
             "--evals must be among absorption, core, sparse_probing, got ravel",
         ),
         (["make-lm", "lm", "--set", "stepz=3"], "stepz: unknown key, did you mean 'steps'?"),
-        (["make-lm", "lm", "--set", "steps=0"], "steps must be 1 or more, got 0"),
+        (
+            ["make-lm", "lm", "--set", "steps=0"],
+            "steps must be 1 or more, and at most 2**20, got 0",
+        ),
         (
             ["make-lm", "checkpoint"],
             "checkpoint is not empty and holds another model: choose a new folder",
+        ),
+        (["make-lm", "lm", "--set", "lr=.nan"], "lr must be a finite number, got nan"),
+        (["make-lm", "{run}/lm"], "folder {run}/lm cannot be written: {run} is no folder"),
+        (
+            ["evaluate", "checkpoint", "--on", "{run}", "--json", "nowhere/x.json"],
+            "--json nowhere/x.json cannot be written: there is no folder nowhere",
+        ),
+        (
+            ["evaluate", "checkpoint", "--on", "{run}", "--json", "checkpoint"],
+            "--json checkpoint cannot be written: it is a folder",
+        ),
+        (
+            ["saebench", "checkpoint", "--json", "nowhere/x.json"],
+            "--json nowhere/x.json cannot be written: there is no folder nowhere",
         ),
         (["report", "nope.json"], "cannot read nope.json: No such file or directory"),
         (
@@ -119,3 +138,20 @@ def test_an_unknown_architecture_gets_the_list(synthetic_yaml):
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: sae.architecture must be one of ")
     assert line.endswith(", got 'batchtop', did you mean 'batchtopk'?")
+
+
+def test_a_file_is_no_folder_for_a_report(comparison_yaml):
+    run("compare", comparison_yaml, "--quick", "--set", "architectures={atm: {role: candidate}}")
+    result = run("report", "out-quick/results.json", "--output", comparison_yaml)
+    assert result.exit_code == BAD_INPUT
+    assert result.stderr == (
+        f"error: --output {comparison_yaml} cannot be written: {comparison_yaml} is no folder\n"
+    )
+
+
+def test_a_read_only_folder_is_found_before_training(monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda *_: False)
+    result = run("make-lm", "lm", "--set", "steps=1", "--set", "d_model=8")
+    assert result.exit_code == BAD_INPUT
+    assert result.stderr.startswith("error: folder lm cannot be written: ")
+    assert result.stderr.endswith(" is read-only\n")

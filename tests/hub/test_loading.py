@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,6 +51,15 @@ def test_values_that_are_not_finite_are_refused(folder, value):
     save_file(tensors, path)
     with pytest.raises(SettingsError, match="W_dec holds NaN or Inf"):
         load_sae(str(folder))
+
+
+@pytest.mark.parametrize("architecture", ["nobody", None, ["atm"]])
+def test_an_architecture_that_is_not_registered(folder, architecture):
+    path = folder / "cfg.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architecture": architecture}))
+    with pytest.raises(SettingsError, match=r"architecture in cfg.json must be one of .*atm") as e:
+        load_sae(str(folder))
+    assert str(e.value).endswith(f", got {architecture!r}")
 
 
 def test_a_damaged_file_is_named_with_the_error(folder):

@@ -74,6 +74,25 @@ def test_eval_mode_masks_nothing_updates_nothing_and_ignores_the_batch(activatio
 
 
 @every_activation
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_batch_of_sequences_is_trained_on_as_its_rows(activation, dead):
+    """SAELens' own training SAEs accept it, too."""
+    x, sae = torch.randn(4, 8, 8), make_sae(activation=activation, mask_warm_up_steps=0)
+    sae.tracker.steps.fill_(50)
+    mask = torch.arange(24) > 20 if dead else None
+    rows = copy.deepcopy(sae)
+    outputs = [
+        module.training_forward_pass(step_input(batch, mask))
+        for module, batch in ((sae, x), (rows, x.flatten(0, 1)))
+    ]
+    assert outputs[0].feature_acts.shape == (4, 8, 24)
+    for name, loss in outputs[0].losses.items():
+        torch.testing.assert_close(loss, outputs[1].losses[name])
+    for name, buffer in sae.named_buffers():
+        torch.testing.assert_close(buffer, rows.get_buffer(name))
+
+
+@every_activation
 def test_hooks_see_eval_activations(activation):
     sae = train(make_sae(activation=activation), 5).eval()
     x = torch.randn(4, 8)

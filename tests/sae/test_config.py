@@ -19,12 +19,13 @@ BAD = {
     "mask_seed": 0.5,
     "k": "5",
     "d_in": 0,
-    "d_sae": -4,
+    "d_sae": 10**12,
     "l1_coefficient": -1.0,
     "aux_loss_coefficient": -1.0,
     "topk_threshold_lr": 2.0,
     "lp_norm": -1.0,
     "dtype": "float12",
+    "device": "warp9",
     "normalize_activations": "layer_norm",
 }
 
@@ -60,9 +61,21 @@ def test_paper_preset_is_the_literal_reading_and_can_be_overridden():
 
 def test_dictionary_round_trip():
     cfg = ATMTrainingSAEConfig(d_in=8, d_sae=32, k=4, masked_weight=0.3, c_start=-0.5)
-    again = TrainingSAEConfig.from_dict({**cfg.to_dict(), "something_else": 1})
+    again = TrainingSAEConfig.from_dict(cfg.to_dict())
     assert isinstance(again, ATMTrainingSAEConfig)
     assert again.to_dict() == cfg.to_dict()
+
+
+def test_an_unknown_field_is_an_error():
+    cfg = ATMTrainingSAEConfig(d_in=8, d_sae=32, k=4).to_dict()
+    with pytest.raises(ValueError, match=r"^mask_rat: unknown field"):
+        ATMTrainingSAEConfig.from_dict({**cfg, "mask_rat": 2.0})
+
+
+def test_fields_that_version_0_1_inherited_are_ignored():
+    cfg = ATMTrainingSAEConfig(d_in=8, d_sae=32, k=4).to_dict()
+    inherited = {"jumprelu_bandwidth": 0.05, "l0_coefficient": 1.0, "target_l0": None}
+    assert ATMTrainingSAEConfig.from_dict({**cfg, **inherited}).to_dict() == cfg
 
 
 def test_provenance_goes_into_the_metadata():

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -12,11 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from sae_lens_atm.errors import CheckpointError, Interrupted
 from sae_lens_atm.files import MANIFEST_FILENAME, manifest_mismatch
-from sae_lens_atm.training.checkpoints import Checkpointer, check_resumable, newest_checkpoint
+from sae_lens_atm.training.checkpoints import (
+    MAY_CHANGE_ON_RESUME,
+    Checkpointer,
+    check_resumable,
+    newest_checkpoint,
+)
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
 from tests.helpers import load_script, state_equal
-from tests.training.runs import synthetic_run, trained_files
+from tests.training.runs import RUN, synthetic_run, trained_files
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["1088", "1600", "2112", "576"]
@@ -187,6 +193,8 @@ def message(checkpoint, **settings):
         {"lr_decay_steps": 0},
         {"training_samples": 5120},
         {"hierarchy_model": {"hidden_dim": 16, "roots": 4, "lone_features": 4, "depth": 2}},
+        {"hierarchy_model": {**RUN["hierarchy_model"], "coverage": 0.9}},
+        {"adam_beta2": 0.9},
         {"dead_feature_window": 10},
     ],
     ids=lambda changed: next(iter(changed)),
@@ -267,6 +275,26 @@ def test_a_pickle_is_never_executed(out, tmp_path, monkeypatch, name, write):
     with pytest.raises(CheckpointError, match="is damaged"):
         train(synthetic_run(out), resume=folder)
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", ["trainer_state.pt", "random_state.pt"])
+def test_nobody_is_advised_to_execute_a_pickle(out, name):
+    torch.save({"optimizer": Evil()}, out / "checkpoints/576" / name)
+    text = message(out / "checkpoints/576")
+    assert f"is damaged (ValueError: {name} holds other objects" in text
+    assert "weights_only" not in text
+
+
+@pytest.mark.parametrize(
+    "state",
+    [{"cuda": []}, [1], {"cpu": 3}, {"cpu": torch.zeros(3)}, {"cpu": torch.zeros(3).byte()}],
+    ids=["no cpu", "list", "number", "float", "short"],
+)
+def test_a_foreign_random_state_is_damage(out, state):
+    folder = out / "checkpoints/576"
+    (folder / MANIFEST_FILENAME).unlink()
+    torch.save(state, folder / "random_state.pt")
+    assert "is damaged" in message(folder)
 
 
 @pytest.mark.parametrize("name", ["trainer_state.pt", "random_state.pt", "cfg.json"])
@@ -377,3 +405,11 @@ def test_a_short_soak(soak, tmp_path):
     found = json.loads((tmp_path / "soak.json").read_text())
     assert (found["runs"], found["identical"], found["states_lost"]) == (1, 1, 0)
     assert sum(found["damages"]["tried"].values()) == found["damages"]["noticed"] == 4
+
+
+def test_the_page_lists_what_may_change_on_resume():
+    section = (ROOT / "docs/cli.md").read_text().partition("may change on resume")[2]
+    table = section.partition("\n\n")[0]
+    listed = set(re.findall(r"`([a-z_.]+)`", table))
+    allowed = {*MAY_CHANGE_ON_RESUME, "max_bad_batches", "sae.device"}
+    assert listed == allowed - {"resume_from_checkpoint"}  # which --resume replaces

@@ -151,6 +151,23 @@ def test_too_many_in_a_row_stop_with_a_checkpoint_of_the_last_good_step(syntheti
     assert state["tracker.steps"].item() == 11
 
 
+@pytest.mark.parametrize("setting", ["lr=1e30", "sae.dtype=float16"])
+def test_divergence_is_not_blamed_on_the_data(synthetic_yaml, setting):
+    with pytest.raises(NonFiniteBatchError) as caught:
+        train(load_run(synthetic_yaml, [*SETTINGS, setting]))
+    text = str(caught.value)
+    assert "training diverged" in text
+    assert ("lr is 1e+30" if "lr" in setting else "dtype is 'float16'") in text
+    assert "NaN" not in text
+
+
+def test_bad_data_are_not_called_divergence(synthetic_yaml, spoil):
+    spoil([3], BAD["one nan"], times=100)
+    with pytest.raises(NonFiniteBatchError, match="10 of them hold NaN") as caught:
+        train(load_run(synthetic_yaml, SETTINGS))
+    assert "diverged" not in str(caught.value)
+
+
 def test_bad_from_the_beginning(synthetic_yaml, spoil):
     spoil([0], BAD["nan"], times=100)
     with pytest.raises(NonFiniteBatchError, match=r"^10 bad batches in a row at step 0: "):

@@ -26,7 +26,7 @@ from sae_lens.synthetic import (
 
 from sae_lens_atm import ATMSAE, ATMTrainingSAE, ATMTrainingSAEConfig
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
-from sae_lens_atm.errors import Interrupted, SettingsError
+from sae_lens_atm.errors import CheckpointError, Interrupted, SettingsError
 from sae_lens_atm.training.checkpoints import newest_checkpoint
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
@@ -66,6 +66,8 @@ def test_synthetic_run_saves_a_stock_sae_and_its_figures(synthetic_yaml, tmp_pat
         "sparsity.safetensors",
         "runner_cfg.json",
         "eval_stats.json",
+        ".lock",
+        "history.jsonl",
     }
     assert type(SAE.load_from_disk(out)) is JumpReLUSAE
     assert result.sae.tracker.steps.item() == 40
@@ -92,6 +94,20 @@ def test_a_bfloat16_sae_trains(synthetic_yaml, activation):
     result = train(load_run(synthetic_yaml, settings))
     assert result.sae.W_dec.dtype == torch.bfloat16
     assert all(p.isfinite().all() for p in result.sae.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["atm", "batchtopk"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_an_sae_of_any_dtype_is_evaluated(synthetic_yaml, architecture, dtype):
+    content = synthetic_yaml.read_text()
+    if architecture != "atm":
+        content = content.replace(", schedule_steps: 40, mask_warm_up_steps: 5", "")
+    synthetic_yaml.write_text(content.replace("atm", architecture))
+    figures = train(load_run(synthetic_yaml, [f"sae.dtype={dtype}"])).figures
+    single = train(load_run(synthetic_yaml, ["output_path=single"])).figures
+    assert figures.keys() == single.keys() > {"mcc", "absorption_full"}
+    for name in ("explained_variance", "mcc"):
+        assert figures[name] == pytest.approx(single[name], abs=0.1)
 
 
 def test_evaluation_does_not_meet_the_samples_of_training_again(synthetic_yaml, monkeypatch):
@@ -179,6 +195,58 @@ def test_nothing_finished_is_overwritten(synthetic_yaml, tmp_path):
     (tmp_path / "out/cfg.json").unlink()
     with pytest.raises(SettingsError, match=r"out/checkpoints .*--resume"):
         train(run)
+
+
+def test_two_runs_do_not_share_a_folder(synthetic_yaml):
+    errors = []
+
+    def start_another(trainer, _):
+        if trainer.n_training_steps == 20:
+            try:
+                train(load_run(synthetic_yaml, ["seed=9"]))
+            except SettingsError as error:
+                errors.append(str(error))
+
+    result = train(load_run(synthetic_yaml), on_step=start_another)
+    (error,) = errors
+    assert error.startswith("output_path is out: another process is writing there")
+    saved = json.loads((result.output_path / "runner_cfg.json").read_text())
+    assert saved["seed"] == 3
+
+
+@pytest.mark.parametrize("extra", [0, 640], ids=["before its end", "beyond its end"])
+@pytest.mark.parametrize("stop_at", [None, 44])
+def test_an_extended_run_is_the_longer_run(tmp_path, extra, stop_at):
+    """The decay of lr moves to the new end."""
+    settings = {"n_checkpoints": 4, "sae.schedule_steps": 40}
+    total = 2560 + 640 + extra
+    train(synthetic_run("straight", training_samples=total, **settings))
+    train(synthetic_run("longer", **settings))
+    stops = [] if stop_at is None else [stop_at]
+    for more in (640, 640 + extra):
+        for at in stops if more == 640 else ():
+            stop = StopFlag()
+            run = synthetic_run("longer", **settings)
+            with pytest.raises(Interrupted):
+                train(run, "longer", stop_after(at, stop), stop, extend=more)
+        train(synthetic_run("longer", **settings), resume="longer", extend=more)
+        if not extra:
+            break
+    assert state_equal(trained_files("straight"), trained_files("longer"))
+    saved = json.loads((tmp_path / "longer/runner_cfg.json").read_text())
+    assert saved["training_samples"] == total
+
+
+def test_a_run_whose_lr_has_decayed_cannot_be_extended(synthetic_yaml):
+    settings = ["n_checkpoints=0", "save_final_checkpoint=true", "run_final_eval=false"]
+    train(load_run(synthetic_yaml, settings))
+    with pytest.raises(CheckpointError, match="no complete checkpoint before lr decays"):
+        train(load_run(synthetic_yaml, settings), resume="out", extend=640)
+    with pytest.raises(CheckpointError, match="cannot extend out/checkpoints/final_2560: lr has"):
+        train(load_run(synthetic_yaml, settings), "out/checkpoints/final_2560", extend=640)
+    cosine = load_run(synthetic_yaml, [*settings, "lr_scheduler_name=cosineannealing"])
+    with pytest.raises(SettingsError, match=r"^lr_scheduler_name must be 'constant'"):
+        train(cosine, resume="out", extend=640)
 
 
 def test_unwritable_output(synthetic_yaml, tmp_path):
@@ -309,7 +377,7 @@ def test_a_language_model_run_with_prefetching_stops(language_model_yaml):
         ("sae.d_in=17", "^sae.d_in .*17"),
         ("hook_name=model.layers.9", "model.layers.9"),
         ("model_name=./nowhere", r"cannot load model_name './nowhere'"),
-        ("dataset_path=./nowhere", r"dataset_path './nowhere'"),
+        ("dataset_path=./nowhere", r"dataset_path is './nowhere'"),
         ("dataset_path=''", "^dataset_path"),
         ("n_batches_in_buffer=3", "^n_batches_in_buffer .*3"),
     ],

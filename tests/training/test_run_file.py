@@ -12,6 +12,7 @@ from sae_lens_atm.training.run_file import (
     batch_size_of,
     load_run,
     parse_run,
+    read_yaml,
     shipped_config,
 )
 from sae_lens_atm.training.synthetic_run import build_synthetic_model
@@ -87,11 +88,88 @@ def test_language_model_run_file(language_model_yaml):
         ("synthetic_model=x", "set either hierarchy_model or synthetic_model"),
         ("nonsense", "--set"),
         ("lr=[", "--set"),
+        ("sae={k: 1, d_in: 8, k: 2}", "--set"),
+        ("training_samples=10", "training_samples"),
+        ("training_samples=1.5e0", "training_samples"),
+        ("lr=.inf", "lr"),
+        ("lr=.nan", "lr"),
+        ("lr_end=.nan", "lr_end"),
+        ("lr_end=-1", "lr_end"),
+        ("adam_beta1=2", "adam_beta1"),
+        ("adam_beta2=1.0", "adam_beta2"),
+        ("n_restart_cycles=0", "n_restart_cycles"),
+        ("seed=99999999999999999999", "seed"),
+        ("seed=-1", "seed"),
+        ("hierarchy_model.seed=-1", "hierarchy_model.seed"),
+        ("hierarchy_model.mean_magnitude=.inf", "hierarchy_model.mean_magnitude"),
+        ("hierarchy_model.depth=50", "hierarchy_model.depth"),
+        ("hierarchy_model.depth=20", "hierarchy_model"),
+        ("sae.decoder_init_norm=.nan", "sae.decoder_init_norm"),
+        ("sae.decoder_init_norm=0", "sae.decoder_init_norm"),
+        ("sae.d_sae=1e12", "sae.d_sae"),
+        ("lr_warm_up_steps=-5", "lr_warm_up_steps"),
+        ("lr_warm_up_steps=41", "lr_warm_up_steps"),
+        ("lr_decay_steps=40", "lr_warm_up_steps"),
+        ("n_checkpoints=-1", "n_checkpoints"),
+        ("n_checkpoints=41", "n_checkpoints"),
+        ("eval_samples=-1", "eval_samples"),
+        ("eval_frequency=-1", "eval_frequency"),
+        ("device=meta", "device"),
+        ("sae.device=warp9", "sae.device"),
+        ("sae={architecture: topk, d_in: 16, d_sae: 8, k: 2, device: warp9}", "sae.device"),
+        ("sae={architecture: topk, d_in: 16, d_sae: 1e12, k: 2}", "sae.d_sae"),
+        ("logger.wandb_log_frequency=0", "logger.wandb_log_frequency"),
     ],
 )
 def test_a_mistake_is_one_line_that_starts_with_the_field(synthetic_yaml, override, field):
     (line,) = lines_of(synthetic_yaml, override)
     assert line.startswith((f"{field} ", f"{field}: ", f"{field},"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        (["lr_warm_up_steps=20", "lr_decay_steps=20"], "lr_warm_up_steps"),
+        (["lr_decay_steps=5", "lr_end=0"], "lr_end"),
+        (["lr_decay_steps=5", "lr_end=1"], "lr_end"),
+        (["n_restart_cycles=39"], "n_restart_cycles"),
+    ],
+)
+def test_schedules_must_fit_the_run(synthetic_yaml, settings, field):
+    scheduler = "lr_scheduler_name=cosineannealingwarmrestarts"
+    (line,) = lines_of(synthetic_yaml, scheduler, *settings)
+    assert line.startswith(f"{field} ")
+
+
+def test_warm_up_and_decay_may_fill_the_run(synthetic_yaml):
+    load_run(synthetic_yaml, ["lr_warm_up_steps=20", "lr_decay_steps=20"])
+
+
+def test_language_model_runs_have_the_same_limits(language_model_yaml):
+    (line,) = lines_of(language_model_yaml, "training_tokens=10")
+    assert line == (
+        "training_tokens must be at least train_batch_size_tokens = 64, which is one step, got 10"
+    )
+    (line,) = lines_of(language_model_yaml, "activations_mixing_fraction=1.5")
+    assert line.startswith("activations_mixing_fraction must be in [0, 1]")
+
+
+def test_whole_numbers_may_have_an_exponent(synthetic_yaml):
+    run = load_run(synthetic_yaml, ["training_samples=1e5", "seed=2e0", "sae.parent_rows=1e1"])
+    assert (run.runner.training_samples, run.seed, run.runner.sae.parent_rows) == (10**5, 2, 10)
+    assert isinstance(run.seed, int)
+
+
+def test_a_key_that_is_set_twice_is_an_error(synthetic_yaml):
+    synthetic_yaml.write_text(synthetic_yaml.read_text() + "lr: 1\n")
+    (line,) = lines_of(synthetic_yaml)
+    assert line == f"{synthetic_yaml}: lr is set twice, in lines 8 and 13"
+
+
+def test_a_merged_key_may_be_set_again(tmp_path):
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
+    assert read_yaml(path)["b"] == {"x": 3, "y": 2}
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,12 @@
 import os
 import platform
 import shutil
-from collections.abc import Generator
-from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from sae_lens.synthetic import SyntheticModel
 
 from sae_lens_atm.compare.plan.comparison_file import Comparison
@@ -41,7 +38,7 @@ from sae_lens_atm.compare.run.stored_run import (
 from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.data.synthetic import children_of
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.files import read_json
+from sae_lens_atm.files import locked, read_json
 from sae_lens_atm.metrics import Stability
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.preflight.checks import check_data, check_devices
@@ -79,7 +76,7 @@ def compare(
     stop = stop or StopFlag()
     failed: dict[str, str] = {}
     gpus = int(bool(gpu_settings(comparison.planned[0].run)))
-    with stop.on_signals(), _locked(comparison.output):
+    with stop.on_signals(), locked(comparison.output):
         for jobs in make_jobs(comparison):
             if cluster is None:
                 failed |= run_jobs(jobs, at_once, events, stop)
@@ -87,23 +84,6 @@ def compare(
                 failed |= run_jobs_on_ray(jobs, cluster, gpus, events, stop)
         shutil.rmtree(comparison.output / "pools", ignore_errors=True)
         return summarise(comparison, failed)
-
-
-@contextmanager
-def _locked(folder: Path) -> Generator[None]:
-    """Lock a folder against other comparisons."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise SettingsError(
-            f"output_path is {folder}: another comparison is writing there, wait or choose another"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def check(comparison: Comparison) -> None:

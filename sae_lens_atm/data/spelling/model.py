@@ -33,6 +33,7 @@ HOOK = "transformer.h.0"
 """The hook for SAEs: the residual stream after the first layer."""
 TOKENS = "tokens"
 _DONE = "spelling-lm.json"
+_LARGEST = 2**20
 _DECAY = 1.0  # strong, as the initial values of a word's embedding hide its letter
 _LETTER_WEIGHT = 100.0  # weight of the loss of first letters
 
@@ -81,15 +82,21 @@ class SpellingLMConfig:
             "dataset_rows",
         )
         for name in whole:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)!r}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr!r}")
+            if not 1 <= getattr(self, name) <= _LARGEST:
+                raise ValueError(
+                    f"{name} must be 1 or more, and at most 2**20, got {getattr(self, name)!r}"
+                )
+        if not 0 < self.lr <= 1:
+            raise ValueError(f"lr must be in (0, 1], got {self.lr!r}")
         for name in ("noise", "norm_penalty"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)!r}")
-        if self.context_size < 16:
-            raise ValueError(f"context_size must be 16 or more, got {self.context_size!r}")
+            if not 0 <= getattr(self, name) <= 1e6:
+                raise ValueError(f"{name} must be from 0 to 1e6, got {getattr(self, name)!r}")
+        if not 16 <= self.context_size <= _LARGEST:
+            raise ValueError(
+                f"context_size must be 16 or more, and at most 2**20, got {self.context_size!r}"
+            )
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must be from 0 to 2**31 - 1, got {self.seed!r}")
         if self.d_model % self.heads:
             raise ValueError(
                 f"d_model must be a multiple of heads = {self.heads}, got {self.d_model!r}"

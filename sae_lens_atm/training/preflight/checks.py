@@ -1,6 +1,6 @@
 """Check a run before it starts, and describe what it will do."""
 
-import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,29 +8,40 @@ import torch
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.files import check_writable
+from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.training.checkpoints import check_resumable, is_checkpoint
 from sae_lens_atm.training.preflight.amounts import estimation_batches
 from sae_lens_atm.training.preflight.lookups import look_up
-from sae_lens_atm.training.preflight.memory import sae_size, size_text
-from sae_lens_atm.training.ranks import check_shares
+from sae_lens_atm.training.preflight.memory import (
+    sae_size,
+    size_text,
+    step_bytes,
+    store_bytes,
+    synthetic_bytes,
+    total_bytes,
+)
+from sae_lens_atm.training.ranks import check_shares, rank
 from sae_lens_atm.training.ranks import size as number_of_processes
-from sae_lens_atm.training.run_file import LanguageModelRun, Run, batch_size_of
-from sae_lens_atm.training.schema import shown
+from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun, batch_size_of
 
 
-def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> dict[str, Any]:
+def check_run(
+    run: Run, checkpoint: Path | None = None, dry: bool = False, extend: int = 0
+) -> dict[str, Any]:
     """Check a run without loading data or models, and return facts about it for a table.
 
     Args:
         run: the run.
         checkpoint: the checkpoint that it resumes from, found by `newest_checkpoint`.
         dry: also look up model, hook and dataset (`look_up`).
+        extend: number of samples by which the run is longer than its settings.
 
     Raises:
         SettingsError, CheckpointError: something does not fit.
     """
     cfg = run.runner
-    output = check_output(run, checkpoint)
+    output = check_output(run, checkpoint, extend > 0)
     facts: dict[str, Any] = {"architecture": cfg.sae.architecture()}
     if isinstance(run, LanguageModelRun):
         facts |= {
@@ -39,12 +50,16 @@ def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> di
         }
         check_data(run)
     check_shares(run)
+    reason = never_masks(run)
+    if reason is not None and rank() == 0:
+        warnings.warn(reason, stacklevel=2)
     size, batch = sae_size(cfg.sae), batch_size_of(run)
+    check_memory(run, size.resident)
     parameters = cfg.sae.d_sae * (2 * cfg.sae.d_in + 1) + cfg.sae.d_in
     needed = size.resident + size.parameters
     facts |= {
         "d_in, d_sae": f"{cfg.sae.d_in}, {cfg.sae.d_sae} ({parameters:,} parameters)",
-        "steps": f"{cfg.total_training_steps:,} of {batch:,}",
+        "steps": f"{cfg.total_training_steps:,}, each with {batch:,} {unit_of(run)}",
         "memory": f"{size_text(needed)} for the SAE (weights, gradients, Adam, averages), "
         "without activations",
         "output": output,
@@ -59,11 +74,25 @@ def check_run(run: Run, checkpoint: Path | None = None, dry: bool = False) -> di
         share = batch // number_of_processes()
         facts["processes"] = f"{number_of_processes()}, with {share:,} of each batch"
     if checkpoint is not None:
-        check_resumable(checkpoint, run)
+        check_resumable(checkpoint, run, extend)
         facts["resuming from"] = checkpoint
     if dry and isinstance(run, LanguageModelRun):
         facts |= look_up(run.runner)
     return facts
+
+
+def never_masks(run: Run) -> str | None:
+    """Return why a run with a mask_rate masks no latent in any step, or None if it does."""
+    cfg, steps = run.runner.sae, run.runner.total_training_steps
+    if not isinstance(cfg, ATMTrainingSAEConfig) or cfg.mask_rate == 0:
+        return None
+    start, end = cfg.mask_warm_up_steps, cfg.mask_end_step if cfg.mask_end < 1 else steps
+    if start < min(steps, end):
+        return None
+    why = f"the run ends after {steps} steps" if steps <= end else f"mask_end ends it at step {end}"
+    return (
+        f"no latent will be masked: masking begins at step {start} (mask_warm_up_steps), and {why}"
+    )
 
 
 def check_data(run: LanguageModelRun) -> None:
@@ -77,6 +106,8 @@ def check_data(run: LanguageModelRun) -> None:
         return
     if not cfg.dataset_path:
         raise SettingsError("dataset_path: missing, a language-model run needs a dataset")
+    if cfg.dataset_path.startswith((".", "/", "~")) and not Path(cfg.dataset_path).exists():
+        raise SettingsError(f"dataset_path is {cfg.dataset_path!r}: no such folder")
     buffer = cfg.n_batches_in_buffer * cfg.context_size
     if buffer < cfg.train_batch_size_tokens:
         least = -(-cfg.train_batch_size_tokens // cfg.context_size)
@@ -85,6 +116,36 @@ def check_data(run: LanguageModelRun) -> None:
             f"context_size = {cfg.context_size} it must reach train_batch_size_tokens = "
             f"{cfg.train_batch_size_tokens}"
         )
+
+
+def check_memory(run: Run, resident: int) -> None:
+    """Check that a training step fits into the memory of its device, if the device is here.
+
+    Args:
+        run: the run.
+        resident: what the SAE and the optimizer take, in bytes.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    cfg, batch = run.runner, batch_size_of(run) // number_of_processes()
+    total = total_bytes(cfg.device)
+    needed = resident + step_bytes(cfg.sae, batch)
+    if isinstance(run, LanguageModelRun):
+        needed += store_bytes(run.runner)
+    elif not isinstance(run.runner.synthetic_model, str):
+        features = run.runner.synthetic_model.num_features
+        needed += synthetic_bytes(features, cfg.sae.d_in, batch_size_of(run))
+    if total is not None and needed > total:
+        raise SettingsError(
+            f"sae.d_sae = {cfg.sae.d_sae:,} and a batch of {batch:,} need {size_text(needed)} of "
+            f"memory, and {cfg.device} has {size_text(total)}: set smaller ones"
+        )
+
+
+def unit_of(run: Run) -> str:
+    """Return what the batches of a run hold."""
+    return "samples" if isinstance(run, SyntheticRun) else "tokens"
 
 
 def check_devices(run: Run) -> None:
@@ -100,10 +161,21 @@ def check_devices(run: Run) -> None:
     for name, device in devices.items():
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise SettingsError(f"{name} is {device!r}: this machine has no CUDA device")
+        if device == "cpu" or not device:
+            continue
+        try:
+            torch.empty(1, device=device)
+        except Exception as error:  # backends that are not installed fail in many ways
+            raise SettingsError(f"{name} is {device!r}: this machine has no such device") from error
 
 
-def check_output(run: Run, checkpoint: Path | None = None) -> Path:
+def check_output(run: Run, checkpoint: Path | None = None, extends: bool = False) -> Path:
     """Check that the run's folder can be written and holds no other run. Return the folder.
+
+    Args:
+        run: the run.
+        checkpoint: the checkpoint that it resumes from.
+        extends: whether it may replace the finished SAE in its folder by a longer one.
 
     Raises:
         SettingsError: it cannot, or it does. The message says what to do.
@@ -111,13 +183,8 @@ def check_output(run: Run, checkpoint: Path | None = None) -> Path:
     output = Path(run.runner.output_path or "")
     checkpoints = Path(run.runner.checkpoint_path or "")
     for folder in (output, checkpoints):
-        try:
-            existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        except (OSError, ValueError) as error:  # not a path: too long, or with a null character
-            raise SettingsError(f"output_path {shown(str(folder))}: {error.args[-1]}") from error
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise SettingsError(f"output_path {folder} cannot be written: check {existing}")
-    if (output / SAE_CFG_FILENAME).exists():
+        check_writable("output_path", folder)
+    if (output / SAE_CFG_FILENAME).exists() and not extends:
         raise SettingsError(
             f"output_path {output} already holds a finished SAE: choose another folder"
         )

@@ -14,7 +14,7 @@ from sae_lens_atm.training.preflight.amounts import (
     estimation_batches,
     evaluations_in_training,
 )
-from sae_lens_atm.training.preflight.checks import check_devices
+from sae_lens_atm.training.preflight.checks import check_devices, unit_of
 from sae_lens_atm.training.preflight.language_model_time import language_model_entries
 from sae_lens_atm.training.preflight.memory import stream_bytes
 from sae_lens_atm.training.preflight.model_facts import short
@@ -66,7 +66,7 @@ def estimate_time(
     try:
         with timed_trainer(run, share) as trainer:
             parts = time_steps(run, trainer, 0.4 * limit, first, share)
-            entries = [_steps_entry(parts, share)]
+            entries = [_steps_entry(parts, share, unit_of(run))]
             estimate = (
                 _synthetic_entries if isinstance(run, SyntheticRun) else language_model_entries
             )
@@ -79,11 +79,11 @@ def estimate_time(
     return sorted(entries, key=lambda entry: order.index(entry.phase))
 
 
-def _steps_entry(parts: list[tuple[Timed, int]], batch: int) -> Entry:
+def _steps_entry(parts: list[tuple[Timed, int]], batch: int, what: str) -> Entry:
     steps = sum(number for _, number in parts)
     total = sum(timed.seconds * number for timed, number in parts)
     note = max((timed.note for timed, _ in parts), default="")
-    return Entry(TRAINING, f"SAE: {steps:,} steps of {batch:,}{note}", total)
+    return Entry(TRAINING, f"SAE: {steps:,} steps, each with {batch:,} {what}{note}", total)
 
 
 def _checkpoints(
@@ -129,7 +129,10 @@ def _synthetic_entries(
     start = time.perf_counter()
     try:
         model = build_synthetic_model(run)
-    except Exception as error:  # it may be on the Hub
+    except Exception as error:
+        if not isinstance(cfg.synthetic_model, str):  # else it may be on the Hub
+            key = "synthetic_model" if run.hierarchy is None else "hierarchy_model"
+            raise SettingsError(f"{key} cannot be built: {short(error)}") from error
         return [Entry(BEFORE, "synthetic data and evaluation", None, short(error))]
     entries = [Entry(BEFORE, "build the synthetic model", time.perf_counter() - start)]
 

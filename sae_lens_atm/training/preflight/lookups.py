@@ -53,8 +53,6 @@ def look_up(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, str]:
         facts["checked"] = f"hook and d_in, from {meta.source}: {_describe(shape)}"
         facts["memory"] = memory_needed(cfg, shape)
     if not online and not Path(cfg.dataset_path).exists():
-        if cfg.dataset_path.startswith((".", "/", "~")):
-            raise SettingsError(f"dataset_path is {cfg.dataset_path!r}: no such folder")
         return facts | {"columns": "not checked: the dataset (the Hub does not answer)"}
     return facts | {"columns": _columns(cfg)}
 
@@ -62,7 +60,7 @@ def look_up(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, str]:
 def memory_needed(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) -> str:
     """Return the memory that a run needs as text, and whether the GPU of this machine has it."""
     parts = memory.memory(cfg, shape)
-    text = f"about {memory.describe(parts, GIB, 'GiB')}"
+    text = f"about {memory.describe(parts)}"
     if torch.cuda.is_available() and torch.device(cfg.device).type == "cuda":
         total = torch.cuda.get_device_properties(torch.device(cfg.device)).total_memory
         fits = "this GPU has" if sum(parts.values()) < 0.9 * total else "TOO MUCH: this GPU has"
@@ -80,7 +78,8 @@ def _disk(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     free, needed = shutil.disk_usage(existing).free, memory.disk(cfg)
     enough = "free here" if needed < free else "free here: TOO LITTLE"
-    return f"{needed / GIB:.1f} GiB for checkpoints and the SAE; {free / GIB:.1f} GiB {enough}"
+    sizes = memory.size_text(needed), memory.size_text(free)
+    return f"{sizes[0]} for checkpoints and the SAE; {sizes[1]} {enough}"
 
 
 def _columns(cfg: LanguageModelSAERunnerConfig[Any]) -> str:

@@ -14,6 +14,7 @@ from sae_lens_atm.data.activation_stream import MOST_BYTES
 from sae_lens_atm.training.preflight.model_facts import ModelShape
 
 GIB = 2**30
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 # Peak of a training step, in bytes for each entry of (batch, d_sae) and of (d_in, d_sae).
 _STEP = {"atm": (52, 38)}
@@ -118,6 +119,24 @@ def available_bytes(device: str | None) -> int | None:
         return None
 
 
+def total_bytes(device: str) -> int | None:
+    """Return the memory of a device, or None if it is unknown."""
+    kind = torch.device(device).type
+    if kind == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.device(device)).total_memory
+    if kind != "cpu":
+        return None
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # not on this system
+        return None
+
+
+def synthetic_bytes(features: int, d_in: int, batch: int) -> int:
+    """Return what a synthetic model takes, with the features of a batch and masks of them."""
+    return 4 * features * d_in + 16 * batch * features
+
+
 def stream_bytes(run: LanguageModelSAERunnerConfig[Any]) -> int:
     """Return the largest size of the activations in a checkpoint: buffer and prefetched batches.
 
@@ -139,15 +158,23 @@ def disk(run: LanguageModelSAERunnerConfig[Any]) -> int:
 
 
 def size_text(amount: float) -> str:
-    """Return a size as text, in MiB or GiB."""
-    return f"{amount / 2**20:,.1f} MiB" if amount < GIB else f"{amount / GIB:,.1f} GiB"
+    """Return a size as text, in the largest unit of which there is at least one."""
+    unit = _UNITS[0]
+    for unit in _UNITS:
+        if amount < 1024 or unit == _UNITS[-1]:
+            break
+        amount /= 1024
+    return f"{amount:,.0f} B" if unit == "B" else f"{amount:,.1f} {unit}"
 
 
-def describe(parts: Mapping[str, float], unit: float, name: str) -> str:
+def describe(parts: Mapping[str, float]) -> str:
     """Return a sum and its parts as text, the largest first: `3.0 GiB (LLM 2.0, SAE 1.0)`."""
     ordered = sorted(parts.items(), key=lambda part: -part[1])
+    total = sum(parts.values())
+    name = size_text(total).split()[1]
+    unit = 1024 ** _UNITS.index(name)
     listed = ", ".join(f"{what} {amount / unit:.1f}" for what, amount in ordered)
-    return f"{sum(parts.values()) / unit:.1f} {name} ({listed})"
+    return f"{size_text(total)} ({listed})"
 
 
 def _llm_dtype(run: LanguageModelSAERunnerConfig[Any], model: ModelShape) -> torch.dtype:

@@ -178,7 +178,12 @@ def time_steps(
     x = torch.randn(batch or batch_size_of(run), run.runner.sae.d_in, device=run.runner.device)
 
     def step(size: int) -> None:
-        trainer.step(x[:size])
+        try:
+            trainer.step(x[:size])
+        except StopIteration:  # the guard asks for another batch after a bad one
+            raise NotTimed(
+                "a step on random activations gives NaN or Inf values, check sae.dtype and lr"
+            ) from None
         synchronize(run.runner.device)
 
     found: list[tuple[Timed, int]] = []

@@ -20,7 +20,7 @@ def test_facts_of_a_run(synthetic_yaml):
     facts = check_run(load_run(synthetic_yaml))
     assert facts["architecture"] == "atm"
     assert facts["d_in, d_sae"] == "16, 32 (1,072 parameters)"
-    assert facts["steps"] == "40 of 64"
+    assert facts["steps"] == "40, each with 64 samples"
     assert facts["output"] == Path("out")
     assert "before step 1" not in facts
 
@@ -67,8 +67,24 @@ def test_an_output_path_that_cannot_be_written(synthetic_yaml, path):
 def test_data_that_saelens_would_refuse_later(language_model_yaml):
     small = load_run(language_model_yaml, ["n_batches_in_buffer=3"])
     assert error_of(check_run, small).startswith("n_batches_in_buffer must be 4 or more, got 3")
+    nowhere = load_run(language_model_yaml, ["dataset_path=/nonexistent/data"])
+    assert error_of(check_run, nowhere).endswith("'/nonexistent/data': no such folder")
     none = load_run(language_model_yaml, ["dataset_path=''"])
     assert error_of(check_run, none).startswith("dataset_path: missing")
+
+
+@pytest.mark.parametrize("setting", ["sae.d_sae=2**27", "batch_size=2**40"])
+def test_a_step_that_does_not_fit_into_memory(synthetic_yaml, setting):
+    name, _, power = setting.partition("=2**")
+    more = ["training_samples=1e15", f"{name}={2 ** int(power)}"]
+    line = error_of(check_run, load_run(synthetic_yaml, more))
+    assert line.startswith("sae.d_sae = ")
+    assert "TiB of memory, and cpu has " in line or "GiB of memory, and cpu has " in line
+
+
+def test_a_device_that_torch_knows_and_this_machine_does_not_have(synthetic_yaml):
+    run = load_run(synthetic_yaml, ["device=xpu"])
+    assert error_of(check_devices, run).startswith("device is 'xpu': ")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")

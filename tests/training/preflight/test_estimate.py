@@ -23,7 +23,7 @@ def test_a_synthetic_run(synthetic_yaml, tmp_path):
     assert rows(entries) == [
         (BEFORE, "build the synthetic model"),
         (BEFORE, "estimate the activation scale: 7 batches of 64"),
-        (TRAINING, "SAE: 40 steps of 64"),
+        (TRAINING, "SAE: 40 steps, each with 64 samples"),
         (TRAINING, "draw 40 batches"),
         (TRAINING, "2 checkpoints"),
         (AFTER, "evaluation of 1,000 samples"),
@@ -43,7 +43,7 @@ def test_a_run_that_resumes_does_the_rest(synthetic_yaml):
     what = [entry.what for entry in entries]
     left = 40 - samples_of(checkpoint) // 64
     assert 0 < left < 40
-    assert f"SAE: {left} steps of 64" in what
+    assert f"SAE: {left} steps, each with 64 samples" in what
     assert f"draw {left} batches" in what
     assert not any("estimate the activation scale" in text for text in what)
 
@@ -57,7 +57,7 @@ def test_a_run_on_a_language_model(language_model_yaml, tmp_path):
     # Without mixing, a model batch of 4 x 16 tokens is a training batch.
     assert what[1].startswith("fill the buffer: 1 model batches of 4 x 16 tokens")
     assert what[2] == "estimate the activation scale: 7 training batches, 7 model batches"
-    assert "SAE: 40 steps of 64" in what
+    assert "SAE: 40 steps, each with 64 tokens" in what
     assert any(text.startswith("language model: 39 model batches") for text in what)
     assert what[-1].startswith("evaluation: 3 batches of 4 x 16 tokens")
     assert all(entry.seconds > 0 for entry in entries)
@@ -113,4 +113,4 @@ def test_what_is_left_out_is_named(language_model_yaml, monkeypatch):
     entries = estimate_time(load_run(language_model_yaml, ["compile_sae=true"]), limit=LIMIT)
     missing = {entry.what for entry in entries if entry.seconds is None}
     assert missing == {"exchange between processes", "compilation"}
-    assert any(entry.what.startswith("SAE: 40 steps of 32") for entry in entries)
+    assert any(entry.what.startswith("SAE: 40 steps, each with 32 tokens") for entry in entries)

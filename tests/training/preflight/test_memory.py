@@ -195,8 +195,9 @@ def test_evaluation_on_many_prompts_needs_more_for_logits():
 
 
 def test_a_sum_and_its_parts_as_text():
-    text = memory.describe({"a": 1 * GIB, "b": 2.5 * GIB}, GIB, "GiB")
+    text = memory.describe({"a": 1 * GIB, "b": 2.5 * GIB})
     assert text == "3.5 GiB (b 2.5, a 1.0)"
+    assert memory.describe({"a": 2**20, "b": 2**19}) == "1.5 MiB (a 1.0, b 0.5)"
 
 
 def test_free_memory():
@@ -205,7 +206,16 @@ def test_free_memory():
     assert memory.available_bytes("meta") is None
 
 
-@pytest.mark.parametrize(("amount", "text"), [(3 * 2**19, "1.5 MiB"), (5 * 2**31, "10.0 GiB")])
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [
+        (90, "90 B"),
+        (3 * 2**9, "1.5 KiB"),
+        (3 * 2**19, "1.5 MiB"),
+        (5 * 2**31, "10.0 GiB"),
+        (2**51, "2,048.0 TiB"),
+    ],
+)
 def test_sizes_as_text(amount, text):
     assert memory.size_text(amount) == text
 

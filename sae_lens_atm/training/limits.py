@@ -1,0 +1,151 @@
+"""Limits of the settings of a run. SAELens' configurations accept any value of the right type."""
+
+import math
+from typing import Any
+
+import torch
+from sae_lens import LanguageModelSAERunnerConfig
+
+from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.training.schema import did_you_mean, shown
+
+_LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+_DEVICES = ("device", "llm_device", "act_store_device", "sae.device")
+_Limit = tuple[float, float, str]
+
+_MOST = 2**53
+_COUNT: _Limit = (1, _MOST, "1 or more, and at most 2**53")
+_COUNT_OR_0: _Limit = (0, _MOST, "0 or more, and at most 2**53")
+_ABOVE_0: _Limit = (math.nextafter(0, 1), math.inf, "above 0")
+_NOT_NEGATIVE: _Limit = (0, math.inf, "0 or more")
+_SHARE: _Limit = (0, 1, "in [0, 1]")
+_DECAY: _Limit = (0, math.nextafter(1, 0), "in [0, 1)")
+_SEED: _Limit = (0, 2**31 - 1, "a whole number from 0 to 2**31 - 1")
+_WIDTH: _Limit = (1, 2**28, "1 or more, and at most 2**28")
+
+_LIMITS: dict[str, _Limit] = {
+    "seed": _SEED,
+    "max_bad_batches": _COUNT,
+    # the length of the run
+    "training_samples": _COUNT,
+    "training_tokens": _COUNT,
+    "batch_size": _COUNT,
+    "train_batch_size_tokens": _COUNT,
+    # the optimizer
+    "lr": _ABOVE_0,
+    "lr_end": _NOT_NEGATIVE,
+    "lr_warm_up_steps": _COUNT_OR_0,
+    "lr_decay_steps": _COUNT_OR_0,
+    "n_restart_cycles": _COUNT,
+    "adam_beta1": _DECAY,
+    "adam_beta2": _DECAY,
+    # data
+    "store_batch_size_prompts": _COUNT,
+    "n_batches_in_buffer": _COUNT,
+    "context_size": _COUNT,
+    "activations_mixing_fraction": _SHARE,
+    "n_batches_for_norm_estimate": _COUNT,
+    # counters, checkpoints, evaluation
+    "feature_sampling_window": _COUNT,
+    "dead_feature_window": _COUNT,
+    "n_checkpoints": (0, 10_000, "0 or more, and at most 10,000"),
+    "eval_frequency": _COUNT_OR_0,
+    "eval_samples": _COUNT_OR_0,
+    "n_eval_batches": _COUNT_OR_0,
+    "eval_batch_size_prompts": _COUNT,
+    "logger.wandb_log_frequency": _COUNT,
+    "logger.eval_every_n_wandb_logs": _COUNT,
+    # the SAE, of any architecture
+    "sae.d_in": _WIDTH,
+    "sae.d_sae": _WIDTH,
+    "sae.decoder_init_norm": (1e-6, 1e3, "from 1e-6 to 1000"),
+    # SAELens' synthetic model
+    "synthetic_model.num_features": (1, 2**20, "1 or more, and at most 2**20"),
+    "synthetic_model.hidden_dim": _WIDTH,
+    "synthetic_model.seed": _SEED,
+}
+
+
+def check_limits(values: dict[str, Any]) -> None:
+    """Check each value of a run file alone.
+
+    Args:
+        values: the run file, with the types of its schema.
+
+    Raises:
+        SettingsError: one line for each mistake.
+    """
+    found = [_limit_broken(name, _value(values, name), limit) for name, limit in _LIMITS.items()]
+    found += [_device_broken(name, _value(values, name)) for name in _DEVICES]
+    scheduler = values.get("lr_scheduler_name", "constant")
+    if scheduler not in _LR_SCHEDULERS:
+        found.append(
+            f"lr_scheduler_name must be one of {', '.join(_LR_SCHEDULERS)}, got {scheduler!r}"
+            + did_you_mean(scheduler, _LR_SCHEDULERS)
+        )
+    lines = [line for line in found if line]
+    if lines:
+        raise SettingsError("\n".join(lines))
+
+
+def _value(values: dict[str, Any], name: str) -> Any:
+    value: Any = values
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _limit_broken(name: str, value: Any, limit: _Limit) -> str:
+    low, high, allowed = limit
+    is_inside = not isinstance(value, int | float) or low <= value <= high
+    return "" if is_inside else f"{name} must be {allowed}, got {shown(value)}"
+
+
+def _device_broken(name: str, value: str | None) -> str:
+    try:
+        is_usable = value is None or torch.device(value).type != "meta"
+    except RuntimeError:
+        is_usable = False
+    return "" if is_usable else f"{name} must be a device of torch, got {value!r}"
+
+
+def check_schedule(cfg: Any) -> None:
+    """Check the settings that must fit the number of steps of a run.
+
+    Args:
+        cfg: the config of SAELens' runner, complete with its defaults.
+
+    Raises:
+        SettingsError: the run has no step, or fewer than its schedules need.
+    """
+    samples, batch = "training_samples", "batch_size"
+    if isinstance(cfg, LanguageModelSAERunnerConfig):
+        samples, batch = "training_tokens", "train_batch_size_tokens"
+    if getattr(cfg, samples) < getattr(cfg, batch):
+        raise SettingsError(
+            f"{samples} must be at least {batch} = {getattr(cfg, batch)}, which is one step, "
+            f"got {getattr(cfg, samples)}"
+        )
+    steps: int = cfg.total_training_steps
+    ramps: int = cfg.lr_warm_up_steps + cfg.lr_decay_steps
+    scheduler, is_constant = cfg.lr_scheduler_name, cfg.lr_scheduler_name == "constant"
+    most = steps if is_constant else steps - 1
+    if ramps > most:
+        raise SettingsError(
+            f"lr_warm_up_steps + lr_decay_steps must be at most {most}, as the run has {steps} "
+            f"steps ({samples} // {batch}), got {cfg.lr_warm_up_steps} + {cfg.lr_decay_steps}"
+        )
+    if scheduler == "cosineannealingwarmrestarts" and cfg.n_restart_cycles > steps - ramps:
+        raise SettingsError(
+            f"n_restart_cycles must be at most {steps - ramps}, the steps between warm-up and "
+            f"decay, got {cfg.n_restart_cycles}"
+        )
+    lr_end: float = cfg.lr_end or 0.0
+    if not is_constant and cfg.lr_decay_steps and not 0 < lr_end / cfg.lr <= 1:
+        raise SettingsError(
+            f"lr_end must be above 0 and at most lr = {cfg.lr} with lr_decay_steps, got {lr_end}"
+        )
+    if cfg.n_checkpoints > steps:
+        raise SettingsError(
+            f"n_checkpoints must be at most {steps}, the steps of the run, got {cfg.n_checkpoints}"
+        )
