@@ -213,11 +213,12 @@ def newest_checkpoint(path: str | Path, run: Run | None = None) -> Path:
             continue
         warnings.warn(f"skipped the damaged checkpoint {candidate}: {problem}", stacklevel=2)
     what = "complete checkpoint" if run is None else "complete checkpoint before lr decays"
-    reason = f"holds no {what}" if folder.exists() else "does not exist"
-    if (folder / SAE_CFG_FILENAME).exists():
-        reason = f"holds a finished SAE, and no {what}"
+    if not folder.exists():
+        raise CheckpointError(f"cannot resume: {folder} does not exist")
+    finished = "a finished SAE, and " if (folder / SAE_CFG_FILENAME).exists() else ""
     raise CheckpointError(
-        f"cannot resume: {folder} {reason}. Set n_checkpoints or save_final_checkpoint to have some"
+        f"cannot resume: {folder} holds {finished}no {what}. Runs write some with n_checkpoints or "
+        "save_final_checkpoint"
     )
 
 
