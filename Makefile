@@ -3,16 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export TQDM_DISABLE := 1
+RAY_TESTS := tests/compare/run/test_ray.py
 FAST_TESTS := tests/test_imports.py tests/method tests/sae tests/metrics tests/training/test_run_file.py
 
-.PHONY: demo test check lint types notebooks ci format clean
+.PHONY: demo test check lint types ray notebooks ci format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/sae-lens-atm compare demo --jobs 2
 
-# All tests.
+# All tests but those of a Ray cluster and the notebooks, which CI runs too.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore $(RAY_TESTS) --ignore tests/test_notebooks.py
 
 # The fast loop, under a minute: format, lint, import rules, mathematics, SAE, metrics, run files.
 check: lint
@@ -25,11 +26,14 @@ lint: $(VENV)/.installed
 types: $(VENV)/.installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The notebooks at full length. `make test` runs them with few training steps.
+ray: $(VENV)/.installed
+	$(BIN)/python -m pytest $(RAY_TESTS)
+
+# The notebooks at full length. Without NOTEBOOKS=full they take few training steps.
 notebooks: $(VENV)/.installed
 	NOTEBOOKS=full $(BIN)/python -m pytest -n 2 tests/test_notebooks.py
 
-ci: test lint types notebooks
+ci: test ray lint types notebooks
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -55,8 +55,7 @@ NAMES = ", ".join(sorted(path.stem for path in shipped_config("demo").parent.glo
         ),
         (
             ["train", "{run}", "--resume", "nowhere"],
-            "cannot resume: nowhere does not exist. "
-            "Set n_checkpoints or save_final_checkpoint to have some",
+            "cannot resume: nowhere does not exist",
         ),
         (
             ["train", "demo"],

@@ -163,7 +163,7 @@ def damaged(draw, content):
 
 def spoil(draw, folder):
     """Damage one file of a folder. Return its name, and whether it changed."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.stat().st_size)
     path = draw(st.sampled_from(files))
     before = path.read_bytes()
     path.write_bytes(damaged(draw, before))

@@ -98,9 +98,9 @@ def check(comparison: Comparison) -> None:
         raise SettingsError(
             f"output_path must be a writable folder, got {folder}: {existing} is not writable"
         )
-    for run in {planned.group: planned.run for planned in comparison.planned}.values():
-        if isinstance(run, LanguageModelRun):
-            check_data(run)
+    for planned in {planned.group: planned for planned in comparison.planned}.values():
+        if isinstance(planned.run, LanguageModelRun):
+            check_data(planned.run, exists=planned.lm is None)
 
 
 def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:

@@ -95,8 +95,12 @@ def never_masks(run: Run) -> str | None:
     )
 
 
-def check_data(run: LanguageModelRun) -> None:
+def check_data(run: LanguageModelRun, exists: bool = True) -> None:
     """Check settings of the data that SAELens checks only after it has loaded the model.
+
+    Args:
+        run: the run.
+        exists: whether a local dataset must exist now. If not, it is made before the run.
 
     Raises:
         SettingsError: there is no dataset, or the activation buffer is smaller than a batch.
@@ -106,7 +110,8 @@ def check_data(run: LanguageModelRun) -> None:
         return
     if not cfg.dataset_path:
         raise SettingsError("dataset_path: missing, a language-model run needs a dataset")
-    if cfg.dataset_path.startswith((".", "/", "~")) and not Path(cfg.dataset_path).exists():
+    is_local = cfg.dataset_path.startswith((".", "/", "~"))
+    if exists and is_local and not Path(cfg.dataset_path).exists():
         raise SettingsError(f"dataset_path is {cfg.dataset_path!r}: no such folder")
     buffer = cfg.n_batches_in_buffer * cfg.context_size
     if buffer < cfg.train_batch_size_tokens:
