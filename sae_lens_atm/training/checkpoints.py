@@ -1,4 +1,4 @@
-"""Checkpoints of a run: write them atomically, find the newest, check them before use.
+"""Checkpoints of a run: find the newest, and check it before use. `checkpointer` writes them.
 
 A checkpoint has SAELens' own files (`SAETrainer.save_checkpoint`), the configuration of the run,
 the state of torch's random numbers, and a manifest with checksums.
@@ -7,18 +7,16 @@ the state of torch's random numbers, and a manifest with checksums.
 import copy
 import json
 import math
-import os
-import shutil
 import warnings
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, cast
 
 import torch
-from sae_lens import JumpReLUTrainingSAEConfig, SAETrainer, TrainingSAEConfig
+from sae_lens import JumpReLUTrainingSAEConfig, TrainingSAEConfig
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
     RUNNER_CFG_FILENAME,
@@ -26,16 +24,13 @@ from sae_lens.constants import (
     SAE_WEIGHTS_FILENAME,
     TRAINER_STATE_FILENAME,
 )
-from sae_lens.training.prefetch import PrefetchingIterator
 from safetensors import safe_open
-from typing_extensions import override
 
-from sae_lens_atm.data.random_state import RANDOM_STATE_FILENAME, save_random_state
+from sae_lens_atm.data.random_state import RANDOM_STATE_FILENAME
 from sae_lens_atm.errors import CheckpointError, SettingsError
-from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest, saving, write_manifest
+from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest
 from sae_lens_atm.sae.removed import drop_removed
 from sae_lens_atm.training.run_file import Run, SyntheticRun, batch_size_of, shown
-from sae_lens_atm.training.supervise import Hook, Save
 
 MAY_CHANGE_ON_RESUME = (
     *("output_path", "checkpoint_path", "resume_from_checkpoint", "logger", "verbose"),
@@ -58,68 +53,6 @@ _UNUSED_IN_0_1 = {field.name for field in fields(JumpReLUTrainingSAEConfig)}
 _REQUIRED = (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME, TRAINER_STATE_FILENAME)
 
 
-# --- writing -------------------------------------------------------------------------------------
-
-
-class Checkpointer(Hook):
-    """Writes each checkpoint completely or not at all.
-
-    A checkpoint is complete when its folder has its final name. Folders with a hidden name were
-    being written or removed when a process ended.
-    """
-
-    def __init__(
-        self,
-        trainer: SAETrainer[Any, Any],
-        keep: int | None = None,
-        config: dict[str, Any] | None = None,
-        facts: Callable[[], dict[str, Any]] = dict,
-        writes: bool = True,
-    ) -> None:
-        """
-        Args:
-            trainer: whose checkpoints are written.
-            keep: number of checkpoints to keep. Older ones are removed when a newer one is
-                complete. None keeps all.
-            config: the configuration of the run, where SAELens does not store it.
-            facts: returns more entries of the manifest.
-            writes: whether this process writes checkpoints.
-        """
-        self._trainer, self._keep, self._config = trainer, keep, config
-        self._facts, self._writes = facts, writes
-
-    @override
-    def wrap_save(self, save: Save) -> Save:
-        def save_complete(name: str, base: Path, aliases: list[str] | None) -> None:
-            if not self._writes:
-                return
-            partial, final = base / f".{name}.partial", base / name
-            _remove_leftovers(base)
-            provider = self._trainer.data_provider
-            is_ahead = isinstance(provider, PrefetchingIterator)
-            try:
-                with saving(final):
-                    with provider.paused() if is_ahead else nullcontext():
-                        save(partial.name, base, aliases)
-                        save_random_state(partial)
-                    if self._config is not None and not (partial / RUNNER_CFG_FILENAME).exists():
-                        text = json.dumps(self._config)
-                        (partial / RUNNER_CFG_FILENAME).write_text(text, encoding="utf-8")
-                    write_manifest(partial, **self._facts())
-            except BaseException:  # a full disk must not keep half a checkpoint
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-            replaced = base / f".{name}.replaced"
-            if final.exists():  # an earlier checkpoint of the same step
-                final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
-            if self._keep is not None:
-                _remove_older(final, self._keep)
-
-        return save_complete
-
-
 def run_config(run: Run) -> dict[str, Any]:
     """Return the configuration of a run as plain values: SAELens' fields, seed and hierarchy."""
     config: dict[str, Any] = {}
@@ -128,39 +61,13 @@ def run_config(run: Run) -> dict[str, Any]:
     return {**config, **run.runner.to_dict(), "seed": run.seed}
 
 
-def _remove_leftovers(base: Path) -> None:
-    _restore_replaced(base)
-    for state in ("partial", "replaced", "removed"):
-        for left in base.glob(f".*.{state}"):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _restore_replaced(base: Path) -> None:
+def restore_replaced(base: Path) -> None:
     """Rename a checkpoint back if the process ended between the two renames of a replacement."""
     for replaced in base.glob(".*.replaced"):
         original = base / replaced.name.removeprefix(".").removesuffix(".replaced")
         if not original.exists():
             with suppress(OSError):
                 replaced.rename(original)
-
-
-def _remove_older(newest: Path, keep: int) -> None:
-    """Remove all but the `keep` newest of the checkpoints up to this one."""
-    samples = samples_of(newest)
-    with suppress(OSError):  # some systems cannot open a folder
-        handle = os.open(newest.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    others = [
-        folder
-        for folder in newest.parent.iterdir()
-        if folder != newest and is_checkpoint(folder) and 0 <= samples_of(folder) <= samples
-    ]
-    for old in sorted(others, key=samples_of, reverse=True)[max(keep - 1, 0) :]:
-        # Hide it first, so that a partly removed folder is never taken for a checkpoint.
-        removed = old.with_name(f".{old.name}.removed")
-        old.rename(removed)
-        shutil.rmtree(removed, ignore_errors=True)
 
 
 # --- finding -------------------------------------------------------------------------------------
@@ -201,7 +108,7 @@ def newest_checkpoint(path: str | Path, run: Run | None = None) -> Path:
     candidates: list[Path] = []
     for base in (folder, folder / "checkpoints"):
         if base.is_dir():
-            _restore_replaced(base)
+            restore_replaced(base)
             candidates += [f for f in base.iterdir() if samples_of(f) >= 0 or is_checkpoint(f)]
     for candidate in sorted(candidates, key=samples_of, reverse=True):
         problem = _problem(candidate, checksums=True)

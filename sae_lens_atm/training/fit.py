@@ -12,9 +12,9 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens_atm.data.random_state import load_random_state
 from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, RankLostError
 from sae_lens_atm.files import read_json, to_json, write_text
+from sae_lens_atm.training.checkpointer import Checkpointer
 from sae_lens_atm.training.checkpoints import (
     CHANGED_BY_FOLDING,
-    Checkpointer,
     run_config,
     skipped_batches,
 )

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from sae_lens_atm.errors import CheckpointError, Interrupted
 from sae_lens_atm.files import MANIFEST_FILENAME, manifest_mismatch
+from sae_lens_atm.training.checkpointer import Checkpointer
 from sae_lens_atm.training.checkpoints import (
     MAY_CHANGE_ON_RESUME,
-    Checkpointer,
     check_resumable,
     newest_checkpoint,
 )
