@@ -153,6 +153,8 @@ def reading(folder: Path) -> Generator[None]:
     """Turn any error while a checkpoint is read into a CheckpointError that names the folder."""
     try:
         yield
+    except CheckpointError:
+        raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CheckpointError(f"cannot resume: {folder} is damaged ({reason})") from error
@@ -193,7 +195,8 @@ def check_resumable(folder: Path, run: Run, extend: int = 0) -> None:
             f"cannot resume: {folder} has {key} = {saved[key]!r}, a setting that this version of "
             f"{architecture!r} does not have"
         )
-    _compare_run(folder, run, stored_run, extend)
+    with reading(folder):
+        _compare_run(folder, run, stored_run, extend)
     if not can_extend(folder, run):
         raise CheckpointError(
             f"cannot extend {folder}: lr has decayed there, or the scale of the activations is "
@@ -237,9 +240,9 @@ def check_finished(folder: Path, run: Run, extend: int = 0) -> bool:
     with reading(folder):
         stored = read_json(folder / RUNNER_CFG_FILENAME)
         trained = int(stored.get(length_setting(run), 0))
-    cfg, saved = _comparable(run.runner.sae), stored.get("sae", {})
-    _compare(folder, cfg, saved, ["metadata", "device", *CHANGED_BY_FOLDING])
-    _compare_run(folder, run, stored, extend, longer=True)
+        cfg, saved = _comparable(run.runner.sae), stored.get("sae", {})
+        _compare(folder, cfg, saved, ["metadata", "device", *CHANGED_BY_FOLDING])
+        _compare_run(folder, run, stored, extend, longer=True)
     return trained >= getattr(run.runner, length_setting(run))
 
 
@@ -269,8 +272,9 @@ def extended(run: Run, samples: int) -> Run:
 def can_extend(folder: Path, run: Run) -> bool:
     """Return whether a checkpoint is of this run, or of a shorter one before its lr decayed."""
     cfg = run.runner
-    stored = read_json(folder / RUNNER_CFG_FILENAME)
-    length, wanted = stored.get(length_setting(run)), getattr(cfg, length_setting(run))
+    with reading(folder):
+        length = read_json(folder / RUNNER_CFG_FILENAME).get(length_setting(run))
+    wanted = getattr(cfg, length_setting(run))
     if not isinstance(length, int) or length >= wanted:
         return True
     is_folded = folder.name.startswith("final_") and cfg.sae.normalize_activations in (

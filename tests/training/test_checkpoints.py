@@ -297,6 +297,14 @@ def test_a_foreign_random_state_is_damage(out, state):
     assert "is damaged" in message(folder)
 
 
+@pytest.mark.parametrize("content", [b"null", b"[1]", b'{"training_samples": "many"}'])
+def test_a_foreign_configuration_is_damage(out, content):
+    folder = out / "checkpoints/576"
+    (folder / MANIFEST_FILENAME).unlink()
+    (folder / "runner_cfg.json").write_bytes(content)
+    assert "is damaged" in message(folder)
+
+
 @pytest.mark.parametrize("name", ["trainer_state.pt", "random_state.pt", "cfg.json"])
 @pytest.mark.parametrize("content", [None, b"", b"\xff" * 100], ids=["half", "empty", "other"])
 def test_a_file_that_cannot_be_read_is_refused(out, name, content):
