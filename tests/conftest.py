@@ -16,7 +16,7 @@ VOCABULARY = [*SPECIAL, *(f"w{i}" for i in range(60))]
 CONTEXT = 16
 
 torch.set_num_threads(1)
-settings.register_profile("ours", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile("ours", deadline=None, derandomize="HYPOTHESIS_PROFILE" not in os.environ)
 settings.load_profile("ours")
 
 
