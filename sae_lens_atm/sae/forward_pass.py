@@ -50,9 +50,11 @@ def dense_pass(
         setattr(sae, name, value)
 
     def statistics(keep: Tensor) -> BatchStatistics:
-        units = state.get("ln_std", 1.0) / state.get("x_norm_coeff", 1.0)
-        inputs, scaled_acts, outputs = (t.flatten(0, -2) for t in (x, acts * units, sae_out))
-        return dense_statistics(inputs, scaled_acts, sae.decoder_rows(), outputs, keep)
+        scaled = acts.detach()
+        if state:  # otherwise a copy of all activations would be made for nothing
+            scaled = scaled * (state.get("ln_std", 1.0) / state.get("x_norm_coeff", 1.0))
+        inputs, scaled, outputs = (t.flatten(0, -2) for t in (x, scaled, sae_out))
+        return dense_statistics(inputs, scaled, sae.decoder_rows(), outputs, keep)
 
     error = sae.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
     losses = _with_auxiliary_losses(sae, step_input, error, acts, hidden_pre, sae_out)
