@@ -1,6 +1,7 @@
 """Files that are complete or absent: writing aside and renaming, JSON, manifests with checksums."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -180,6 +181,12 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(v) for v in cast(list[Any], value)]
     return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def hash_of(value: Any) -> str:
+    """Return ten hexadecimal digits of the hash of a plain value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 # --- manifests -----------------------------------------------------------------------------------

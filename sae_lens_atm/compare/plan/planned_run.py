@@ -1,7 +1,5 @@
 """The plan of one SAE in a comparison: its settings and its folder."""
 
-import hashlib
-import json
 import math
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +13,7 @@ from sae_lens_atm.compare.plan.l0_target import L0Parameter
 from sae_lens_atm.compare.report.results import Role
 from sae_lens_atm.data.spelling.model import TOKENS, SpellingLMConfig
 from sae_lens_atm.evaluation.first_letters import FirstLetterConfig
+from sae_lens_atm.files import hash_of
 from sae_lens_atm.training.run_file import Run, SyntheticRun
 
 TRAINER_FIELDS = (
@@ -156,12 +155,6 @@ def settings_of(planned: PlannedRun) -> dict[str, Any]:
         if name not in differs and not name.endswith("_seed")
     }
     return {"sae": sae, "trainer": trainer, "trained": planned.settings.trained}
-
-
-def hash_of(value: Any) -> str:
-    """Return ten hexadecimal digits of the hash of a plain value."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def stored_in(planned: PlannedRun, folder: Path) -> PlannedRun:
