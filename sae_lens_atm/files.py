@@ -86,8 +86,12 @@ def _disk_is_full(folder: Path, error: Exception) -> bool:
 
 
 @contextmanager
-def locked(folder: Path) -> Generator[None]:
+def locked(folder: Path, name: str = "output_path") -> Generator[None]:
     """Make a folder, and lock it against other processes that write there.
+
+    Args:
+        folder: the folder.
+        name: the setting that names it, for the message.
 
     Raises:
         SettingsError: another process has locked it.
@@ -98,7 +102,7 @@ def locked(folder: Path) -> Generator[None]:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise SettingsError(
-            f"output_path is {folder}: another process is writing there, wait or choose another"
+            f"{name} is {folder}: another process is writing there, wait or choose another"
         ) from error
     try:
         yield
@@ -196,13 +200,13 @@ def write_manifest(folder: Path, **facts: Any) -> None:
     """Flush the files of a folder to disk, and list their sizes and checksums in a manifest.
 
     Args:
-        folder: the folder. Files in its subfolders are not listed.
+        folder: the folder. Hidden files, and files in its subfolders, are not listed.
         facts: more entries of the manifest.
     """
     files = {
         path.name: {"bytes": path.stat().st_size, "crc32": _checksum(path, sync=True)}
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != MANIFEST_FILENAME
+        if path.is_file() and path.name != MANIFEST_FILENAME and not path.name.startswith(".")
     }
     path = folder / MANIFEST_FILENAME
     path.write_text(json.dumps({**facts, "files": files}, indent=1), encoding="utf-8")

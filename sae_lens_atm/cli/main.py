@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from sae_lens_atm.cli.cache import cache
 from sae_lens_atm.cli.compare import compare_command, evaluate, report, sweep
 from sae_lens_atm.cli.lm import make_lm
 from sae_lens_atm.cli.saes import inspect, push, saebench_command
@@ -20,6 +21,7 @@ app = typer.Typer(
     help="Train, compare, inspect and publish SAELens SAEs with Adaptive Temporal Masking.",
 )
 app.command("train")(train_command)
+app.command()(cache)
 app.command("compare")(compare_command)
 app.command()(sweep)
 app.command()(report)

@@ -1,4 +1,4 @@
-"""The hook of a language model that an SAE reads, and datasets in local folders."""
+"""Load a language model, check the hook that an SAE reads, and open datasets in local folders."""
 
 import difflib
 from pathlib import Path
@@ -7,8 +7,41 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.load_model import load_model
 
 from sae_lens_atm.errors import SettingsError
+
+
+def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
+    """Return the language model of a run.
+
+    Raises:
+        SettingsError: the model cannot be loaded, or hook_name or sae.d_in do not fit it.
+    """
+
+    def load(hook_names: list[str] | None) -> Any:
+        return load_model(
+            cfg.model_class_name,
+            cfg.model_name,
+            device=cfg.llm_device or cfg.device,
+            model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
+            hook_names=hook_names,
+        )
+
+    try:
+        try:
+            model = load([cfg.hook_name])
+        except ValueError as error:
+            if "hook_names" not in str(error):
+                raise
+            model = load(None)  # with all hooks, so that `check_hook` can name similar ones
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise SettingsError(
+            f"cannot load model_name {cfg.model_name!r}: {type(error).__name__}: {reason}"
+        ) from error
+    check_hook(cfg, model)
+    return model
 
 
 @torch.no_grad()

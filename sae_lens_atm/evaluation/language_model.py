@@ -12,6 +12,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
 from sae_lens_atm.data.language_model import saved_dataset
+from sae_lens_atm.errors import SettingsError
 
 # SAELens' names of the figures, and ours.
 _FIGURES = {
@@ -55,9 +56,19 @@ def hold_out(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) ->
 
 
 def make_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> ActivationsStore:
-    """Make SAELens' store of the tokens and activations of a run."""
-    dataset = saved_dataset(cfg.dataset_path)
-    return ActivationsStore.from_config(model, cfg, override_dataset=dataset)
+    """Make SAELens' store of the tokens and activations of a run.
+
+    Raises:
+        SettingsError: the dataset cannot be read.
+    """
+    try:
+        dataset = saved_dataset(cfg.dataset_path)
+        return ActivationsStore.from_config(model, cfg, override_dataset=dataset)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise SettingsError(
+            f"cannot read dataset_path {cfg.dataset_path!r}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}"
+        ) from error
 
 
 def language_model_figures(

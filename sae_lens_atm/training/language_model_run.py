@@ -10,9 +10,10 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_atm.data.activation_cache import POSITION_FILENAME
 from sae_lens_atm.data.activation_stream import ActivationStream
 from sae_lens_atm.data.language_model import check_hook, saved_dataset
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import CheckpointError, SettingsError
 from sae_lens_atm.files import saved_at_once
 from sae_lens_atm.training.checkpoints import reading
 from sae_lens_atm.training.fit import PreparedRun, RunContext
@@ -77,8 +78,14 @@ def prepare_language_model(run: LanguageModelRun, context: RunContext) -> Prepar
 
     Raises:
         SettingsError: model or dataset cannot be loaded, or hook_name or sae.d_in do not fit.
+        CheckpointError: the checkpoint is of a run that read cached activations.
     """
     cfg = run.runner
+    if context.checkpoint is not None and (context.checkpoint / POSITION_FILENAME).exists():
+        raise CheckpointError(
+            f"cannot resume: the run of {context.checkpoint} read cached activations, set "
+            "activations.cache"
+        )
     cfg.resume_from_checkpoint = None if context.checkpoint is None else str(context.checkpoint)
     try:
         runner = SupervisedRunner(cfg, override_dataset=saved_dataset(cfg.dataset_path))

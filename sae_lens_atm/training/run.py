@@ -11,6 +11,7 @@ from sae_lens import TrainingSAE
 from torch.random import fork_rng
 
 from sae_lens_atm.files import locked
+from sae_lens_atm.training.cached_run import prepare_cached
 from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
 from sae_lens_atm.training.fit import RunContext
 from sae_lens_atm.training.history import LastBatch
@@ -96,6 +97,8 @@ def train_checked(
         context = RunContext(checkpoint, on_step, stop, keep, ranks, last)
         if isinstance(run, SyntheticRun):
             prepared = prepare_synthetic(run, context)
+        elif run.activations is not None:
+            prepared = prepare_cached(run, context)
         else:
             prepared = prepare_language_model(run, context)
         with stop.on_signals():  # also while the result is saved

@@ -6,6 +6,7 @@ A run file names a SAELens runner and holds the fields of that runner, under SAE
     seed: 0
     max_bad_batches: 10          # bad batches in a row at which training stops
     hierarchy_model: {...}       # synthetic only; or synthetic_model, as in SAELens
+    activations: {cache: FOLDER} # language_model only: read cached activations
     sae: {architecture: atm, ...}
     ...                          # fields of SyntheticSAERunnerConfig or
                                  # LanguageModelSAERunnerConfig
@@ -22,6 +23,7 @@ from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunnerConfig
 
+from sae_lens_atm.data.activation_cache import CacheSettings
 from sae_lens_atm.data.synthetic import HierarchyModelConfig
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
@@ -50,6 +52,8 @@ class LanguageModelRun:
     runner: LanguageModelSAERunnerConfig[Any]
     seed: int
     max_bad_batches: int = 10
+    activations: CacheSettings | None = None
+    """Cached activations to read in place of the model."""
 
 
 Run = SyntheticRun | LanguageModelRun
@@ -204,12 +208,14 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
 def _language_model_run(
     values: dict[str, Any], checkpoints: str, seed: int, max_bad_batches: int
 ) -> LanguageModelRun:
+    cached = values.pop("activations", None)
+    settings = None if cached is None else build(CacheSettings, "activations", **cached)
     values.setdefault("verbose", False)
     values.setdefault("dataset_trust_remote_code", False)
     # SAELens appends a random folder to a checkpoint_path that it gets here.
     cfg = build(LanguageModelSAERunnerConfig, seed=seed, checkpoint_path=None, **values)
     cfg.checkpoint_path = checkpoints
-    return LanguageModelRun(cfg, seed, max_bad_batches)
+    return LanguageModelRun(cfg, seed, max_bad_batches, settings)
 
 
 def _synthetic_run(
@@ -279,7 +285,7 @@ def _schemas() -> dict[str, type[BaseModel]]:
             LanguageModelSAERunnerConfig,
             # `--resume` replaces the first of the last two. SAELens does not use the second.
             without={"sae", "logger", "resume_from_checkpoint", "hook_eval"},
-            extra=common,
+            extra={**common, "activations": (schema_of(CacheSettings) | None, None)},
         ),
         "synthetic": schema_of(
             SyntheticSAERunnerConfig,

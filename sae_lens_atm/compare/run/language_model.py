@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
-from sae_lens.load_model import load_model
 from sae_lens.multi_sae_training_runner import (
     MultiSAETrainingRunnerConfig,
 )
@@ -23,8 +22,7 @@ from sae_lens_atm.compare.run.stored_run import (
     is_evaluated,
     is_trained,
 )
-from sae_lens_atm.data.language_model import check_hook, saved_dataset
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.data.language_model import load_language_model, saved_dataset
 from sae_lens_atm.evaluation.first_letters import (
     FirstLetters,
     look_at_first_letters,
@@ -128,26 +126,3 @@ def _multi_config(
     shared |= {"n_checkpoints": 0, "checkpoint_path": None, "output_path": None}
     shared |= {"hook_names": cfg.hook_name, "hook_head_indices": cfg.hook_head_index}
     return MultiSAETrainingRunnerConfig(saes=saes, **shared)
-
-
-def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
-    """Return the language model of a run.
-
-    Raises:
-        SettingsError: the model cannot be loaded, or hook_name or sae.d_in do not fit it.
-    """
-    try:
-        model = load_model(
-            cfg.model_class_name,
-            cfg.model_name,
-            device=cfg.llm_device or cfg.device,
-            model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
-            hook_names=[cfg.hook_name],
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(
-            f"cannot load model_name {cfg.model_name!r}: {type(error).__name__}: {reason}"
-        ) from error
-    check_hook(cfg, model)
-    return model

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from sae_lens.constants import SAE_CFG_FILENAME
 
+from sae_lens_atm.data.activation_cache import ActivationCache, held_out_contexts
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import check_writable
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
@@ -49,6 +50,8 @@ def check_run(
             "dataset": run.runner.dataset_path or "(none)",
         }
         check_data(run)
+        if run.activations is not None:
+            facts["activations"] = _describe_cache(run)
     check_shares(run)
     reason = never_masks(run)
     if reason is not None and rank() == 0:
@@ -103,10 +106,15 @@ def check_data(run: LanguageModelRun, exists: bool = True) -> None:
         exists: whether a local dataset must exist now. If not, it is made before the run.
 
     Raises:
-        SettingsError: there is no dataset, or the activation buffer is smaller than a batch.
+        SettingsError: there is no dataset, the activation buffer is smaller than a batch, or the
+            cache of the run is missing or of another model.
     """
     cfg = run.runner
-    if cfg.use_cached_activations:
+    if cfg.use_cached_activations and run.activations is not None:
+        raise SettingsError("use_cached_activations cannot be set beside `activations`")
+    if run.activations is not None and exists:
+        ActivationCache(run.activations.folder, cfg)
+    if run.activations is not None or cfg.use_cached_activations:
         return
     if not cfg.dataset_path:
         raise SettingsError("dataset_path: missing, a language-model run needs a dataset")
@@ -121,6 +129,17 @@ def check_data(run: LanguageModelRun, exists: bool = True) -> None:
             f"context_size = {cfg.context_size} it must reach train_batch_size_tokens = "
             f"{cfg.train_batch_size_tokens}"
         )
+
+
+def _describe_cache(run: LanguageModelRun) -> str:
+    assert run.activations is not None
+    cfg, cache = run.runner, ActivationCache(run.activations.folder, run.runner)
+    held_out = held_out_contexts(cfg)
+    rows = max(len(cache.rows(held_out)), 1)
+    return (
+        f"{cache.folder}, {rows:,} for training: the run reads the cache "
+        f"{cfg.training_tokens / rows:.1f} times; {held_out:,} contexts are kept for evaluation"
+    )
 
 
 def check_memory(run: Run, resident: int) -> None:
