@@ -1,7 +1,13 @@
-"""The errors that the package raises for its users to handle."""
+"""The errors that the package raises for its users to handle, and values in their messages."""
 
+import reprlib
 import signal
 from pathlib import Path
+
+_MOST_SHOWN = 300  # characters of a value in a message
+_repr = reprlib.Repr()
+_repr.maxlevel, _repr.maxlist, _repr.maxdict, _repr.maxtuple = 4, 8, 8, 8
+_repr.maxstring = _repr.maxother = _repr.maxlong = _MOST_SHOWN
 
 
 class SettingsError(ValueError):
@@ -46,3 +52,20 @@ class HubError(RuntimeError):
 
 class SAEBenchError(RuntimeError):
     """SAEBench cannot be installed or run."""
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def shown(value: object) -> str:
+    """Return a value as text for a message, cut to a readable length."""
+    try:
+        text = _repr.repr(value)
+    except ValueError as error:  # a number with thousands of digits
+        text = str(error)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one line."""
+    return " ".join(str(error).split())[: 10 * _MOST_SHOWN]

@@ -13,8 +13,8 @@ from sae_lens_atm.evaluation.first_letters import SMALL_MODEL, look_at_first_let
 from sae_lens_atm.files import check_writable
 from sae_lens_atm.metrics.first_letter import PROBE_F1
 from sae_lens_atm.training.quiet import silence_saelens
-from sae_lens_atm.training.run_file import apply_overrides
 from sae_lens_atm.training.schema import parse_fields
+from sae_lens_atm.yaml_files import apply_overrides
 
 
 def make_lm(

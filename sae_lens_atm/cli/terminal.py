@@ -24,7 +24,7 @@ from sae_lens_atm.errors import (
     SettingsError,
 )
 from sae_lens_atm.training.ranks import is_main_of_node, rank
-from sae_lens_atm.training.run_file import shipped_config
+from sae_lens_atm.yaml_files import shipped_config
 
 BAD_INPUT = 2
 Overrides = Annotated[

@@ -28,8 +28,9 @@ from sae_lens_atm.evaluation.language_model import (
 from sae_lens_atm.evaluation.synthetic import evaluate
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.training.preflight.checks import check_devices
-from sae_lens_atm.training.run_file import Run, SyntheticRun, apply_overrides, parse_run, read_yaml
+from sae_lens_atm.training.run_file import Run, SyntheticRun, parse_run
 from sae_lens_atm.training.synthetic_run import build_synthetic_model
+from sae_lens_atm.yaml_files import apply_overrides, read_yaml
 
 
 class EvaluationData(NamedTuple):

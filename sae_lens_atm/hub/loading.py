@@ -8,10 +8,9 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.hub.errors import explained
 from sae_lens_atm.training.checkpoints import is_broken
-from sae_lens_atm.training.schema import shown
 
 _INSIDE = ("sae", "runs/*/sae")
 """Where the folders of a run and of a whole comparison have their SAEs."""

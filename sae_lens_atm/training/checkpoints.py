@@ -27,10 +27,10 @@ from sae_lens.constants import (
 from safetensors import safe_open
 
 from sae_lens_atm.data.random_state import RANDOM_STATE_FILENAME
-from sae_lens_atm.errors import CheckpointError, SettingsError
+from sae_lens_atm.errors import CheckpointError, SettingsError, shown
 from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest
 from sae_lens_atm.sae.removed import drop_removed
-from sae_lens_atm.training.run_file import Run, SyntheticRun, batch_size_of, shown
+from sae_lens_atm.training.run_file import Run, SyntheticRun, batch_size_of
 
 MAY_CHANGE_ON_RESUME = (
     *("output_path", "checkpoint_path", "resume_from_checkpoint", "logger", "verbose"),

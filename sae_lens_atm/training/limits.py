@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from sae_lens import LanguageModelSAERunnerConfig
 
-from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.training.schema import did_you_mean, shown
+from sae_lens_atm.errors import SettingsError, shown
+from sae_lens_atm.training.schema import did_you_mean
 
 _LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
 _DEVICES = ("device", "llm_device", "act_store_device", "sae.device")

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from pydantic import BaseModel
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
@@ -25,11 +24,12 @@ from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunnerConfig
 
 from sae_lens_atm.data.activation_cache import CacheSettings
 from sae_lens_atm.data.synthetic import HierarchyModelConfig
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.sae.removed import drop_removed
 from sae_lens_atm.training.limits import check_limits, check_schedule
-from sae_lens_atm.training.schema import build, did_you_mean, one_line, schema_of, shown, validate
+from sae_lens_atm.training.schema import build, did_you_mean, schema_of, validate
+from sae_lens_atm.yaml_files import apply_overrides, read_yaml
 
 RUNNERS = ("synthetic", "language_model")
 
@@ -76,89 +76,6 @@ def load_run(path: str | Path, overrides: Iterable[str] = ()) -> Run:
         SettingsError: one line for each mistake.
     """
     return parse_run(apply_overrides(read_yaml(path), overrides), f"runs/{Path(path).stem}")
-
-
-def shipped_config(name: str) -> Path:
-    """Return the path of a file in `configs/`, which is part of the package.
-
-    Raises:
-        SettingsError: there is no file of that name.
-    """
-    package = Path(__file__).parent.parent
-    # In the wheel configs/ is inside the package, in a checkout beside it.
-    folders = (package / "configs", package.parent / "configs")
-    names = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
-    if name not in names:
-        raise SettingsError(
-            f"no run file {name!r}: give a path or one of {', '.join(sorted(names))}"
-        )
-    return names[name]
-
-
-class _DuplicateKey(ValueError):
-    """A key that a mapping in a YAML file has twice."""
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Loads YAML as `yaml.safe_load` does, and refuses a key that a mapping has twice."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            name = key.value if isinstance(key, yaml.ScalarNode) else ""
-            if name in lines:
-                raise _DuplicateKey(f"{name} is set twice, in lines {lines[name]} and {line}")
-            if name:
-                lines[name] = line
-        return node
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file.
-
-    Raises:
-        SettingsError: the file cannot be read, or holds something else.
-    """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
-    except OSError as error:
-        raise SettingsError(f"cannot read {path}: {error.strerror}") from error
-    except _DuplicateKey as error:
-        raise SettingsError(f"{path}: {error}") from error
-    except Exception as error:  # PyYAML's constructors raise errors of many types
-        reason = one_line(error) or type(error).__name__
-        raise SettingsError(f"{path} is not YAML: {reason}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{path} must hold a mapping of keys, got {type(content).__name__}")
-    return cast(dict[str, Any], content)
-
-
-def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Return a copy of a mapping with `key.subkey=value` pairs set. Values are read as YAML.
-
-    Raises:
-        SettingsError: an override has another form.
-    """
-    result: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals or not path:
-            raise SettingsError(f"--set must be key=value or key.subkey=value, got {override!r}")
-        *parents, key = path.split(".")
-        target = result
-        for parent in parents:
-            inner = target.get(parent)
-            target[parent] = dict(inner) if isinstance(inner, dict) else {}
-            target = target[parent]
-        try:
-            target[key] = yaml.load(text, _UniqueKeys)
-        except _DuplicateKey as error:
-            raise SettingsError(f"--set {shown(override)}: {error}") from error
-        except Exception as error:  # see `read_yaml`
-            raise SettingsError(f"--set {shown(override)}: the value is not YAML") from error
-    return result
 
 
 # --- checking ------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ mistake becomes one line: the key, its value, and what is allowed.
 import difflib
 import math
 import re
-import reprlib
 import types
 from collections.abc import Iterable
 from dataclasses import MISSING, fields, is_dataclass
@@ -16,12 +15,7 @@ from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, g
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 from pydantic_core import ErrorDetails
 
-from sae_lens_atm.errors import SettingsError
-
-_MOST_SHOWN = 300  # characters of a value in a message
-_repr = reprlib.Repr()
-_repr.maxlevel, _repr.maxlist, _repr.maxdict, _repr.maxtuple = 4, 8, 8, 8
-_repr.maxstring = _repr.maxother = _repr.maxlong = _MOST_SHOWN
+from sae_lens_atm.errors import SettingsError, one_line, shown
 
 _Config = TypeVar("_Config")
 
@@ -171,17 +165,3 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """Return the end of a message that suggests the most similar name, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else ""
-
-
-def shown(value: object) -> str:
-    """Return a value as text for a message, cut to a readable length."""
-    try:
-        text = _repr.repr(value)
-    except ValueError as error:  # a number with thousands of digits
-        text = str(error)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error in one line."""
-    return " ".join(str(error).split())[: 10 * _MOST_SHOWN]

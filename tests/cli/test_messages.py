@@ -4,7 +4,7 @@ import pytest
 
 from sae_lens_atm import files
 from sae_lens_atm.cli.terminal import BAD_INPUT
-from sae_lens_atm.training.run_file import shipped_config
+from sae_lens_atm.yaml_files import shipped_config
 from tests.cli.command import run
 from tests.helpers import make_sae, train
 

@@ -17,7 +17,8 @@ from sae_lens_atm.files import read_json
 from sae_lens_atm.training.preflight import estimate
 from sae_lens_atm.training.preflight.checks import check_run
 from sae_lens_atm.training.preflight.timing import AFTER, BEFORE, TRAINING, Entry
-from sae_lens_atm.training.run_file import load_run, read_yaml, shipped_config
+from sae_lens_atm.training.run_file import load_run
+from sae_lens_atm.yaml_files import read_yaml, shipped_config
 from tests.cli.command import run
 from tests.helpers import state_equal
 

@@ -3,7 +3,7 @@ import pytest
 from sae_lens_atm.compare import dry_run, load_comparison
 from sae_lens_atm.compare.dry_run import describe_plan
 from sae_lens_atm.compare.plan.sweep_file import load_sweep
-from sae_lens_atm.training.run_file import shipped_config
+from sae_lens_atm.yaml_files import shipped_config
 
 COMPARISONS = (
     "demo",

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
-from sae_lens_atm.training.run_file import apply_overrides, parse_run
+from sae_lens_atm.training.run_file import parse_run
+from sae_lens_atm.yaml_files import apply_overrides
 from tests.conftest import CONTEXT
 from tests.helpers import PRESETS, state_equal
 

@@ -22,7 +22,8 @@ from transformers import (
 from sae_lens_atm import ATMSAE
 from sae_lens_atm.training.checkpoints import newest_checkpoint
 from sae_lens_atm.training.run import train
-from sae_lens_atm.training.run_file import load_run, shipped_config
+from sae_lens_atm.training.run_file import load_run
+from sae_lens_atm.yaml_files import shipped_config
 from tests.conftest import CONTEXT
 from tests.training.runs import resumes_bit_for_bit, stopped_after
 

@@ -8,14 +8,12 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.run_file import (
     LanguageModelRun,
     SyntheticRun,
-    apply_overrides,
     batch_size_of,
     load_run,
     parse_run,
-    read_yaml,
-    shipped_config,
 )
 from sae_lens_atm.training.synthetic_run import build_synthetic_model
+from sae_lens_atm.yaml_files import shipped_config
 
 SHIPPED = sorted(
     path.stem
@@ -86,9 +84,6 @@ def test_language_model_run_file(language_model_yaml):
         ("sae.k_start=4", "sae.k_start"),
         ("sae.activation=jumprelu", "sae.activation"),
         ("synthetic_model=x", "set either hierarchy_model or synthetic_model"),
-        ("nonsense", "--set"),
-        ("lr=[", "--set"),
-        ("sae={k: 1, d_in: 8, k: 2}", "--set"),
         ("training_samples=10", "training_samples"),
         ("training_samples=1.5e0", "training_samples"),
         ("lr=.inf", "lr"),
@@ -160,18 +155,6 @@ def test_whole_numbers_may_have_an_exponent(synthetic_yaml):
     assert isinstance(run.seed, int)
 
 
-def test_a_key_that_is_set_twice_is_an_error(synthetic_yaml):
-    synthetic_yaml.write_text(synthetic_yaml.read_text() + "lr: 1\n")
-    (line,) = lines_of(synthetic_yaml)
-    assert line == f"{synthetic_yaml}: lr is set twice, in lines 8 and 13"
-
-
-def test_a_merged_key_may_be_set_again(tmp_path):
-    path = tmp_path / "merged.yaml"
-    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
-    assert read_yaml(path)["b"] == {"x": 3, "y": 2}
-
-
 @pytest.mark.parametrize(
     ("override", "suggestion"),
     [
@@ -228,28 +211,6 @@ def test_missing_field(synthetic_yaml):
         parse_run(content)
 
 
-@pytest.mark.parametrize(
-    "content",
-    ["a: [", "- 1", "\x00"],
-)
-def test_unreadable_files(tmp_path, content):
-    path = tmp_path / "bad.yaml"
-    path.write_text(content)
-    (line,) = lines_of(path)
-    assert str(path) in line
-    (line,) = lines_of(tmp_path / "missing.yaml")
-    assert str(tmp_path / "missing.yaml") in line
-
-
-def test_overrides_make_a_copy_and_new_branches():
-    content = {"sae": {"k": 1}}
-    assert apply_overrides(content, ["sae.k=2", "logger.run_name=x"]) == {
-        "sae": {"k": 2},
-        "logger": {"run_name": "x"},
-    }
-    assert content == {"sae": {"k": 1}}
-
-
 @pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith("sweep-")])
 def test_shipped_configs_are_valid(name):
     run = load_run(shipped_config(name))
@@ -272,11 +233,6 @@ def test_the_issue_s_configs_are_there():
     wanted = {"sister-a", "sister-b", "synthsaebench-16k", "gpt2-small", "pythia-160m"}
     gemmas = {"gemma-2-2b-l12-16k", "gemma-2-2b-l12-65k", "gemma-2-9b-l20-16k"}
     assert wanted | gemmas <= set(SHIPPED)
-
-
-def test_unknown_shipped_config():
-    with pytest.raises(SettingsError, match=r"'nope'.* compare-gemma"):
-        shipped_config("nope")
 
 
 def test_sister_a_is_the_protocol():

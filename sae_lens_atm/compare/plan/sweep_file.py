@@ -31,9 +31,8 @@ from sae_lens_atm.compare.plan.comparison_settings import OWN_KEYS, SAME_FOR_ALL
 from sae_lens_atm.compare.plan.l0_target import direct_l0_field
 from sae_lens_atm.compare.plan.sweep_points import Axes, Range, Values, parse_sweep, sweep_points
 from sae_lens_atm.compare.report.results import Point, Sweep
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.metrics.figures import FIGURES, NEEDS
-from sae_lens_atm.training.schema import shown
 
 
 def load_sweep(

@@ -8,9 +8,9 @@ from typing import Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from typing_extensions import Self
 
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.metrics.figures import FIGURES, figure
-from sae_lens_atm.training.schema import describe_errors, did_you_mean, shown
+from sae_lens_atm.training.schema import describe_errors, did_you_mean
 
 Values = dict[str, Any]
 

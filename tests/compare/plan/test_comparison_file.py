@@ -5,7 +5,7 @@ import pytest
 from sae_lens_atm.compare import load_comparison
 from sae_lens_atm.compare.plan.l0_target import L0Parameter
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.training.run_file import shipped_config
+from sae_lens_atm.yaml_files import shipped_config
 
 
 def test_every_entry_l0_and_seed_is_planned(comparison_yaml):

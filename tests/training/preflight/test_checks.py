@@ -7,7 +7,8 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.preflight import checks
 from sae_lens_atm.training.preflight.checks import check_devices, check_run
 from sae_lens_atm.training.run import train
-from sae_lens_atm.training.run_file import load_run, shipped_config
+from sae_lens_atm.training.run_file import load_run
+from sae_lens_atm.yaml_files import shipped_config
 
 
 def error_of(function, *args):

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.preflight.checks import check_run
 from sae_lens_atm.training.preflight.lookups import look_up
-from sae_lens_atm.training.run_file import load_run, shipped_config
+from sae_lens_atm.training.run_file import load_run
+from sae_lens_atm.yaml_files import shipped_config
 
 
 def shipped(name, *overrides):

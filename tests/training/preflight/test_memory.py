@@ -23,8 +23,9 @@ from sae_lens_atm.training.preflight.lookups import look_up
 from sae_lens_atm.training.preflight.memory import GIB
 from sae_lens_atm.training.preflight.model_facts import ModelShape, look_up_model, shape_of
 from sae_lens_atm.training.run import train
-from sae_lens_atm.training.run_file import load_run, shipped_config
+from sae_lens_atm.training.run_file import load_run
 from sae_lens_atm.training.supervise import supervise
+from sae_lens_atm.yaml_files import shipped_config
 
 BATCH, D_IN, D_SAE = 512, 288, 2048  # in the proportions of Gemma-2-2b at 16k
 SHIPPED = (

@@ -14,7 +14,8 @@ from sae_lens_atm.training.preflight.model_facts import (
     shape_of,
     within,
 )
-from sae_lens_atm.training.run_file import load_run, shipped_config
+from sae_lens_atm.training.run_file import load_run
+from sae_lens_atm.yaml_files import shipped_config
 
 
 def shipped(name, *overrides):
