@@ -11,6 +11,12 @@ from sae_lens.load_model import load_model
 
 from sae_lens_atm.errors import SettingsError
 
+_METADATA = (
+    *("model_name", "model_class_name", "model_from_pretrained_kwargs"),
+    *("hook_name", "hook_head_index", "dataset_path", "context_size", "prepend_bos"),
+    *("seqpos_slice", "exclude_special_tokens"),
+)
+
 
 def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
     """Return the language model of a run.
@@ -42,6 +48,13 @@ def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
         ) from error
     check_hook(cfg, model)
     return model
+
+
+def set_metadata(sae: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Record in an SAE on which activations it is trained, as SAELens' runner does for its own."""
+    metadata = sae.cfg.metadata
+    for name in _METADATA:
+        setattr(metadata, name, getattr(cfg, name))
 
 
 @torch.no_grad()

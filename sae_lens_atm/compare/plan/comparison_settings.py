@@ -21,6 +21,7 @@ SAME_FOR_ALL = (
     "model_name",
     "model_class_name",
     "dataset_path",
+    "activations",
     "is_dataset_tokenized",
     "streaming",
     "hook_name",

@@ -99,6 +99,8 @@ class PlannedRun:
             config.pop(name, None)
         versions = [version(name) for name in ("sae-lens", "sae-lens-atm")]
         target = [self.settings.trained, str(self.l0_parameter), self.l0, self.pool_batches]
+        cached = getattr(self.run, "activations", None)
+        target += [] if cached is None else [cached.tokens, cached.dtype]
         return hash_of([config, versions, target])
 
     @property

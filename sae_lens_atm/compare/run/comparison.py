@@ -25,6 +25,7 @@ from sae_lens_atm.compare.report.results import (
 )
 from sae_lens_atm.compare.report.summary import make_rows, make_tests, spread
 from sae_lens_atm.compare.run.batch_pool import synthetic_model
+from sae_lens_atm.compare.run.cached import contexts_to_cache
 from sae_lens_atm.compare.run.curve import still_moving
 from sae_lens_atm.compare.run.processes import JobEvents, cpu_name, run_jobs
 from sae_lens_atm.compare.run.ray import run_jobs_on_ray
@@ -100,7 +101,10 @@ def check(comparison: Comparison) -> None:
         )
     for planned in {planned.group: planned for planned in comparison.planned}.values():
         if isinstance(planned.run, LanguageModelRun):
-            check_data(planned.run, exists=planned.lm is None)
+            is_there = planned.lm is None and planned.run.activations is None
+            check_data(planned.run, exists=is_there)
+            if planned.run.activations is not None:
+                contexts_to_cache(comparison.planned)
 
 
 def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:

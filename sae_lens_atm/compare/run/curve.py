@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,18 @@ class HeldOutBatch:
         self._children = children_of(hierarchy) if hierarchy is not None else {}
 
     @torch.no_grad()
-    def evaluate(self, sae: Any) -> dict[str, float]:
-        """Return explained variance and, if the true hierarchy is known, absorption."""
-        training = sae.training
+    def evaluate(self, sae: Any, scale: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Return explained variance and, if the true hierarchy is known, absorption.
+
+        Args:
+            sae: the SAE, in training.
+            scale: scales the samples as those of training.
+        """
+        training, x = sae.training, scale(self.x)
         sae.eval()
-        acts = sae.encode(self.x).to_dense()
+        acts = sae.encode(x).to_dense()
         calculator = ExplainedVarianceCalculator()
-        calculator.add_batch(sae.decode(acts), self.x)
+        calculator.add_batch(sae.decode(acts), x)
         figures = {"explained_variance": calculator.compute()}
         if self._children and self._model is not None and self._features is not None:
             vectors = self._model.feature_dict.feature_vectors
@@ -118,10 +124,10 @@ class CurveRecorder(Hook):
         sae = self._trainer.sae
         held_out = self._held_out
         if held_out is None:
-            held_out = HeldOutBatch(self._trainer.activation_scaler(self._batch.to(sae.device)))
+            held_out = HeldOutBatch(self._batch.to(sae.device))
         figures = {
             "steps": step,
-            **held_out.evaluate(sae),
+            **held_out.evaluate(sae, self._trainer.activation_scaler),
             "l0": float(mean_l0(output.feature_acts)),
             "dead_latents": float(self._trainer.dead_neurons.sum()),
         }

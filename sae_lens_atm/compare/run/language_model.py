@@ -16,17 +16,9 @@ from sae_lens.util import temporary_seed
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.curve import curve_points
 from sae_lens_atm.compare.run.group import GroupRunner
-from sae_lens_atm.compare.run.language_model_figures import evaluate_on_language_model
-from sae_lens_atm.compare.run.stored_run import (
-    TRAINING,
-    is_evaluated,
-    is_trained,
-)
-from sae_lens_atm.data.language_model import load_language_model, saved_dataset
-from sae_lens_atm.evaluation.first_letters import (
-    FirstLetters,
-    look_at_first_letters,
-)
+from sae_lens_atm.compare.run.language_model_figures import evaluate_group
+from sae_lens_atm.compare.run.stored_run import TRAINING, is_trained
+from sae_lens_atm.data.language_model import load_language_model, saved_dataset, set_metadata
 from sae_lens_atm.evaluation.language_model import hold_out, make_store
 from sae_lens_atm.files import saved_at_once, write_json
 from sae_lens_atm.training.hooks import (
@@ -92,30 +84,17 @@ def train_group(
                 "importance": importance.model_dump() if importance else None,
                 "group_seconds": recorder.seconds,  # of the whole group
             }
-        _set_metadata(saes[name], cfg)
+        set_metadata(saes[name], cfg)
         with saved_at_once(home / "sae") as partial:
             saes[name].save_inference_model(partial)
         write_json(home / TRAINING, facts)
     if runner is not None:
         shutil.rmtree(runner.saved_state.parent, ignore_errors=True)
-    letters: FirstLetters | None = None
-    for planned in group:
-        if not is_evaluated(planned, folder, with_map=False):
-            if letters is None and planned.first_letters is not None:
-                letters = look_at_first_letters(
-                    model, cfg.hook_name, planned.first_letters, cfg.model_kwargs
-                )
-            evaluate_on_language_model(planned, folder, model, held_out, letters)
+    evaluate_group(group, folder, model, held_out)
 
 
 def _group_key(names: Iterable[str]) -> str:
     return hashlib.sha256(" ".join(sorted(names)).encode()).hexdigest()[:10]
-
-
-def _set_metadata(sae: TrainingSAE[Any], cfg: LanguageModelSAERunnerConfig[Any]) -> None:
-    # SAELens' runner does so for the SAEs that it trains. Evaluating an untrained one needs it.
-    sae.cfg.metadata.hook_name, sae.cfg.metadata.model_name = cfg.hook_name, cfg.model_name
-    sae.cfg.metadata.hook_head_index = cfg.hook_head_index
 
 
 def _multi_config(

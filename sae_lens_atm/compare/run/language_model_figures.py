@@ -1,5 +1,6 @@
-"""Evaluate a saved SAE of a comparison on a language model, and save its figures."""
+"""Evaluate saved SAEs of a comparison on a language model, and save their figures."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,12 +9,46 @@ from sae_lens import SAE
 from safetensors.torch import save_file
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
-from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED
-from sae_lens_atm.evaluation.first_letters import FirstLetters, figures_of, scores_of
+from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED, is_evaluated
+from sae_lens_atm.evaluation.first_letters import (
+    FirstLetters,
+    figures_of,
+    look_at_first_letters,
+    scores_of,
+)
 from sae_lens_atm.evaluation.language_model import HeldOutTokens, language_model_figures
 from sae_lens_atm.evaluation.synthetic import is_signed
 from sae_lens_atm.files import write_json
 from sae_lens_atm.training.run_file import LanguageModelRun
+
+
+def evaluate_group(
+    group: Sequence[PlannedRun],
+    folder: Path,
+    model: Any,
+    tokens: HeldOutTokens,
+    on_progress: Callable[[int], None] = lambda _saes: None,
+) -> None:
+    """Evaluate the saved SAEs of a group that are not evaluated yet, on the same model and tokens.
+
+    Args:
+        group: the runs.
+        folder: the folder of the comparison.
+        model: the language model.
+        tokens: held-out tokens.
+        on_progress: is called with 1 before each SAE. It may raise an error to stop.
+    """
+    letters: FirstLetters | None = None
+    for planned in group:
+        if is_evaluated(planned, folder, with_map=False):
+            continue
+        on_progress(1)
+        if letters is None and planned.first_letters is not None:
+            cfg = cast(LanguageModelRun, planned.run).runner
+            letters = look_at_first_letters(
+                model, cfg.hook_name, planned.first_letters, cfg.model_kwargs
+            )
+        evaluate_on_language_model(planned, folder, model, tokens, letters)
 
 
 @torch.no_grad()

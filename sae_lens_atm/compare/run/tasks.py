@@ -9,21 +9,29 @@ from typing import cast
 from sae_lens_atm.compare.plan.comparison_file import Comparison
 from sae_lens_atm.compare.plan.planned_run import PlannedRun, spelling_lm_folder
 from sae_lens_atm.compare.run.batch_pool import model_folder, synthetic_model
+from sae_lens_atm.compare.run.cached import (
+    CachedData,
+    contexts_to_cache,
+    evaluate_cached,
+    make_cache,
+)
 from sae_lens_atm.compare.run.language_model import train_group
 from sae_lens_atm.compare.run.processes import Job, StepCounter
 from sae_lens_atm.compare.run.stored_run import (
     is_evaluated,
     is_trained,
 )
-from sae_lens_atm.compare.run.synthetic import evaluate_one, pool_of, train_one
+from sae_lens_atm.compare.run.synthetic import SyntheticData, evaluate_one, pool_of
+from sae_lens_atm.compare.run.training import train_one
 from sae_lens_atm.data.spelling.model import (
     SpellingLMConfig,
     is_spelling_lm,
     make_spelling_lm,
 )
 from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.training.cached_run import open_cache
 from sae_lens_atm.training.hooks import StopFlag
-from sae_lens_atm.training.run_file import SyntheticRun
+from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,7 @@ class _MakeLanguageModel:
 
         def on_step(_loss: float) -> None:
             counter.count()
-            if stop.signal_number is not None:
-                raise Interrupted(None, stop.signal_number)
+            _stop_if_requested(stop)
 
         make_spelling_lm(self.lm, self.folder, on_step)
 
@@ -62,8 +69,7 @@ class _DrawPool:
         counter = StepCounter(on_progress)
         for _ in pool_of(self.planned, self.folder).draw(model, self.planned.seed):
             counter.count()
-            if stop.signal_number is not None:
-                raise Interrupted(None, stop.signal_number)
+            _stop_if_requested(stop)
 
 
 @dataclass(frozen=True)
@@ -75,9 +81,51 @@ class _RunOne:
 
     def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
         model = synthetic_model(cast(SyntheticRun, self.planned.run), self.folder)
+        data = SyntheticData(self.planned, model, self.folder)
         on_step = StepCounter(on_progress).on_step
-        train_one(self.planned, model, self.folder, self.points, on_step, stop)
+        train_one(self.planned, data, self.folder, self.points, on_step, stop)
         evaluate_one(self.planned, model, self.folder, self.with_map)
+
+
+@dataclass(frozen=True)
+class _MakeCache:
+    planned: tuple[PlannedRun, ...]
+
+    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+        before = 0
+
+        def count(done: int, _contexts: int) -> None:
+            nonlocal before
+            on_progress(done - before)
+            before = done
+            _stop_if_requested(stop)
+
+        make_cache(self.planned, count)
+
+
+@dataclass(frozen=True)
+class _TrainCached:
+    planned: PlannedRun
+    folder: Path
+    points: int
+
+    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+        data = CachedData(self.planned, open_cache(cast(LanguageModelRun, self.planned.run)))
+        on_step = StepCounter(on_progress).on_step
+        train_one(self.planned, data, self.folder, self.points, on_step, stop)
+
+
+@dataclass(frozen=True)
+class _EvaluateCached:
+    group: tuple[PlannedRun, ...]
+    folder: Path
+
+    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+        def count(saes: int) -> None:
+            on_progress(saes)
+            _stop_if_requested(stop)
+
+        evaluate_cached(self.group, self.folder, count)
 
 
 @dataclass(frozen=True)
@@ -91,17 +139,54 @@ class _RunGroup:
         train_group(self.group, self.folder, self.points, on_step, stop)
 
 
+def _stop_if_requested(stop: StopFlag) -> None:
+    if stop.signal_number is not None:
+        raise Interrupted(None, stop.signal_number)
+
+
 def make_jobs(comparison: Comparison) -> list[list[Job]]:
     """Return the jobs that are left to do, in lists that run one after the other.
 
     On synthetic data: making the model, drawing batches, then one job for each run. On a language
-    model: making the models, then one job for each group of runs that share activations.
+    model: making the models, then one job for each group of runs that share activations. On cached
+    activations: the cache, then for each seed one job for each run, and their evaluation.
     """
     synthetic = comparison.is_synthetic
     return _synthetic_jobs(comparison) if synthetic else _language_model_jobs(comparison)
 
 
+def _cached_jobs(comparison: Comparison) -> list[list[Job]]:
+    folder = comparison.output
+    left = [p for p in comparison.planned if not is_evaluated(p, folder, with_map=False)]
+    contexts = contexts_to_cache(comparison.planned) if left else 0
+    cache = [Job("cache", contexts, _MakeCache(tuple(comparison.planned)))] if contexts else []
+    jobs = [cache]
+    for _, runs in groupby(left, key=lambda p: p.seed):  # complete results seed by seed
+        group = list(runs)
+        to_train = (p for p in group if not is_trained(p, folder))
+        jobs.append(
+            [
+                Job(p.label, steps_of(p), _TrainCached(p, folder, comparison.curve_points))
+                for p in to_train
+            ]
+        )
+        levels = dict.fromkeys(p.l0 for p in group)
+        jobs.append(
+            [
+                Job(
+                    f"evaluate L0 {l0:g}, {group[0].seeds}",
+                    sum(p.l0 == l0 for p in group),
+                    _EvaluateCached(tuple(p for p in group if p.l0 == l0), folder),
+                )
+                for l0 in levels
+            ]
+        )
+    return jobs
+
+
 def _language_model_jobs(comparison: Comparison) -> list[list[Job]]:
+    if cast(LanguageModelRun, comparison.planned[0].run).activations is not None:
+        return _cached_jobs(comparison)
     folder, points = comparison.output, comparison.curve_points
     groups = [list(g) for _, g in groupby(comparison.planned, key=lambda p: p.group)]
     runs = [

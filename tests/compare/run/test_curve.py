@@ -78,7 +78,9 @@ def test_explained_variance_of_a_held_out_batch_by_hand():
     x = torch.tensor([[3.0, 1.0], [1.0, 3.0]])
     # reconstructed (3, 0) and (0, 3): residuals 1 and 1; about the mean (2, 2) variance 2 and 2
     sae.train()
-    assert HeldOutBatch(x).evaluate(sae) == {"explained_variance": pytest.approx(1 - 2 / 4)}
+    assert HeldOutBatch(x).evaluate(sae, lambda x: x) == {
+        "explained_variance": pytest.approx(1 - 2 / 4)
+    }
     assert sae.training
 
 
@@ -93,7 +95,7 @@ def test_absorption_of_a_held_out_batch():
         sae.W_enc.copy_(torch.linalg.pinv(vectors))
         sae.b_enc.zero_()
         sae.b_dec.copy_(model.feature_dict.bias)
-    seen = HeldOutBatch(x, features.to_dense(), model).evaluate(sae)
+    seen = HeldOutBatch(x, features.to_dense(), model).evaluate(sae, lambda x: x)
     assert seen["explained_variance"] > 0.99
     assert seen["absorption_fraction"] < 0.02
 

@@ -3,8 +3,10 @@ from safetensors.torch import load_file
 
 from sae_lens_atm.compare import load_comparison
 from sae_lens_atm.compare.run.batch_pool import Pool, synthetic_model
-from sae_lens_atm.compare.run.synthetic import train_one
+from sae_lens_atm.compare.run.synthetic import SyntheticData
+from sae_lens_atm.compare.run.training import train_one
 from sae_lens_atm.errors import Interrupted, NonFiniteBatchError
+from sae_lens_atm.files import write_json
 from sae_lens_atm.training.hooks import StopFlag
 from tests.helpers import state_equal
 
@@ -24,7 +26,8 @@ def train_atm(comparison_yaml):
                 stop.request()
 
         model = synthetic_model(planned.run, comparison.output)
-        train_one(planned, model, comparison.output, 4, on_step, stop)
+        data = SyntheticData(planned, model, comparison.output)
+        train_one(planned, data, comparison.output, 4, on_step, stop)
         return comparison.output / planned.folder
 
     return train_atm
@@ -58,11 +61,13 @@ def test_a_run_resumes_from_a_final_checkpoint(train_atm, tmp_path, monkeypatch,
     settings = [f"sae.normalize_activations={scale}", "n_batches_for_norm_estimate=5"]
     expected = weights_of(train_atm(*settings, "output_path=straight"))
 
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
+    def full_disk(path, content):
+        if path.name == "training.json":
+            raise OSError(28, "No space left on device")
+        write_json(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr("sae_lens_atm.compare.run.synthetic.write_json", full_disk)
+        patch.setattr("sae_lens_atm.compare.run.training.write_json", full_disk)
         with pytest.raises(OSError, match="No space"):
             train_atm("save_final_checkpoint=true", *settings)
     (checkpoint,) = (tmp_path / "out/runs").glob("*/checkpoints/*")
