@@ -7,7 +7,8 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 
 _BLOCKS, _BLOCK_BYTES = 16, 2**16
-_UNREAD = (".md", ".txt", ".png")  # files that do not change the content
+# Files that do not change the content; `save_to_disk` puts random numbers into the last two.
+_UNREAD = (".md", ".txt", ".png", "state.json", "dataset_info.json")
 
 
 def model_identity(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def fingerprint(path: Path) -> str:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         name = str(file.relative_to(path)) if path.is_dir() else file.name
-        if file.suffix in _UNREAD or any(part.startswith(".") for part in Path(name).parts):
+        if file.name.endswith(_UNREAD) or any(part.startswith(".") for part in Path(name).parts):
             continue
         size = file.stat().st_size
         digest.update(f"{name} {size} ".encode())

@@ -1,6 +1,7 @@
 import shutil
 
 import pytest
+from datasets import Dataset
 
 from sae_lens_atm.data.model_identity import fingerprint, model_identity, source_identity
 from sae_lens_atm.training.run_file import load_run
@@ -29,6 +30,15 @@ def test_a_changed_byte_in_a_read_block_changes_the_fingerprint(tmp_path, place)
     content[start + 5] = 1
     file.write_bytes(content)
     assert fingerprint(tmp_path) != before
+
+
+def test_a_dataset_that_is_saved_again_keeps_its_identity(tmp_path):
+    for name in ("first", "second"):
+        Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / name)
+    first, second = (source_identity(str(tmp_path / name)) for name in ("first", "second"))
+    assert first == second
+    Dataset.from_dict({"text": ["a", "c"]}).save_to_disk(tmp_path / "third")
+    assert source_identity(str(tmp_path / "third")) != first
 
 
 def test_size_and_name_count(tmp_path):
