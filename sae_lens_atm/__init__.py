@@ -1,24 +1,8 @@
 """Adaptive Temporal Masking for SAELens. Importing this package registers `"atm"`."""
 
-from sae_lens import register_sae_class, register_sae_training_class
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-
-from sae_lens_atm.method.importance import (
-    ImportanceTracker,
-    Signals,
-    batch_signals,
-    combine_signals,
-)
-from sae_lens_atm.method.masking import (
-    importance_threshold,
-    mask_probability,
-    sample_mask,
-    uniform_at,
-)
-from sae_lens_atm.sae import activations as activations
-from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
-from sae_lens_atm.sae.config import ATMSAEConfig, ATMTrainingSAEConfig
-from sae_lens_atm.sae.inference import ATMSAE
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "ATMSAE",
@@ -36,27 +20,33 @@ __all__ = [
     "uniform_at",
 ]
 
+if TYPE_CHECKING or "sae_lens_atm_cli" not in sys.modules:
+    from sae_lens_atm.method.importance import (
+        ImportanceTracker,
+        Signals,
+        batch_signals,
+        combine_signals,
+    )
+    from sae_lens_atm.method.masking import (
+        importance_threshold,
+        mask_probability,
+        sample_mask,
+        uniform_at,
+    )
+    from sae_lens_atm.sae import (
+        ATMSAE,
+        ATMSAEConfig,
+        ATMTrainingSAE,
+        ATMTrainingSAEConfig,
+        register,
+    )
+else:  # `sae_lens_atm_cli` says why nothing is imported yet
 
-def register() -> None:
-    """Register `"atm"` with SAELens; importing the package has done it already.
-
-    Raises:
-        ValueError: another class is registered under the name.
-    """
-    inference, training = (ATMSAE, ATMSAEConfig), (ATMTrainingSAE, ATMTrainingSAEConfig)
-    if _is_free(SAE_CLASS_REGISTRY.get("atm"), inference):
-        register_sae_class("atm", *inference)
-    if _is_free(SAE_TRAINING_CLASS_REGISTRY.get("atm"), training):
-        register_sae_training_class("atm", *training)
-
-
-def _is_free(present: tuple[type, type] | None, ours: tuple[type, type]) -> bool:
-    if present is not None and present != ours:
-        raise ValueError(
-            f"SAELens' registry already has {present[0].__module__}.{present[0].__qualname__} "
-            f"under 'atm', so sae_lens_atm cannot register {ours[0].__qualname__} there"
-        )
-    return present is None
-
-
-register()
+    def __getattr__(name: str) -> Any:
+        """Import a public name at its first use: by a command, or by another plugin."""
+        if name in __all__:
+            for module in ("sae", "method.importance", "method.masking"):
+                names = vars(import_module(f"{__name__}.{module}"))
+                if name in names:
+                    return names[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -50,6 +50,21 @@ assert torch.equal(torch.get_rng_state(), state)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_console_script_imports_the_public_names_when_they_are_used():
+    code = """
+import sys
+import sae_lens_atm_cli
+import sae_lens_atm
+assert not {"torch", "sae_lens"} & sys.modules.keys()
+assert not hasattr(sae_lens_atm, "nonsense")
+from sae_lens_atm import *
+assert set(sae_lens_atm.__all__) <= globals().keys()
+from sae_lens.registry import get_sae_class
+assert get_sae_class("atm") == (ATMSAE, ATMSAEConfig)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_saved_sae_loads_in_a_process_that_never_imports_the_plugin(tmp_path):
     sae = train(make_sae(), 40).eval()
     sae.save_inference_model(tmp_path)

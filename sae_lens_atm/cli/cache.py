@@ -1,17 +1,13 @@
-"""The command that caches the activations of a language model."""
+"""The work of the command that caches the activations of a language model."""
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import datasets
-import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sae_lens_atm.cli.compare import OnlyPlan
 from sae_lens_atm.cli.terminal import (
-    Overrides,
-    clear_errors,
     config_path,
     console,
     exit_with,
@@ -38,40 +34,33 @@ from sae_lens_atm.training.run_file import LanguageModelRun
 _SECONDS_PER_LINE = 10.0  # without a terminal
 
 
-def cache(
-    config: Annotated[
-        str,
-        typer.Argument(help="A run, comparison or sweep file, or the name of a shipped one."),
-    ],
-    overrides: Overrides = None,
-    only_plan: OnlyPlan = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Compare every file with its checksum, and stop.")
-    ] = False,
-) -> None:
-    """Write the activations of a language model to disk, for all SAEs that are trained on them.
+def cache_of_file(config: str, overrides: list[str], only_plan: bool, check: bool) -> None:
+    """Write the activations of a language model to disk.
 
-    The folder is `activations.cache` in the file. The same command resumes after an interruption.
+    Args:
+        config: a run, comparison or sweep file, or the name of a shipped one.
+        overrides: `key.subkey=value` pairs.
+        only_plan: print what would be written, and stop.
+        check: compare the files with their checksums, and stop.
     """
-    with clear_errors():
-        run, settings = _longest_run(str(config_path(config)), overrides or [])
-        folder, plan = settings.folder, plan_cache(run.runner, settings)
-        if check:
-            _check(run, folder)
-            return
-        done = check_cache_folder(run.runner, settings, plan)
-        console.print(facts_table(_facts(run, plan, folder, done)))
-        if only_plan:
-            return
-        if is_complete(folder):
-            open_cache(run)
-            console.print(f"{folder} is already complete", highlight=False)
-            return
-        check_devices(run)
-        silence_saelens()
-        datasets.disable_progress_bars()
-        _write(run)
-        console.print(f"saved {folder}", highlight=False)
+    run, settings = _longest_run(str(config_path(config)), overrides)
+    folder, plan = settings.folder, plan_cache(run.runner, settings)
+    if check:
+        _check(run, folder)
+        return
+    done = check_cache_folder(run.runner, settings, plan)
+    console.print(facts_table(_facts(run, plan, folder, done)))
+    if only_plan:
+        return
+    if is_complete(folder):
+        open_cache(run)
+        console.print(f"{folder} is already complete", highlight=False)
+        return
+    check_devices(run)
+    silence_saelens()
+    datasets.disable_progress_bars()
+    _write(run)
+    console.print(f"saved {folder}", highlight=False)
 
 
 def _longest_run(path: str, overrides: list[str]) -> tuple[LanguageModelRun, CacheSettings]:

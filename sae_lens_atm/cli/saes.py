@@ -1,19 +1,18 @@
-"""The commands for one saved SAE: inspect it, publish it, run SAEBench on it."""
+"""The work of the commands for one saved SAE: inspect it, publish it, run SAEBench on it."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from huggingface_hub.utils import logging as hub_logging
 from rich.table import Table
 from sae_lens import SAE
 from torch import Tensor
 
 from sae_lens_atm import saebench
-from sae_lens_atm.cli.terminal import clear_errors, console, exit_with, facts_table
-from sae_lens_atm.files import check_writable_file, to_json
+from sae_lens_atm.cli.terminal import console, exit_with, facts_table
+from sae_lens_atm.files import to_json
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.hub.push import prepare
 from sae_lens_atm.hub.push import push as push_to_hub
@@ -21,7 +20,6 @@ from sae_lens_atm.sae.active import active_settings
 from sae_lens_atm.sae.atm_sae import IMPORTANCE_QUANTILES
 from sae_lens_atm.sae.inference import ATMSAE
 
-Reference = Annotated[str, typer.Argument(help="A folder, or REPO:SAE_ID on the Hub.")]
 _LONGEST_BAR = 30  # characters
 _BINS = 10
 
@@ -29,12 +27,11 @@ _BINS = 10
 # --- inspect -------------------------------------------------------------------------------------
 
 
-def inspect(sae: Reference) -> None:
-    """Show an SAE: its architecture, training settings and importance."""
-    with clear_errors():
-        hub_logging.set_verbosity_error()
-        for table in describe(load_sae(sae)):
-            console.print(table)
+def show(reference: str) -> None:
+    """Print what an SAE is. `reference` is a folder, or REPO:SAE_ID on the Hub."""
+    hub_logging.set_verbosity_error()
+    for table in describe(load_sae(reference)):
+        console.print(table)
 
 
 def describe(sae: SAE[Any]) -> Iterator[Table]:
@@ -89,75 +86,44 @@ def _importance_table(importance: Tensor) -> Table:
 # --- push ----------------------------------------------------------------------------------------
 
 
-def push(
-    path: Annotated[Path, typer.Argument(help="The folder of a run or of a saved SAE.")],
-    repo_id: Annotated[str, typer.Argument(help="The repo on the Hub: NAMESPACE/NAME.")],
-    sae_id: Annotated[
-        str | None,
-        typer.Option("--id", help="The SAE's folder in the repo. By default hook, width and L0."),
-    ] = None,
-    private: Annotated[
-        bool, typer.Option(help="Create the repo as private if it does not exist.")
-    ] = False,
-    revision: Annotated[str, typer.Option(help="An existing branch of the repo.")] = "main",
-    dry_run: Annotated[
-        bool, typer.Option(help="Check everything, print the files and the card, and stop.")
-    ] = False,
+def upload(
+    path: Path, repo_id: str, sae_id: str | None, private: bool, revision: str, dry_run: bool
 ) -> None:
-    """Upload an SAE to the Hugging Face Hub, with a model card."""
-    with clear_errors():
-        hub_logging.set_verbosity_error()
-        upload = prepare(path, repo_id, sae_id, revision)
-        console.print(facts_table({name: f"{n:,} B" for name, n in upload.sizes.items()}))
-        if dry_run:
-            console.print(upload.write_card(None), highlight=False, soft_wrap=True)
-            return
-        commit = push_to_hub(upload, private)
-        console.print(f"pushed {repo_id}:{upload.sae_id}, {commit.commit_url}", highlight=False)
+    """Upload an SAE to the Hub, or print what would be sent."""
+    hub_logging.set_verbosity_error()
+    prepared = prepare(path, repo_id, sae_id, revision)
+    console.print(facts_table({name: f"{n:,} B" for name, n in prepared.sizes.items()}))
+    if dry_run:
+        console.print(prepared.write_card(None), highlight=False, soft_wrap=True)
+        return
+    commit = push_to_hub(prepared, private)
+    console.print(f"pushed {repo_id}:{prepared.sae_id}, {commit.commit_url}", highlight=False)
 
 
 # --- SAEBench ------------------------------------------------------------------------------------
 
 
-def saebench_command(
-    sae: Reference,
-    evals: Annotated[str, typer.Option(help="Names of evals, separated by commas.")] = ",".join(
-        saebench.EVALS
-    ),
-    model: Annotated[
-        str | None,
-        typer.Option(help="A Hub name or a folder. By default the model in the SAE's metadata."),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(help="Text for core: a Hub name or a folder. By default SAEBench's."),
-    ] = None,
-    env: Annotated[
-        Path | None,
-        typer.Option(help="SAEBench's environment. By default in the user's cache."),
-    ] = None,
-    quick: Annotated[bool, typer.Option(help="Run core on few batches, as a trial.")] = False,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all results to this file.")
-    ] = None,
+def run_saebench(
+    sae: str,
+    evals: str | None,
+    model: str | None,
+    dataset: str | None,
+    env: Path | None,
+    quick: bool,
+    json_file: Path | None,
 ) -> None:
-    """Run SAEBench's evals on a saved SAE.
-
-    SAEBench runs in a separate environment, which is installed at the first use.
-    """
-    with clear_errors():
-        check_writable_file("--json", json_file)
-        request = saebench.plan_evals(sae, evals, model, dataset, quick)
-        environment = env or saebench.default_folder()
-        if not saebench.is_complete(environment):
-            console.print(f"installing {environment}: once, some minutes", highlight=False)
-            saebench.prepare(environment)
-        results = saebench.run_evals(request, environment)
-        console.print(saebench.table(f"SAEBench of {sae}", results["evals"]))
-        if json_file is not None:
-            scores = saebench.scores_of(results["evals"])
-            content = {"sae": sae, "model": request.model, "scores": scores, "saebench": results}
-            json_file.write_text(to_json(content), encoding="utf-8")
-        failed = saebench.failures(results["evals"])
-        if failed:
-            exit_with("\n".join(failed), 1)
+    """Run SAEBench's evals on an SAE, print the scores, and write all results to a file."""
+    request = saebench.plan_evals(sae, evals or ",".join(saebench.EVALS), model, dataset, quick)
+    environment = env or saebench.default_folder()
+    if not saebench.is_complete(environment):
+        console.print(f"installing {environment}: once, some minutes", highlight=False)
+        saebench.prepare(environment)
+    results = saebench.run_evals(request, environment)
+    console.print(saebench.table(f"SAEBench of {sae}", results["evals"]))
+    if json_file is not None:
+        scores = saebench.scores_of(results["evals"])
+        content = {"sae": sae, "model": request.model, "scores": scores, "saebench": results}
+        json_file.write_text(to_json(content), encoding="utf-8")
+    failed = saebench.failures(results["evals"])
+    if failed:
+        exit_with("\n".join(failed), 1)

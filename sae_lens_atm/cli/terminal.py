@@ -5,7 +5,7 @@ mistake; 130 and 143 stopped by SIGINT or SIGTERM.
 """
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -23,8 +23,8 @@ from sae_lens_atm.errors import (
     SAEBenchError,
     SettingsError,
 )
-from sae_lens_atm.training.ranks import is_main_of_node, rank
-from sae_lens_atm.yaml_files import shipped_config
+from sae_lens_atm.torchrun import is_main_of_node, rank
+from sae_lens_atm.yaml_files import apply_overrides, read_yaml, shipped_config
 
 BAD_INPUT = 2
 Overrides = Annotated[
@@ -81,6 +81,15 @@ def config_path(config: str) -> Path:
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
     return shipped_config(path.name)
+
+
+def check_config(config: str, overrides: Iterable[str]) -> None:
+    """Check what needs no knowledge of the keys: that there is a file of YAML, and the overrides.
+
+    Raises:
+        SettingsError: one line that says what is wrong.
+    """
+    apply_overrides(read_yaml(config_path(config)), overrides)
 
 
 def facts_table(facts: dict[str, Any]) -> Table:

@@ -1,4 +1,4 @@
-"""The command that trains one SAE."""
+"""The work of the command that trains one SAE."""
 
 import os
 import shlex
@@ -6,96 +6,77 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.table import Table
 
 from sae_lens_atm.cli.progress import Progress, figures_table
 from sae_lens_atm.cli.terminal import (
-    Overrides,
-    clear_errors,
     config_path,
     console,
     exit_with,
     facts_table,
 )
 from sae_lens_atm.errors import CheckpointError, Interrupted, SaveError, SettingsError
+from sae_lens_atm.torchrun import rank, size
 from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
 from sae_lens_atm.training.preflight.checks import check_run
 from sae_lens_atm.training.preflight.estimate import estimate_time
 from sae_lens_atm.training.preflight.timing import Entry, duration
 from sae_lens_atm.training.quiet import silence_saelens
-from sae_lens_atm.training.ranks import rank, size
 from sae_lens_atm.training.resume import is_already_trained, resume_in_place
 from sae_lens_atm.training.run import Result, train_checked
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, load_run
 
 
-def train_command(
-    config: Annotated[str, typer.Argument(help="A run file, or the name of a shipped one.")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(help="The same as --set.", metavar="[KEY=VALUE]...")
-    ] = None,
-    overrides: Overrides = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(help="Resume a run, from the newest checkpoint in its folder or from this."),
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option(help="Check everything, estimate memory, disk and time, and stop."),
-    ] = False,
-    keep: Annotated[
-        int | None, typer.Option(min=1, help="Keep only this many checkpoints, the newest.")
-    ] = None,
-    extend: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="With --resume: train this many samples (tokens) more than CONFIG says."
-        ),
-    ] = None,
+def train_from_file(
+    config: str,
+    overrides: list[str],
+    resume: Path | None = None,
+    dry_run: bool = False,
+    keep: int | None = None,
+    extend: int = 0,
 ) -> None:
-    """Train an SAE from a run file.
+    """Train an SAE, or estimate how long it takes, and print the results.
 
-    Ctrl-C saves a checkpoint after the current step, and prints the command that resumes. The run
-    goes on in its folder, unless output_path is set.
-
-    --dry-run times a few steps on this machine, for about 20 seconds.
+    Args:
+        config: a run file, or the name of a shipped one.
+        overrides: `key.subkey=value` pairs.
+        resume: the folder of a run, or one of its checkpoints.
+        dry_run: only check and estimate.
+        keep: number of checkpoints to keep, the newest. None keeps all.
+        extend: number of samples or tokens to train more than the file says.
     """
     console.quiet = rank() > 0
-    with clear_errors():
-        given = [*(settings or []), *(overrides or [])]
-        run, checkpoint, more = load_run(config_path(config), given), None, extend or 0
-        if more and resume is None:
-            raise SettingsError("--extend needs --resume with the folder of the run")
-        if resume is not None:
-            run = extended(run, more)
-            if not any(pair.startswith(("output_path=", "checkpoint_path=")) for pair in given):
-                resume_in_place(run, resume)
-                if is_already_trained(run, more):
-                    console.print(
-                        f"{run.runner.output_path} is already finished. "
-                        "--extend N trains N samples or tokens more",
-                        markup=False,
-                    )
-                    return
-            checkpoint = newest_checkpoint(resume, run if more else None)
-        console.print(facts_table(check_run(run, checkpoint, dry_run, more)))
-        silence_saelens()
-        if dry_run:
-            _print_estimate(run, checkpoint)
-            return
-        command = ["train", config, *given]
-        command += ["--keep", str(keep)] if keep else []
-        command += ["--extend", str(more)] if more else []
-        with (
-            resume_hint(run, command),
-            Progress(console, run.runner.total_training_steps) as progress,
-        ):
-            result = train_checked(run, checkpoint, progress.on_step, keep=keep, extend=more)
-        _print_result(result, isinstance(run, LanguageModelRun))
+    run, checkpoint = load_run(config_path(config), overrides), None
+    if extend and resume is None:
+        raise SettingsError("--extend needs --resume with the folder of the run")
+    if resume is not None:
+        run = extended(run, extend)
+        if not any(pair.startswith(("output_path=", "checkpoint_path=")) for pair in overrides):
+            resume_in_place(run, resume)
+            if is_already_trained(run, extend):
+                console.print(
+                    f"{run.runner.output_path} is already finished. "
+                    "--extend N trains N samples or tokens more",
+                    markup=False,
+                )
+                return
+        checkpoint = newest_checkpoint(resume, run if extend else None)
+    console.print(facts_table(check_run(run, checkpoint, dry_run, extend)))
+    silence_saelens()
+    if dry_run:
+        _print_estimate(run, checkpoint)
+        return
+    command = ["train", config, *overrides]
+    command += ["--keep", str(keep)] if keep else []
+    command += ["--extend", str(extend)] if extend else []
+    with (
+        resume_hint(run, command),
+        Progress(console, run.runner.total_training_steps) as progress,
+    ):
+        result = train_checked(run, checkpoint, progress.on_step, keep=keep, extend=extend)
+    _print_result(result, isinstance(run, LanguageModelRun))
 
 
 @contextmanager

@@ -13,25 +13,11 @@ from torch.distributed import ReduceOp
 
 from sae_lens_atm.errors import RankLostError, SettingsError
 from sae_lens_atm.method.selection import candidates
+from sae_lens_atm.torchrun import rank, size
 from sae_lens_atm.training.run_file import Run, SyntheticRun
 
 _TIMEOUT = timedelta(minutes=30)  # all ranks wait while one evaluates or saves
 _DIGIT_BITS = 11  # bits of a floating-point number in one histogram
-
-
-def size() -> int:
-    """Return the number of processes of this training, as torchrun sets it; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-
-
-def rank() -> int:
-    """Return the rank of this process. Rank 0 writes all files."""
-    return int(os.environ["RANK"]) if size() > 1 else 0
-
-
-def is_main_of_node() -> bool:
-    """Return whether this process reports the errors that all processes of its machine have."""
-    return size() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def check_shares(run: Run) -> None:

@@ -11,6 +11,7 @@ from sae_lens import TrainingSAE
 from torch.random import fork_rng
 
 from sae_lens_atm.files import locked
+from sae_lens_atm.torchrun import rank
 from sae_lens_atm.training.cached_run import prepare_cached
 from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
 from sae_lens_atm.training.fit import RunContext
@@ -18,7 +19,7 @@ from sae_lens_atm.training.history import LastBatch
 from sae_lens_atm.training.hooks import OnStep, StopFlag
 from sae_lens_atm.training.language_model_run import prepare_language_model
 from sae_lens_atm.training.preflight.checks import check_devices, check_output, check_run
-from sae_lens_atm.training.ranks import gpu_settings, joined, rank
+from sae_lens_atm.training.ranks import gpu_settings, joined
 from sae_lens_atm.training.run_file import Run, SyntheticRun
 from sae_lens_atm.training.synthetic_run import prepare_synthetic
 

@@ -1,7 +1,6 @@
 import json
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from sae_lens_atm.cli import compare as cli_compare
 from sae_lens_atm.compare import load_comparison
 from sae_lens_atm.compare.report.results import write_results
 from sae_lens_atm.errors import Interrupted
-from tests.cli.command import run
+from tests.cli.command import console_script, run
 from tests.compare.sample import sample
 
 GEMMA = "compare-gemma-2-2b-l12-16k"
@@ -82,8 +81,8 @@ def test_an_interrupted_comparison_keeps_earlier_results(comparison_yaml, tmp_pa
     assert (tmp_path / "out/results.json").read_text() == "of an earlier call"
 
 
-def test_a_signal_stops_a_real_comparison(comparison_yaml):
-    command = [sys.executable, "-m", "sae_lens_atm", "compare", str(comparison_yaml)]
+def test_a_signal_stops_a_real_comparison(comparison_yaml, tmp_path):
+    command = [*console_script(tmp_path), "compare", str(comparison_yaml)]
     more = ["--set", "training_samples=19200", "--set", "seeds=[0]", "--set", "l0=[2]"]
     with subprocess.Popen(
         [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -5,12 +5,15 @@ import warnings
 
 import pytest
 
+from sae_lens_atm import saebench
+from sae_lens_atm.cli import commands
 from tests.cli.command import run
 
 cli_main = importlib.import_module("sae_lens_atm.cli.main")  # the package has a function main
 
 COMMANDS = (
     "train",
+    "cache",
     "compare",
     "sweep",
     "report",
@@ -35,6 +38,43 @@ def test_every_command_has_help(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert "--help" in result.output
+
+
+def test_help_names_every_eval_of_saebench():
+    assert ", ".join(saebench.EVALS) in run("saebench", "--help").output
+
+
+def test_help_and_errors_in_a_file_need_neither_torch_nor_saelens(tmp_path):
+    """They take seconds to import."""
+    (tmp_path / "bad.yaml").write_text("a: [")
+    (tmp_path / "twice.yaml").write_text("a: 1\na: 2")
+    helps = [["--help"], *([command, "--help"] for command in COMMANDS[:-1])]
+    errors = [
+        [*command, *mistake]
+        for command in (["train"], ["cache"], ["compare"], ["sweep"], ["evaluate", "sae", "--on"])
+        for mistake in (
+            ["nope"],
+            ["missing.yaml"],
+            ["bad.yaml"],
+            ["twice.yaml"],
+            ["demo", "--set", "lr"],
+            ["demo", "--set", "lr=["],
+        )
+    ]
+    usage = [[], ["train"], ["nope"], ["train", "demo", "--nope"], ["make-lm", "x", "--set", "lr"]]
+    code = f"""
+import sys
+from sae_lens_atm_cli import main
+for expected, arguments in {[(0, each) for each in helps] + [(2, each) for each in errors + usage]}:
+    sys.argv[1:] = arguments
+    try:
+        main()
+    except SystemExit as ended:
+        assert ended.code == expected, (arguments, ended.code)
+    found = {{"torch", "sae_lens", "transformers"}} & sys.modules.keys()
+    assert not found, (arguments, found)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_usage_errors_name_the_program(monkeypatch, capsys):
@@ -66,6 +106,6 @@ def test_plugins_of_other_packages_are_loaded(monkeypatch):
         def load(self):
             return lambda: loaded.append(self)
 
-    monkeypatch.setattr(cli_main, "entry_points", lambda group: [EntryPoint()] * (group != ""))
-    cli_main.load_plugins()
+    monkeypatch.setattr(commands, "entry_points", lambda group: [EntryPoint()] * (group != ""))
+    commands.load_plugins()
     assert len(loaded) == 1

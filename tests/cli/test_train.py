@@ -2,7 +2,6 @@ import io
 import shlex
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from sae_lens_atm.training.preflight.checks import check_run
 from sae_lens_atm.training.preflight.timing import AFTER, BEFORE, TRAINING, Entry
 from sae_lens_atm.training.run_file import load_run
 from sae_lens_atm.yaml_files import read_yaml, shipped_config
-from tests.cli.command import run
+from tests.cli.command import console_script, run
 from tests.helpers import state_equal
 
 RUN_FILES = sorted(
@@ -125,7 +124,7 @@ def test_every_shipped_run_file_passes_its_checks(name):
 
 
 def test_ctrl_c_in_a_real_process_leaves_a_checkpoint_that_resumes(synthetic_yaml, tmp_path):
-    command = [sys.executable, "-m", "sae_lens_atm", "train", str(synthetic_yaml)]
+    command = [*console_script(tmp_path), "train", str(synthetic_yaml)]
     command += ["--set", "training_samples=64000"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         while not process.stdout.readline().startswith(b"step"):  # training has begun

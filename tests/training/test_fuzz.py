@@ -93,6 +93,8 @@ def content_of(changes, output):
     for name, value in changes.items():
         *parents, key = name.split(".")
         (content[parents[0]] if parents else content)[key] = value
+    if content.get("checkpoint_path"):
+        content["checkpoint_path"] = str(output.with_name(content["checkpoint_path"]))
     # As from a file: YAML has other types of numbers than Python.
     return yaml.safe_load(yaml.safe_dump({**content, "output_path": str(output)}))
 

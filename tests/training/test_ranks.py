@@ -3,15 +3,9 @@ import torch
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.method.selection import largest_positive
+from sae_lens_atm.torchrun import is_main_of_node, rank, size
 from sae_lens_atm.training.preflight.checks import check_run
-from sae_lens_atm.training.ranks import (
-    Ranks,
-    is_main_of_node,
-    joined,
-    largest_across_ranks,
-    rank,
-    size,
-)
+from sae_lens_atm.training.ranks import Ranks, joined, largest_across_ranks
 from sae_lens_atm.training.run_file import load_run
 from tests.training.processes import run_on
 from tests.training.runs import synthetic_run

@@ -11,6 +11,8 @@ from sae_lens_atm.data.activation_cache import ActivationCache, held_out_context
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import check_writable
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
+from sae_lens_atm.torchrun import rank
+from sae_lens_atm.torchrun import size as number_of_processes
 from sae_lens_atm.training.checkpoints import check_resumable, is_checkpoint
 from sae_lens_atm.training.preflight.amounts import estimation_batches
 from sae_lens_atm.training.preflight.lookups import look_up
@@ -22,8 +24,7 @@ from sae_lens_atm.training.preflight.memory import (
     synthetic_bytes,
     total_bytes,
 )
-from sae_lens_atm.training.ranks import check_shares, rank
-from sae_lens_atm.training.ranks import size as number_of_processes
+from sae_lens_atm.training.ranks import check_shares
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun, batch_size_of
 
 
@@ -206,8 +207,9 @@ def check_output(run: Run, checkpoint: Path | None = None, extends: bool = False
     """
     output = Path(run.runner.output_path or "")
     checkpoints = Path(run.runner.checkpoint_path or "")
-    for folder in (output, checkpoints):
-        check_writable("output_path", folder)
+    setting = "output_path" if output in checkpoints.parents else "checkpoint_path"
+    check_writable("output_path", output)
+    check_writable(setting, checkpoints)
     if (output / SAE_CFG_FILENAME).exists() and not extends:
         raise SettingsError(
             f"output_path {output} already holds a finished SAE: choose another folder"
@@ -215,6 +217,6 @@ def check_output(run: Run, checkpoint: Path | None = None, extends: bool = False
     if checkpoint is None and any(is_checkpoint(folder) for folder in checkpoints.glob("*")):
         raise SettingsError(
             f"{checkpoints} holds checkpoints of an unfinished run: resume it with "
-            f"--resume {checkpoints}, or choose another output_path"
+            f"--resume {checkpoints}, or choose another {setting}"
         )
     return output

@@ -8,6 +8,7 @@ from sae_lens import SAETrainer
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.synthetic import evaluate
+from sae_lens_atm.torchrun import size as number_of_processes
 from sae_lens_atm.training.checkpoints import samples_of
 from sae_lens_atm.training.preflight.amounts import (
     checkpoints_left,
@@ -33,7 +34,6 @@ from sae_lens_atm.training.preflight.timing import (
     time_work,
     timed_trainer,
 )
-from sae_lens_atm.training.ranks import size as number_of_processes
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun, batch_size_of
 from sae_lens_atm.training.synthetic_run import build_synthetic_model
 

@@ -55,7 +55,17 @@ def test_a_folder_with_another_run_is_refused(synthetic_yaml):
     train(run)
     assert error_of(check_run, run).startswith("output_path out already holds a finished SAE")
     Path("out/cfg.json").unlink()
-    assert "--resume out/checkpoints" in error_of(check_run, run)
+    expected = "--resume out/checkpoints, or choose another output_path"
+    assert error_of(check_run, run).endswith(expected)
+
+
+def test_errors_of_checkpoints_elsewhere_name_their_setting(synthetic_yaml):
+    train(load_run(synthetic_yaml, ["n_checkpoints=1", "output_path=a", "checkpoint_path=aside"]))
+    again = load_run(synthetic_yaml, ["output_path=b", "checkpoint_path=aside"])
+    assert error_of(check_run, again).endswith("or choose another checkpoint_path")
+    Path("file").touch()
+    nowhere = load_run(synthetic_yaml, ["checkpoint_path=file/aside"])
+    assert error_of(check_run, nowhere).startswith("checkpoint_path file/aside cannot be written")
 
 
 @pytest.mark.parametrize("path", ["run.yaml/x", "x" * 5000])
