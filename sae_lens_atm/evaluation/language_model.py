@@ -1,18 +1,24 @@
 """Figures of saved SAEs on a language model, on tokens that were not used for training."""
 
-from contextlib import suppress
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from sae_lens import SAE, LanguageModelSAERunnerConfig
-from sae_lens.evals import EvalConfig, run_evals
+from sae_lens.evals import EvalConfig, get_sparsity_and_variance_metrics, run_evals
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_lens_atm.data.language_model import saved_dataset
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.evaluation.model_from_hook import model_from_hook
+from sae_lens_atm.evaluation.next_token_loss import TOKENS
+from sae_lens_atm.evaluation.recovered_loss import HookPoint, OnBatch, SharedPasses
 
 # SAELens' names of the figures, and ours.
 _FIGURES = {
@@ -36,7 +42,16 @@ class HeldOutTokens:
     batches: list[Tensor]
     context_size: int
     store_batch_size_prompts: int
+    shared: dict[Any, SharedPasses | None] = field(default_factory=dict[Any, Any], repr=False)
+    """Passes of the model that all SAEs at a hook share; None if they are not exact."""
     _next: int = field(default=0, repr=False)
+
+    @classmethod
+    def from_rows(cls, rows: Tensor) -> "HeldOutTokens":
+        """Divide prompts, shape ``(prompts, context)``, into batches of `TOKENS` tokens."""
+        context = rows.shape[1]
+        size = max(TOKENS // context, 1)
+        return cls(list(rows.split(size)), context, size)
 
     def get_batch_tokens(self, _batch_size: int | None = None) -> Tensor:
         """Return the next batch. The first follows the last."""
@@ -49,10 +64,12 @@ class HeldOutTokens:
 
 
 def hold_out(store: ActivationsStore, cfg: LanguageModelSAERunnerConfig[Any]) -> HeldOutTokens:
-    """Take the first tokens of a store's dataset. It does not serve them again in this epoch."""
+    """Take the next tokens of a store's dataset. It does not serve them again in this epoch.
+
+    Their number is that of SAELens' evaluation.
+    """
     prompts = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
-    batches = [store.get_batch_tokens(prompts) for _ in range(max(cfg.n_eval_batches, 1))]
-    return HeldOutTokens(batches, cfg.context_size, prompts)
+    return HeldOutTokens.from_rows(store.get_batch_tokens(prompts * max(cfg.n_eval_batches, 1)))
 
 
 def make_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> ActivationsStore:
@@ -72,10 +89,96 @@ def make_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> Activation
 
 
 def language_model_figures(
-    sae: SAE[Any], model: Any, tokens: HeldOutTokens, cfg: LanguageModelSAERunnerConfig[Any]
+    sae: SAE[Any],
+    model: Any,
+    tokens: HeldOutTokens,
+    cfg: LanguageModelSAERunnerConfig[Any],
+    on_batch: OnBatch = lambda done, total: None,  # noqa: ARG005
 ) -> tuple[dict[str, float], Tensor]:
-    """Return SAELens' figures of an SAE, and which of its latents fired, shape ``(d_sae,)``."""
+    """Return SAELens' figures of an SAE, and which of its latents fired, shape ``(d_sae,)``.
+
+    The model runs once for each SAE, from the hook on. The passes without an SAE are made once and
+    kept in `tokens`. Models for which this is not exact are evaluated by SAELens' `run_evals`.
+
+    Args:
+        sae: the SAE, with its hook in its metadata.
+        model: the language model.
+        tokens: held-out tokens of this model.
+        cfg: the settings of the run.
+        on_batch: is called before each batch.
+    """
+    metadata = sae.cfg.metadata
+    hook = HookPoint(str(metadata.hook_name), metadata.hook_head_index)
+    shared = _shared_passes(model, tokens, hook, cfg)
     tokens.reset_input_dataset()
+    if shared is None:
+        found, density = _figures_of_saelens(sae, model, tokens, cfg)
+    else:
+        with _flat_heads(sae, hook.name):
+            found = shared.scores(sae, on_batch)
+            metrics, density = get_sparsity_and_variance_metrics(
+                sae,
+                cast(Any, shared),
+                cast(ActivationsStore, tokens),
+                ActivationScaler(),
+                n_batches=len(tokens.batches),
+                compute_l2_norms=True,
+                compute_sparsity_metrics=True,
+                compute_variance_metrics=True,
+                compute_featurewise_density_statistics=True,
+                eval_batch_size_prompts=tokens.store_batch_size_prompts,
+                model_kwargs={},
+                ignore_tokens=_excluded(cfg, model),
+            )
+        found |= metrics
+    figures = {ours: float(found[name]) for name, ours in _FIGURES.items() if name in found}
+    alive = torch.tensor(density["feature_density"]) > 0
+    figures["dead_latents"] = int((~alive).sum())
+    return figures, alive
+
+
+def _shared_passes(
+    model: Any, tokens: HeldOutTokens, hook: HookPoint, cfg: LanguageModelSAERunnerConfig[Any]
+) -> SharedPasses | None:
+    if hook not in tokens.shared:
+        kwargs, batches = cfg.model_kwargs, tokens.batches
+        from_hook = model_from_hook(model, hook.name, kwargs, batches[0])
+        if from_hook is None:
+            tokens.shared[hook] = None
+            warnings.warn(
+                f"the evaluation runs the whole model three times for each SAE: from {hook.name} "
+                "on, it does not give the same logits",
+                stacklevel=3,
+            )
+        else:
+            excluded = _excluded(cfg, model)
+            tokens.shared[hook] = SharedPasses(from_hook, hook, batches, excluded)
+    return tokens.shared[hook]
+
+
+def _excluded(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> list[int]:
+    excluded = cfg.exclude_special_tokens
+    if isinstance(excluded, bool):
+        return get_special_token_ids(model.tokenizer) if excluded else []
+    return list(excluded)
+
+
+@contextmanager
+def _flat_heads(sae: SAE[Any], hook_name: str) -> Generator[None]:
+    """Let an SAE at `hook_z` take activations without a dimension of heads, as SAELens does."""
+    reshapes = "hook_z" in hook_name and sae.hook_z_reshaping_mode
+    if reshapes:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        if reshapes:
+            sae.turn_on_forward_pass_hook_z_reshaping()
+
+
+def _figures_of_saelens(
+    sae: SAE[Any], model: Any, tokens: HeldOutTokens, cfg: LanguageModelSAERunnerConfig[Any]
+) -> tuple[dict[str, float], dict[str, Any]]:
     number = len(tokens.batches)
     evals = EvalConfig(
         batch_size_prompts=tokens.store_batch_size_prompts,
@@ -107,8 +210,4 @@ def language_model_figures(
         tokens.reset_input_dataset()
         result = run(replace(evals, compute_ce_loss=False, compute_kl=False))
     groups, per_latent = result
-    flat = {name: value for group in groups.values() for name, value in group.items()}
-    figures = {ours: float(flat[name]) for name, ours in _FIGURES.items() if name in flat}
-    alive = torch.tensor(per_latent["feature_density"]) > 0
-    figures["dead_latents"] = int((~alive).sum())
-    return figures, alive
+    return {name: value for group in groups.values() for name, value in group.items()}, per_latent

@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from sae_lens import LanguageModelSAETrainingRunner, SAETrainer, TrainingSAE
-from sae_lens.llm_sae_training_runner import LLMSaeEvaluator
+from sae_lens import SAE, LanguageModelSAETrainingRunner, SAETrainer, TrainingSAE
 from sae_lens.saes.sae import TrainStepOutput
-from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 from typing_extensions import override
 
@@ -14,6 +12,7 @@ from sae_lens_atm.data.activation_cache import POSITION_FILENAME
 from sae_lens_atm.data.activation_stream import ActivationStream
 from sae_lens_atm.data.language_model import check_hook, saved_dataset
 from sae_lens_atm.errors import CheckpointError, SettingsError
+from sae_lens_atm.evaluation.language_model import hold_out, language_model_figures
 from sae_lens_atm.files import saved_at_once
 from sae_lens_atm.training.checkpoints import reading
 from sae_lens_atm.training.fit import PreparedRun, RunContext
@@ -112,9 +111,11 @@ def prepare_language_model(run: LanguageModelRun, context: RunContext) -> Prepar
     def fit_and_save() -> tuple[TrainingSAE[Any], int]:
         return runner.run(), runner.skipped_batches
 
-    def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
-        evaluator: LLMSaeEvaluator[Any] = runner.evaluator
-        groups = evaluator(sae, runner.activations_store, ActivationScaler())
-        return {name: value for group in groups.values() for name, value in group.items()}
+    def final_evaluation(_: TrainingSAE[Any]) -> dict[str, float]:
+        if runner.cfg.n_eval_batches <= 0:
+            return {}
+        saved = SAE[Any].load_from_disk(str(cfg.output_path), device=cfg.device)
+        tokens = hold_out(store, runner.cfg)
+        return language_model_figures(saved, runner.model, tokens, runner.cfg)[0]
 
     return PreparedRun(fit_and_save, final_evaluation)

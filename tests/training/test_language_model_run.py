@@ -217,8 +217,9 @@ def test_a_shipped_run_file_from_loader_to_evaluation(path, served):
     assert type(saved) is JumpReLUSAE
     assert saved.cfg.normalize_activations == "none"
     assert saved.cfg.metadata.hook_name == path[2]
-    # SAELens evaluates the variance last: the same tokens, through transformers and the saved SAE
-    tokens = torch.cat(served[-2:])
+    # The last tokens are those of the evaluation. Here through transformers and the saved SAE.
+    tokens = served[-1]
+    assert tokens.shape == (8, CONTEXT)
     x = hidden_states(path[0], run, tokens).flatten(0, 1).float()
     assert torch.equal(saved.encode(x), result.sae.eval().encode(x))
     if run.runner.exclude_special_tokens:

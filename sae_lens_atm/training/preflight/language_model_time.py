@@ -13,7 +13,11 @@ from torch import Tensor
 
 from sae_lens_atm.data.language_model import check_hook
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.evaluation.language_model import HeldOutTokens, make_store
+from sae_lens_atm.evaluation.language_model import (
+    HeldOutTokens,
+    language_model_figures,
+    make_store,
+)
 from sae_lens_atm.training.preflight.amounts import (
     estimation_batches,
     evaluations_in_training,
@@ -149,46 +153,59 @@ def _evaluations(
     report: Report,
 ) -> list[Entry]:
     cfg, sae = run.runner, trainer.sae
-    prompts = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
-    tokens = tokens.repeat(-(-prompts // len(tokens)), 1)[:prompts]
-    sae.cfg.metadata.hook_name = cfg.hook_name
-    sae.cfg.metadata.hook_head_index = cfg.hook_head_index
-
-    def evaluate_one_batch(size: int) -> None:
-        part = _part_of(tokens, size)
-        with suppress(ZeroDivisionError):  # zeroing the hook may leave the loss as it is
-            run_evals(
-                sae,
-                HeldOutTokens([part], part.shape[1], len(part)),  # pyright: ignore[reportArgumentType]
-                model,
-                ActivationScaler(),
-                EvalConfig(
-                    batch_size_prompts=len(part),
-                    n_eval_reconstruction_batches=1,
-                    n_eval_sparsity_variance_batches=1,
-                    compute_ce_loss=True,
-                    compute_l2_norms=True,
-                    compute_sparsity_metrics=True,
-                    compute_variance_metrics=True,
-                ),
-                model_kwargs=cfg.model_kwargs,
-                exclude_special_tokens=cfg.exclude_special_tokens,
-            )
-        synchronize(cfg.llm_device or cfg.device)
-
     if cfg.n_eval_batches <= 0:
         return []
-    report("evaluation with the language model")
     sae.eval()
-    timed = time_work(evaluate_one_batch, _token_sizes(tokens), 0.3 * limit)
-    seconds = cfg.n_eval_batches * timed.seconds
-    shape = f"{prompts:,} x {cfg.context_size:,} tokens"
-    what = f"{cfg.n_eval_batches:,} batches of {shape}{timed.note}"
-    entries = [Entry(AFTER, f"evaluation: {what}", seconds)]
+    sae.cfg.metadata.hook_name = cfg.hook_name
+    sae.cfg.metadata.hook_head_index = cfg.hook_head_index
+    prompts = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
+    tokens = tokens.repeat(-(-prompts // len(tokens)), 1)[:prompts]
     number = evaluations_in_training(run, first)
+    shape = f"{cfg.n_eval_batches:,} batches of {prompts:,} x {cfg.context_size:,} tokens"
+
+    def evaluate(size: int) -> None:
+        language_model_figures(sae, model, HeldOutTokens.from_rows(_part_of(tokens, size)), cfg)
+        synchronize(cfg.llm_device or cfg.device)
+
+    report("evaluation with the language model")
+    timed = time_work(evaluate, _token_sizes(tokens), (0.15 if number else 0.3) * limit)
+    seconds = cfg.n_eval_batches * timed.seconds
+    entries = [Entry(AFTER, f"evaluation: {shape}{timed.note}", seconds)]
     if number:
-        entries.append(Entry(TRAINING, f"{number:,} evaluations of {what}", number * seconds))
+        report("SAELens' evaluation in training")
+        timed = time_work(
+            lambda size: _evaluate_as_saelens(sae, model, _part_of(tokens, size), cfg),
+            _token_sizes(tokens),
+            0.15 * limit,
+        )
+        seconds = number * cfg.n_eval_batches * timed.seconds
+        entries.append(Entry(TRAINING, f"{number:,} evaluations of {shape}{timed.note}", seconds))
     return entries
+
+
+def _evaluate_as_saelens(
+    sae: Any, model: Any, tokens: Tensor, cfg: LanguageModelSAERunnerConfig[Any]
+) -> None:
+    """Evaluate a batch as SAELens does in training, for wandb."""
+    with suppress(ZeroDivisionError):  # zeroing the hook may leave the loss as it is
+        run_evals(
+            sae,
+            HeldOutTokens([tokens], tokens.shape[1], len(tokens)),  # pyright: ignore[reportArgumentType]
+            model,
+            ActivationScaler(),
+            EvalConfig(
+                batch_size_prompts=len(tokens),
+                n_eval_reconstruction_batches=1,
+                n_eval_sparsity_variance_batches=1,
+                compute_ce_loss=True,
+                compute_l2_norms=True,
+                compute_sparsity_metrics=True,
+                compute_variance_metrics=True,
+            ),
+            model_kwargs=cfg.model_kwargs,
+            exclude_special_tokens=cfg.exclude_special_tokens,
+        )
+    synchronize(cfg.llm_device or cfg.device)
 
 
 def _token_sizes(tokens: Tensor) -> list[int]:

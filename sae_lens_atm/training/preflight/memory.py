@@ -11,6 +11,7 @@ import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
 
 from sae_lens_atm.data.activation_stream import MOST_BYTES
+from sae_lens_atm.evaluation.next_token_loss import LOGITS, TOKENS
 from sae_lens_atm.training.preflight.model_facts import ModelShape
 
 GIB = 2**30
@@ -76,17 +77,22 @@ def forward_bytes(model: ModelShape, prompts: int, context: int, dtype: torch.dt
     return prompts * context * (scores + streams)
 
 
-def evaluation_bytes(model: ModelShape, prompts: int, context: int) -> int:
-    """Return what SAELens' evaluation allocates.
+def evaluation_bytes(run: LanguageModelSAERunnerConfig[Any], model: ModelShape) -> int:
+    """Return what the evaluation allocates, after training or for wandb.
 
-    It holds three sets of logits: of the model, with the SAE, and with the hook set to zero. The
-    third forward pass needs as much again for soft caps and log-probabilities.
+    After training, it holds `LOGITS` logits a few times, and all latents of `TOKENS` tokens.
+    SAELens' evaluation for wandb holds three sets of the logits of a batch: of the model, with the
+    SAE, and with the hook set to zero. Its third forward pass needs as much again.
     """
-    return 6 * prompts * context * model.vocabulary * model.dtype.itemsize
+    if run.logger.log_to_wandb:
+        prompts = run.eval_batch_size_prompts or run.store_batch_size_prompts
+        return 6 * prompts * run.context_size * model.vocabulary * model.dtype.itemsize
+    logits = max(LOGITS, model.vocabulary)
+    return 4 * 5 * (logits + max(TOKENS, run.context_size) * run.sae.d_sae)
 
 
 def memory(run: LanguageModelSAERunnerConfig[Any], model: ModelShape) -> dict[str, int]:
-    """Return the memory on the device by purpose. Evaluation comes after training."""
+    """Return the memory on the device by purpose. No step is taken during an evaluation."""
     size, batch = sae_size(run.sae), run.train_batch_size_tokens
     context, prompts = run.context_size, run.store_batch_size_prompts
     forward = forward_bytes(model, prompts, context, _llm_dtype(run, model))
@@ -95,8 +101,8 @@ def memory(run: LanguageModelSAERunnerConfig[Any], model: ModelShape) -> dict[st
         "a step": step_bytes(run.sae, batch),
         "activation store": store_bytes(run),
     }
-    evaluation = evaluation_bytes(model, run.eval_batch_size_prompts or prompts, context)
-    beyond = max(evaluation + training["activation store"] - sum(training.values()), 0)
+    # The store keeps its activations in an evaluation.
+    beyond = max(evaluation_bytes(run, model) - training["a step"] - forward, 0)
     needed = {
         "LLM": model.parameters * model.dtype.itemsize,
         "SAE with Adam": size.resident,

@@ -14,9 +14,12 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.training.mixing_buffer import mixing_buffer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from sae_lens_atm import ATMTrainingSAEConfig
 from sae_lens_atm.compare import load_comparison
+from sae_lens_atm.evaluation import next_token_loss
+from sae_lens_atm.evaluation.language_model import HeldOutTokens, language_model_figures
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
 from sae_lens_atm.training.preflight import memory
 from sae_lens_atm.training.preflight.lookups import look_up
@@ -185,14 +188,37 @@ def test_the_memory_of_gemma_by_hand():
     assert sum(parts.values()) < 0.5 * 80 * GIB
 
 
-def test_evaluation_on_many_prompts_needs_more_for_logits():
-    few, many = (
-        load_run(shipped_config("gemma-2-2b-l12-16k"), [f"eval_batch_size_prompts={n}"]).runner
-        for n in (1, 64)
+def test_evaluation_for_wandb_on_many_prompts_needs_more_for_logits():
+    few, many, after = (
+        load_run(
+            shipped_config("gemma-2-2b-l12-16k"),
+            [f"eval_batch_size_prompts={n}", f"logger.log_to_wandb={wandb}"],
+        ).runner
+        for n, wandb in ((1, "true"), (64, "true"), (64, "false"))
     )
     assert "more in evaluation" not in memory.memory(few, GEMMA_2B)
     # three sets of logits in bfloat16 alone
     assert memory.memory(many, GEMMA_2B)["more in evaluation"] > 3 * 2 * 64 * 1024 * 256_000
+    assert "more in evaluation" not in memory.memory(after, GEMMA_2B)
+
+
+def test_the_evaluation_after_training_holds_what_is_computed(language_model_yaml, monkeypatch):
+    """And no logits of all positions, 40 times as many."""
+    vocabulary, rows = 4000, torch.randint(0, 4000, (25, 16))
+    cfg = HookedTransformerConfig(
+        n_layers=1, d_model=16, n_ctx=16, d_head=8, d_vocab=vocabulary, act_fn="gelu"
+    )
+    model, run = HookedTransformer(cfg), load_run(language_model_yaml).runner
+    shape = ModelShape(0, torch.float32, 1, 16, 64, 2, vocabulary)
+    for module in (memory, next_token_loss):
+        monkeypatch.setattr(module, "LOGITS", 10 * vocabulary)
+        monkeypatch.setattr(module, "TOKENS", 400)
+    sae = TrainingSAE.from_dict(run.sae.to_dict()).eval()
+    sae.cfg.metadata.hook_name = "blocks.0.hook_mlp_out"
+    with LiveBytes() as live:
+        language_model_figures(sae, model, HeldOutTokens([rows], 16, 25), run)
+    computed = memory.evaluation_bytes(run, shape)
+    assert 0.4 * computed < live.peak <= computed
 
 
 def test_a_sum_and_its_parts_as_text():
