@@ -102,7 +102,5 @@ def prepare_cached(run: LanguageModelRun, context: RunContext) -> PreparedRun:
 def held_out_tokens(cache: ActivationCache, run: LanguageModelRun) -> HeldOutTokens:
     """Return the tokens of a cache on which SAEs are evaluated. No run trains on them."""
     cfg = run.runner
-    prompts = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
     tokens = torch.from_numpy(cache.tokens[: held_out_contexts(cfg)]).long()
-    batches = list(tokens.to(cfg.llm_device or cfg.device).split(prompts))
-    return HeldOutTokens(batches, cfg.context_size, prompts)
+    return HeldOutTokens.from_rows(tokens.to(cfg.llm_device or cfg.device))
