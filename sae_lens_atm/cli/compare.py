@@ -25,8 +25,7 @@ from sae_lens_atm.compare import (
 from sae_lens_atm.compare.evaluate_saved import data_of, evaluate_saved
 from sae_lens_atm.compare.plan.sweep_file import load_sweep
 from sae_lens_atm.compare.report.tables import (
-    MARKS,
-    SWEEP_MARKS,
+    notes,
     row_tables,
     sweep_tables,
     test_table,
@@ -104,7 +103,7 @@ def _print_and_write(results: Results, folder: Path) -> None:
 def _print_results(results: Results, files: list[Path]) -> None:
     for table in row_tables(results) if results.sweep is None else sweep_tables(results):
         console.print(table)
-    console.print(MARKS if results.sweep is None else SWEEP_MARKS, style="dim", highlight=False)
+    console.print("  ".join(notes(results)), style="dim", highlight=False)
     tests = test_table(results) if results.sweep is None else None
     if tests is not None:
         console.print(tests)

@@ -152,5 +152,5 @@ def figures_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Tab
     for figure in next(iter(columns.values()), {}):
         values = [columns[name].get(figure, float("nan")) for name in columns]
         label = figure + ARROWS[figure_info(figure).better]
-        table.add_row(label, *(f"{v:d}" if isinstance(v, int) else f"{v:.4g}" for v in values))
+        table.add_row(label, *(f"{v:,d}" if isinstance(v, int) else f"{v:.4g}" for v in values))
     return table

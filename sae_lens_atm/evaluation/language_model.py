@@ -134,6 +134,9 @@ def language_model_figures(
     figures = {ours: float(found[name]) for name, ours in _FIGURES.items() if name in found}
     alive = torch.tensor(density["feature_density"]) > 0
     figures["dead_latents"] = int((~alive).sum())
+    excluded = torch.tensor(_excluded(cfg, model), dtype=torch.long)
+    counted = (~torch.isin(batch.cpu(), excluded) for batch in tokens.batches)
+    figures["evaluated_samples"] = sum(int(batch.sum()) for batch in counted)
     return figures, alive
 
 

@@ -79,8 +79,7 @@ def evaluate_closely(
 
     ``mse`` is the squared error summed over dimensions, ``cosine`` the cosine similarity of a
     sample and its reconstruction. Both are means over samples, as in SAELens' evaluation on
-    language models. ``dead_latents`` is the number of latents that fired on none of the samples.
-    The other figures of SAELens come from its own calculators.
+    language models. The other figures of SAELens come from its own calculators.
 
     The SAE computes in its own dtype. The figures are computed in float32.
     """
@@ -129,6 +128,7 @@ def evaluate_closely(
         "uniqueness": feature_uniqueness(directions, vectors),
         "shrinkage": shrinkage.compute(),
         "dead_latents": int((~alive).sum()),
+        "evaluated_samples": samples,
         "true_l0": true_l0.compute(),
     }
     scores = None if absorption is None else absorption.compute()

@@ -87,6 +87,8 @@ def section(described: Described, repo_id: str, revision: str, sae_id: str) -> s
     details: dict[str, Any] = metadata.training_architecture_details or {}
     trained_as = metadata.training_architecture
     uses_k = details.get("activation", "batchtopk") == "batchtopk"  # other activations ignore it
+    window = described.runner.get("dead_feature_window")
+    steps = f"last {window:,} steps" if isinstance(window, int) else "end"
     facts = {
         "model": metadata.model_name,
         "hook": metadata.hook_name,
@@ -96,7 +98,7 @@ def section(described: Described, repo_id: str, revision: str, sae_id: str) -> s
         "k": details.get("k", getattr(sae.cfg, "k", None)) if uses_k else None,
         "saved as": f"{sae.cfg.architecture()}, {sae.cfg.dtype}",
         "L0 at the end of training": metadata.l0,
-        "dead latents at the end of training": metadata.num_dead_features,
+        f"dead latents, {steps} of training": metadata.num_dead_features,
         "SAELens": metadata.sae_lens_training_version,
     }
     training = {label: described.runner.get(key) for key, label in _TRAINING.items()}

@@ -54,8 +54,15 @@ FIGURES: dict[str, Figure] = {
     "dead_latents": Figure(
         "dead latents",
         -1,
-        "Number of latents that fire on no sample of the evaluation.",
+        "Number of latents that fire on no sample of a window: in tables the evaluation, in curves "
+        "the last dead_feature_window steps of training.",
         1,
+    ),
+    "evaluated_samples": Figure(
+        "evaluated samples",
+        0,
+        "Number of samples, or of tokens of a language model, in the evaluation.",
+        0,
     ),
     "mcc": Figure(
         "MCC",

@@ -27,7 +27,7 @@ L0_TOLERANCE = 0.05
 def step_figures(trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> dict[str, float]:
     """Return figures of a training step and its batch. It waits once for the device.
 
-    ``dead_latents`` is the number of latents that fired in none of the last
+    ``dead_latents`` is the number of latents that fire on no sample of the last
     ``dead_feature_window`` steps. ``explained_variance`` is of the activations as the SAE gets
     them, scaled or whitened. SAEs without masks have no ``masked_fraction``.
     """

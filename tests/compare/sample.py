@@ -77,7 +77,10 @@ def sample(language_model: bool = False, quick: bool = False) -> Results:
                 architecture=architecture,
                 role=role,
                 l0_parameter=parameter,
-                settings={"d_in": 64, "d_sae": 256, "lr": 1e-3, "steps": STEPS[-1]},
+                settings={
+                    "sae": {"d_in": 64, "d_sae": 256},
+                    "trainer": {"lr": 1e-3, "dead_feature_window": 200},
+                },
             )
             for name, (architecture, role, parameter, _) in _ENTRIES.items()
         },
@@ -136,6 +139,7 @@ def _figures(
         "explained_variance": near(0.62 + 0.3 * skill + rise),
         "mse": abs(near(0.2 - 0.15 * skill, 0.004)),
         "dead_latents": float(round(abs(near(40 - 30 * skill, 4)))),
+        "evaluated_samples": 50_000,
         "seconds": near(310 if architecture == "atm" else 190, 8),
         "step_ms": near(34 if architecture == "atm" else 21, 1),
         "odd_extra": near(0.5),

@@ -72,7 +72,16 @@ def test_figures_by_hand(sae, cfg, tokens, hooked_model):
     assert figures["explained_variance"] == pytest.approx(expected, rel=1e-4)
     assert torch.equal(alive, (acts > 0).any(0))
     assert figures["dead_latents"] == int((~alive).sum())
+    assert figures["evaluated_samples"] == every.numel()
     assert "ce_loss_score" in figures
+
+
+def test_excluded_tokens_are_not_counted(sae, cfg, tokens, hooked_model):
+    every = torch.cat(tokens.batches)
+    cfg.exclude_special_tokens = [0, int(every[0, 1])]
+    figures, _ = language_model_figures(sae, hooked_model, tokens, cfg)
+    excluded = int((every == 0).sum() + (every == every[0, 1]).sum())
+    assert figures["evaluated_samples"] == every.numel() - excluded
 
 
 def test_the_same_tokens_serve_every_sae(sae, cfg, tokens, hooked_model):

@@ -86,6 +86,7 @@ def test_only_the_seed_matters(model, sae):
 def test_latents_and_parents(model, sae):
     result = evaluate_closely(sae, model, SAMPLES, 0, BATCH)
     assert int((~result.alive).sum()) == result.figures["dead_latents"]
+    assert result.figures["evaluated_samples"] == SAMPLES
     assert len(result.parent_probability) == 3
     assert all(0 < probability < 1 for probability in result.parent_probability)
     assert result.figures["absorption_full"] == result.absorption.full

@@ -51,6 +51,13 @@ def test_figures_are_in_order_and_finite(described):
     assert "**Figures**" not in text_of(described)
 
 
+def test_the_window_of_dead_latents_is_named(described):
+    described.sae.cfg.metadata.num_dead_features = 7
+    assert "| dead latents, end of training | 7 |" in text_of(described)
+    text = text_of(replace(described, runner={"dead_feature_window": 1000}))
+    assert "| dead latents, last 1,000 steps of training | 7 |" in text
+
+
 def test_a_branch_is_loaded_from_a_snapshot(described):
     text = section(described, "me/saes", "new", "a")
     assert 'snapshot_download("me/saes", revision="new"' in text

@@ -86,6 +86,7 @@ def test_without_a_step_there_is_no_l0_to_compare(tmp_path):
         (["sae.mask_warm_up_steps=40", "sae.mask_end=1"], "ends after 40 steps"),
         (["sae.mask_warm_up_steps=24"], "mask_end ends it at step 24"),
         (["sae.mask_warm_up_steps=40", "sae.mask_rate=0"], None),
+        (["sae.mask_warm_up_steps=40", "sae.mask_end=0"], None),
         (["sae.mask_warm_up_steps=23"], None),
     ],
 )

@@ -19,17 +19,16 @@ from sae_lens_atm.compare.report.wording import (
     show,
     show_l0,
     show_spread,
+    training_window,
 )
 from sae_lens_atm.metrics.figures import figure
 
 PARETO = ("absorption_fraction", "explained_variance", "mcc", "f1", "ce_loss_score", "kl_div_score")
 CURVES = ("explained_variance", "absorption_fraction", "dead_latents", "l0")
 
-_IN_TRAINING = {
-    "l0": "Number of latents that fire on a sample of the training batch, averaged over samples.",
-    "dead_latents": "Number of latents that did not fire in the last dead_feature_window steps.",
-}
-"""The curves whose figure has another definition than after training."""
+_L0_IN_TRAINING = (
+    "Number of latents that fire on a sample of the training batch, averaged over samples."
+)
 
 
 class Panel(NamedTuple):
@@ -165,8 +164,9 @@ def curve_panel(results: Results, name: str) -> Panel | None:
             chart.update_layout(yaxis_range=axis_range(later))
         if later:
             charts[show_l0(l0)] = chart
-    meaning = _IN_TRAINING.get(name, figure(name).meaning)
-    return Panel(f"curve-{name}", heading(name), charts, meaning=meaning) if charts else None
+    meaning = _L0_IN_TRAINING if name == "l0" else figure(name).meaning
+    title = heading(name) + (f", {training_window(results)}" if name == "dead_latents" else "")
+    return Panel(f"curve-{name}", title, charts, meaning=meaning) if charts else None
 
 
 def importance_runs(results: Results) -> list[tuple[Run, Importance]]:

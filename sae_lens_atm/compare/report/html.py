@@ -44,12 +44,13 @@ from sae_lens_atm.compare.report.sweep import (
     sweep_styles,
     swept_fields,
 )
-from sae_lens_atm.compare.report.tables import markdown
+from sae_lens_atm.compare.report.tables import markdown_page
 from sae_lens_atm.compare.report.wording import (
     P_BOUND,
     Cell,
     clean,
     count_latents,
+    evaluation_window,
     heading,
     in_order,
     marks,
@@ -58,6 +59,7 @@ from sae_lens_atm.compare.report.wording import (
     show_l0,
     show_p,
     show_spread,
+    training_window,
 )
 from sae_lens_atm.files import write_text
 from sae_lens_atm.metrics.figures import FIGURES, figure
@@ -182,8 +184,19 @@ def report_html(results: Results) -> str:
         lstrip_blocks=True,
     )
     functions = (
-        *(breakable, count_latents, figure, heading, marks, point_lines, pretty, show, show_l0),
-        *(has_numbers, show_p, show_value, sweep_styles, swept_fields, verdict),
+        *(
+            breakable,
+            count_latents,
+            evaluation_window,
+            figure,
+            heading,
+            marks,
+            point_lines,
+            pretty,
+            show,
+            show_l0,
+        ),
+        *(has_numbers, show_p, show_value, sweep_styles, swept_fields, training_window, verdict),
     )
     return environment.get_template("report.html.j2").render(
         {function.__name__: function for function in functions},
@@ -216,5 +229,5 @@ def write_all(results: Results, folder: Path) -> list[Path]:
     """Write results, report, tables and pictures, and return their paths."""
     data = write_results(results, folder)
     report = write_report(results, folder / "report.html")
-    table = write_text(folder / "tables.md", markdown(results))
+    table = write_text(folder / "tables.md", markdown_page(results))
     return [*data, report, table, *draw_pictures(results, folder)]

@@ -43,9 +43,9 @@ class Curve(_Schema):
     explained_variance: list[float | None]
     l0: list[float | None]
     dead_latents: list[float | None]
-    """Latents that did not fire in the last `dead_feature_window` steps.
+    """Latents that fire on no sample of the last `dead_feature_window` steps.
 
-    The figure of the same name counts latents that fired on no sample of the evaluation."""
+    For the figure of the same name the window is the evaluation."""
     absorption_fraction: list[float | None] = []
     """Empty on data without a known hierarchy of features."""
     coefficient: list[float | None] = []

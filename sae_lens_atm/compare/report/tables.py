@@ -10,7 +10,13 @@ from rich.text import Text
 from sae_lens_atm.compare.report.results import PairedTest, Results, Row
 from sae_lens_atm.compare.report.summary import best_rows, ranked
 from sae_lens_atm.compare.report.sweep import show_value, swept_fields
-from sae_lens_atm.compare.report.wording import P_BOUND, show_p, show_spread
+from sae_lens_atm.compare.report.wording import (
+    P_BOUND,
+    evaluation_window,
+    show_p,
+    show_spread,
+    training_window,
+)
 from sae_lens_atm.metrics.figures import ARROWS, figure
 
 _SHOWN = {
@@ -100,9 +106,21 @@ def markdown(results: Results) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def markdown_page(results: Results) -> str:
+    """Return the content of `tables.md`: the tables, and what their signs mean."""
+    return "\n".join(
+        [markdown(results), *(f"- {_escaped(note)}" for note in notes(results, "Bold")), ""]
+    )
+
+
 def _markdown_name(name: str) -> str:
-    """Return a name for a cell. Marks of HTML and of Markdown are escaped."""
-    escaped = str(escape(" ".join(name.split())))
+    """Return a name for a cell, in one line."""
+    return _escaped(" ".join(name.split()))
+
+
+def _escaped(text: str) -> str:
+    """Return text in which the marks of HTML and of Markdown are escaped."""
+    escaped = str(escape(text))
     return re.sub(r"[\\`*|\[\]~]|\b_|_\b", r"\\\g<0>", escaped)
 
 
@@ -118,11 +136,24 @@ def signs(row: Row) -> str:
     return (" *" if not row.matched else "") + (" ~" if row.moving else "")
 
 
-SWEEP_MARKS = (
-    "* L0 more than 5% off the target: not ranked.  "
-    "~ not converged: explained variance or dead latents still changed at the end.  "
-)
-MARKS = SWEEP_MARKS + "Green: the best ranked value, controls excluded."
+def notes(results: Results, best: str = "Green") -> list[str]:
+    """Return sentences that explain the tables.
+
+    Args:
+        results: the results of the tables.
+        best: how the best values are marked.
+    """
+    window, sweep = training_window(results), results.sweep
+    sentences = [
+        "* L0 more than 5% off the target: not ranked.",
+        f"~ not converged: explained variance or dead latents ({window}) still changed at the end.",
+    ]
+    figures = {name for row in results.rows for name in row.figures}
+    if "dead_latents" in figures and sweep is None:
+        sentences.append(f"dead: latents that fire on none of the {evaluation_window(results)}.")
+    if sweep is None:
+        sentences.append(f"{best}: the best ranked value, controls excluded.")
+    return sentences
 
 
 def _cell(row: Row, name: str, best: Mapping[str, set[tuple[str, float]]]) -> Text:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import NamedTuple
 
-from sae_lens_atm.compare.report.results import Entry, Row, Run, Spread
+from sae_lens_atm.compare.report.results import Entry, Results, Row, Run, Spread
 from sae_lens_atm.metrics.figures import figure
 
 P_BOUND = 0.05
@@ -79,6 +79,26 @@ def heading(name: str) -> str:
     """Return a figure's label, with an arrow up or down to its better values."""
     arrow = ("\N{NO-BREAK SPACE}↓", "", "\N{NO-BREAK SPACE}↑")[figure(name).better + 1]
     return figure(name).label + arrow
+
+
+def training_window(results: Results) -> str:
+    """Return the window in which curves count dead latents."""
+    trainers = [entry.settings.get("trainer", {}) for entry in results.entries.values()]
+    steps = _span(trainer.get("dead_feature_window") for trainer in trainers)
+    return f"last {steps or 'dead_feature_window'} steps"
+
+
+def evaluation_window(results: Results) -> str:
+    """Return the window in which tables count dead latents."""
+    samples = _span(run.figures.get("evaluated_samples") for run in results.runs)
+    unit = "tokens" if results.config.get("runner") == "language_model" else "samples"
+    return f"{samples} evaluated {unit}".lstrip()
+
+
+def _span(numbers: Iterable[float | None]) -> str:
+    found = [int(number) for number in numbers if number is not None]
+    ends = dict.fromkeys((min(found), max(found))) if found else ()
+    return " to ".join(f"{end:,}" for end in ends)
 
 
 def marks(holder: Row | Run) -> list[str]:

@@ -3,6 +3,7 @@
 import os
 import platform
 import shutil
+import warnings
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +43,7 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import locked, read_json
 from sae_lens_atm.metrics import Stability
 from sae_lens_atm.training.hooks import StopFlag
-from sae_lens_atm.training.preflight.checks import check_data, check_devices
+from sae_lens_atm.training.preflight.checks import check_data, check_devices, has_masks, never_masks
 from sae_lens_atm.training.ranks import gpu_settings
 from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun
 
@@ -105,6 +106,21 @@ def check(comparison: Comparison) -> None:
             check_data(planned.run, exists=is_there)
             if planned.run.activations is not None:
                 contexts_to_cache(comparison.planned)
+    warn_of_missing_masks(comparison)
+
+
+def warn_of_missing_masks(comparison: Comparison) -> None:
+    """Warn of each entry whose masks are on but begin too late to mask a latent.
+
+    A sweep in which this is so for all points gets one warning.
+    """
+    masked = [p for p in comparison.planned if p.settings.trained and has_masks(p.run)]
+    reasons = {p.entry: never_masks(p.run) for p in masked}
+    late = [f"{entry}: {reason}" for entry, reason in reasons.items() if reason is not None]
+    if comparison.sweep is not None and len(late) == len(reasons) > 1:
+        late = [f"all {len(late)} points with masks, for example {late[0]}"]
+    for line in late:
+        warnings.warn(line, stacklevel=2)
 
 
 def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:

@@ -85,10 +85,16 @@ def check_run(
     return facts
 
 
+def has_masks(run: Run) -> bool:
+    """Return whether a run is of ATM and its masks are not switched off."""
+    cfg = run.runner.sae
+    return isinstance(cfg, ATMTrainingSAEConfig) and cfg.mask_rate > 0 and cfg.mask_end > 0
+
+
 def never_masks(run: Run) -> str | None:
-    """Return why a run with a mask_rate masks no latent in any step, or None if it does."""
+    """Return why a run that has masks masks no latent in any step, or None if it does."""
     cfg, steps = run.runner.sae, run.runner.total_training_steps
-    if not isinstance(cfg, ATMTrainingSAEConfig) or cfg.mask_rate == 0:
+    if not has_masks(run):
         return None
     start, end = cfg.mask_warm_up_steps, cfg.mask_end_step if cfg.mask_end < 1 else steps
     if start < min(steps, end):

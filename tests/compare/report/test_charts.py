@@ -117,6 +117,8 @@ def test_a_single_target_has_an_axis_around_it(comparison):
 def test_a_panel_has_the_definition_of_its_figure(comparison):
     mcc = charts.pareto_panel(comparison, "mcc")
     assert mcc.meaning == FIGURES["mcc"].meaning
-    assert "dead_feature_window" in charts.curve_panel(comparison, "dead_latents").meaning
+    dead = charts.curve_panel(comparison, "dead_latents")
+    assert dead.meaning == FIGURES["dead_latents"].meaning
+    assert dead.title == "dead latents\N{NO-BREAK SPACE}↓, last 200 steps"
     variance = charts.curve_panel(comparison, "explained_variance")
     assert variance.meaning == FIGURES["explained_variance"].meaning

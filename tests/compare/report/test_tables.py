@@ -138,6 +138,23 @@ def test_a_long_sweep_shows_its_best_points():
     assert "1.3" in rows[0]
 
 
+def test_notes_name_the_windows_of_dead_latents():
+    results = sample()
+    assert tables.notes(results) == [
+        "* L0 more than 5% off the target: not ranked.",
+        "~ not converged: explained variance or dead latents (last 200 steps) still changed at the "
+        "end.",
+        "dead: latents that fire on none of the 50,000 evaluated samples.",
+        "Green: the best ranked value, controls excluded.",
+    ]
+    page = tables.markdown_page(results)
+    assert page.startswith(markdown(results))
+    assert "\n- \\* L0 more" in page
+    assert "\n- dead: latents" in page
+    assert page.endswith("\n- Bold: the best ranked value, controls excluded.\n")
+    assert len(tables.notes(swept([(0.1, 0.7, 4.0)]))) == 2
+
+
 def test_names_in_markdown_are_no_markup():
     results = small()
     odd = r"a|b <i>&*c* `d` \\ [e](f) _g_ h_i"

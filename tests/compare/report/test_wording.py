@@ -5,7 +5,7 @@ import math
 import pytest
 
 from sae_lens_atm.compare.report import results, wording
-from tests.compare.sample import entries_of, row
+from tests.compare.sample import entries_of, row, sample
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,27 @@ def test_marks_of_rows():
     moving = fine.model_copy(update={"moving": True})
     assert [len(wording.marks(r)) for r in (fine, off, moving)] == [0, 1, 1]
     assert wording.marks(off) != wording.marks(moving)
+
+
+def test_windows_of_dead_latents():
+    comparison = sample()
+    assert wording.training_window(comparison) == "last 200 steps"
+    assert wording.evaluation_window(comparison) == "50,000 evaluated samples"
+    comparison.entries["topk"].settings["trainer"]["dead_feature_window"] = 1000
+    comparison.runs[0].figures["evaluated_samples"] = 20_000
+    comparison.config["runner"] = "language_model"
+    assert wording.training_window(comparison) == "last 200 to 1,000 steps"
+    assert wording.evaluation_window(comparison) == "20,000 to 50,000 evaluated tokens"
+
+
+def test_windows_of_results_without_lengths():
+    comparison = sample()
+    for entry in comparison.entries.values():
+        entry.settings = {}
+    for run in comparison.runs:
+        run.figures.pop("evaluated_samples", None)
+    assert wording.training_window(comparison) == "last dead_feature_window steps"
+    assert wording.evaluation_window(comparison) == "evaluated samples"
 
 
 def test_candidates_come_first_and_controls_last():

@@ -13,7 +13,7 @@ from sae_lens import SAE
 
 from sae_lens_atm.compare import compare, load_comparison, planned_jobs, read_results
 from sae_lens_atm.compare.report.html import write_all
-from sae_lens_atm.compare.run.comparison import summarise
+from sae_lens_atm.compare.run.comparison import check, summarise
 from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.errors import Interrupted, SettingsError
 from sae_lens_atm.metrics import stability
@@ -54,6 +54,27 @@ def run_here(comparison, stop_after=math.inf):
         for job in jobs:
             job.work(on_progress, stop)
     return summarise(comparison, {})
+
+
+def warnings_of_masks(comparison, recwarn):
+    check(comparison)
+    return [str(w.message) for w in recwarn if "will be masked" in str(w.message)]
+
+
+def test_an_entry_that_never_masks_is_announced(comparison_yaml, recwarn):
+    assert warnings_of_masks(load_comparison(comparison_yaml), recwarn) == []
+    entries = [
+        "architectures.late={architecture: atm, sae: {mask_warm_up_steps: 99, mask_end: 1}}",
+        "architectures.ends={architecture: atm, sae: {schedule_steps: 40, mask_warm_up_steps: 30}}",
+        "architectures.off={architecture: atm, sae: {mask_rate: 0}}",
+        "architectures.never={architecture: atm, trained: false}",
+    ]
+    assert warnings_of_masks(load_comparison(comparison_yaml, entries), recwarn) == [
+        "late: no latent will be masked: masking begins at step 99 (mask_warm_up_steps), and the "
+        "run ends after 40 steps",
+        "ends: no latent will be masked: masking begins at step 30 (mask_warm_up_steps), and "
+        "mask_end ends it at step 24",
+    ]
 
 
 @pytest.fixture(scope="module")

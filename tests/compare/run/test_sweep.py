@@ -8,7 +8,9 @@ from typer.testing import CliRunner
 
 from sae_lens_atm.cli.main import app
 from sae_lens_atm.compare import read_results
+from sae_lens_atm.compare.plan.sweep_file import load_sweep
 from sae_lens_atm.compare.report.summary import ranked
+from sae_lens_atm.compare.run.comparison import check
 
 
 @pytest.fixture
@@ -24,6 +26,21 @@ def sweep_yaml(comparison_yaml):
     }
     comparison_yaml.write_text(yaml.safe_dump(content))
     return comparison_yaml
+
+
+def test_points_that_never_mask_are_announced(sweep_yaml, recwarn):
+    late = "architectures.atm.sae={schedule_steps: 10, mask_warm_up_steps: 10, mask_end: 1}"
+    some = "sweep.over={sae: {mask_warm_up_steps: [2, 10], mask_rate: [0, 1]}}"
+    for overrides in ([], [late], [late, some]):
+        check(load_sweep(sweep_yaml, overrides))
+    why = (
+        "no latent will be masked: masking begins at step 10 (mask_warm_up_steps), and the run "
+        "ends after 10 steps"
+    )
+    assert [str(w.message) for w in recwarn if "will be masked" in str(w.message)] == [
+        f"all 4 points with masks, for example atm, lr 0.01, mask_rate 0.5: {why}",
+        f"atm, mask_warm_up_steps 10, mask_rate 1: {why}",
+    ]
 
 
 def run(command, *args):
