@@ -83,3 +83,26 @@ def test_batches_are_reproducible(step_time):
     shape = step_time.Shape(8, 4, 16, 2)
     for a, b in zip(*(step_time.make_batches(shape, "cpu") for _ in range(2)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_both_ways_of_evaluation_find_the_same_figures(gemma_folder, text_folder, tmp_path):
+    evaluation_cost = load_script("benchmarks/evaluation_cost.py")
+    path = tmp_path / "found.json"
+    hooks = ["model.layers.0", "model.layers.1"]
+    evaluation_cost.main(str(gemma_folder), text_folder, hooks, 16, 2, 64, json_path=path)
+    found = json.loads(path.read_text())
+    assert found["hooks"].keys() == set(hooks)
+    for ways in found["hooks"].values():
+        for name in ("ce_loss_score", "kl_div_score", "l0"):
+            values = [ways[way][name] for way in ("first", "next", "saelens")]
+            assert values == pytest.approx([values[0]] * 3, rel=1e-2)
+    assert len(evaluation_cost.table(found).splitlines()) == 2 + 2 * 3
+
+
+def test_the_committed_figures_of_evaluation_agree():
+    found = json.loads((ROOT / "docs/performance/evaluation.json").read_text())
+    for ways in found["hooks"].values():
+        for name in ("ce_loss_score", "kl_div_score", "l0"):
+            values = [ways[way][name] for way in ("first", "next", "saelens")]
+            assert values == pytest.approx([values[0]] * 3, rel=1e-4)

@@ -123,6 +123,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "glossary": glossary,
     "steps": script("step_time", "table"),
     "sentence": script("step_time", "sentence"),
+    "evaluation": script("evaluation_cost", "table"),
     "growth": script("step_time", "growth_table"),
     "carried": script("scaling", "carried"),
     "sharded": script("scaling", "sharded"),

@@ -346,7 +346,10 @@ def test_wandb_offline_logs_the_mask(synthetic_yaml, tmp_path, monkeypatch):
 
 def test_a_tiny_gemma_2_from_disk(language_model_yaml, tmp_path):
     result = train(load_run(language_model_yaml))
-    assert result.figures["ce_loss_with_sae"] > 0
+    assert list(result.figures) == [
+        *("l0", "explained_variance", "mse", "cosine", "shrinkage", "ce_loss_score"),
+        *("kl_div_score", "dead_latents"),
+    ]
     sae = SAE.load_from_disk(tmp_path / "out")
     assert type(sae) is JumpReLUSAE
     assert sae.cfg.metadata.hook_name == "model.layers.1"
