@@ -15,7 +15,7 @@ from sae_lens_atm.compare.run.letters import letters_folder
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.data.spelling.model import make_spelling_lm
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.evaluation.first_letters import OnBatch, figures_of, matched_l0, scores_of
+from sae_lens_atm.evaluation.first_letters import figures_of, matched_l0, scores_of
 from sae_lens_atm.evaluation.language_model import (
     hold_out,
     language_model_figures,
@@ -23,6 +23,7 @@ from sae_lens_atm.evaluation.language_model import (
 )
 from sae_lens_atm.evaluation.letter_store import first_letters_of
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
+from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.synthetic import evaluate
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.metrics.word_figures import Interval

@@ -25,6 +25,7 @@ from sae_lens_atm.evaluation.letter_words import (
     letter_of,
     split_and_prompts,
 )
+from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.synthetic import decoder_of_activations
 from sae_lens_atm.metrics.first_letter import (
     METRIC,
@@ -34,8 +35,6 @@ from sae_lens_atm.metrics.first_letter import (
 )
 from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, train_probe
 
-OnBatch = Callable[[int, int], None]
-"""Is called before each batch of prompts, with the batches done and all batches. It may raise."""
 _LONGEST_TEMPLATE = 30  # tokens
 
 SMALL_MODEL = FirstLetterConfig(probe_epochs=100, probe_lr=5e-2)

@@ -22,12 +22,12 @@ from sae_lens_atm.evaluation.first_letters import (
     FirstLetters,
     Hook,
     LetterActivations,
-    OnBatch,
     read_letter_activations,
     train_letter_probes,
     with_probes,
 )
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig, Split
+from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.files import (
     MANIFEST_FILENAME,
     check_writable,

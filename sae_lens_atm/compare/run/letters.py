@@ -6,8 +6,9 @@ from typing import Any, cast
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.data.language_model import load_language_model
-from sae_lens_atm.evaluation.first_letters import FirstLetters, OnBatch
+from sae_lens_atm.evaluation.first_letters import FirstLetters
 from sae_lens_atm.evaluation.letter_store import are_stored, first_letters_of
+from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 PERCENT = 100

@@ -1,6 +1,6 @@
 import pytest
 
-from sae_lens_atm.compare.report.notes import about_letters, absorption_notes
+from sae_lens_atm.compare.report.notes import about_letters, absorption_notes, short_of_l0
 from sae_lens_atm.compare.report.results import LetterFacts
 from tests.compare.sample import measured_on_words
 
@@ -41,23 +41,21 @@ def test_a_matched_l0_is_told(match, shown):
 
 def test_the_definition_stands_below_tables_with_absorption():
     results = measured_on_words()
-    assert absorption_notes(results)[0] == "Absorption is defined as in SAEBench 0.6.0."
-    assert (
-        sum(note.startswith("[low, high]: 95% interval") for note in absorption_notes(results)) == 1
-    )
-    results.absorption_metric, results.first_letters = "", []
+    definition, intervals = absorption_notes(results)
+    assert definition == "Absorption is defined as in SAEBench 0.6.0."
+    assert intervals.startswith("[low, high]: 95% interval")
+    results.absorption_metric = ""
     for row in results.rows:
         row.intervals = {}
     assert absorption_notes(results) == []
 
 
-def test_saes_with_fewer_active_latents_than_asked_for_are_listed():
+@pytest.mark.parametrize(
+    ("match", "listed"), [(False, []), (True, ["topk at L0 4 (3.7)"]), (3.0, [])]
+)
+def test_saes_with_fewer_active_latents_than_asked_for_are_listed(match, listed):
     results = measured_on_words()  # L0s on words of 4 and 3.7 at target 4
-    assert not any("Fewer latents" in note for note in absorption_notes(results))
-    results.first_letters = [facts(settings={"match_l0": True})]
-    assert (
-        "Fewer latents fire on the words than asked for: topk at L0 4 (3.7)."
-        in absorption_notes(results)
-    )
-    results.first_letters = [facts(settings={"match_l0": 3.0})]
-    assert not any("Fewer latents" in note for note in absorption_notes(results))
+    results.first_letters = [facts(settings={"match_l0": match})]
+    assert short_of_l0(results) == listed
+    note = "Fewer latents fire on the words than asked for: topk at L0 4 (3.7)."
+    assert (note in absorption_notes(results)) == bool(listed)
