@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 
 from sae_lens_atm.evaluation.first_letters import (
     SMALL_MODEL,
-    letter_of,
+    Hook,
     look_at_first_letters,
     residual_stream,
 )
+from sae_lens_atm.evaluation.letter_words import letter_of
 from sae_lens_atm.metrics.first_letter import PROBE_F1, absorbed, first_letter_scores
 from sae_lens_atm.metrics.probes import Probe, Words, f1_scores
 
@@ -47,7 +48,7 @@ def give(model_folder, words_file, probe_file, hook):
 
 
 def main(model_folder, sae_folder, words_file, probe_file, found_file=None):
-    hook = hooked_name(SAE.load_from_disk(sae_folder).cfg.metadata.hook_name)
+    hook = Hook(hooked_name(SAE.load_from_disk(sae_folder).cfg.metadata.hook_name))
     if found_file is None:
         give(model_folder, words_file, probe_file, hook)
         return
@@ -98,13 +99,13 @@ def main(model_folder, sae_folder, words_file, probe_file, found_file=None):
         scores = first_letter_scores(
             train._replace(x=sae.encode(train.x)),
             test._replace(x=sae.encode(test.x)),
-            yes.gather(1, test.letter[:, None]).squeeze(1),
             acts,
             asked,
             sae.W_dec,
             probe,
+            yes,
             f1 > PROBE_F1,
-            torch.Generator().manual_seed(0),
+            seed=0,
             batch_size=128,
         )
     theirs = [row for row in found["letters"].values() if row["f1_probe"] > PROBE_F1]
@@ -118,13 +119,13 @@ def main(model_folder, sae_folder, words_file, probe_file, found_file=None):
     k1 = fmean(row["f1_by_k"][0] for row in theirs)
     splits = fmean(len(row["split_latents"]) for row in theirs)
     print(f"{'':22}{'SAEBench':>10}{'ours':>10}")
-    for name, their, our in (
-        ("absorption, fraction", found["mean"]["absorption_fraction"], scores.fraction),
-        ("absorption, full", found["mean"]["absorption_full"], scores.full),
-        ("best latent, F1", k1, scores.k1_f1),
-        ("main latents", splits, scores.splits),
+    for label, their, name in (
+        ("absorption, fraction", found["mean"]["absorption_fraction"], "absorption_fraction"),
+        ("absorption, full", found["mean"]["absorption_full"], "absorption_full"),
+        ("best latent, F1", k1, "k1_f1"),
+        ("main latents", splits, "feature_splits"),
     ):
-        print(f"{name:22}{their:10.4f}{our:10.4f}")
+        print(f"{label:22}{their:10.4f}{scores.figures[name]:10.4f}")
 
 
 if __name__ == "__main__":

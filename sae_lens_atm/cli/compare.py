@@ -4,7 +4,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import logging as hub_logging
 
-from sae_lens_atm.cli.progress import RunsProgress, figures_table
+from sae_lens_atm.cli.progress import BatchesProgress, RunsProgress, figures_table
 from sae_lens_atm.cli.terminal import (
     config_path,
     console,
@@ -24,6 +24,8 @@ from sae_lens_atm.compare import (
 )
 from sae_lens_atm.compare.evaluate_saved import data_of, evaluate_saved
 from sae_lens_atm.compare.plan.sweep_file import load_sweep
+from sae_lens_atm.compare.report.notes import about_letters
+from sae_lens_atm.compare.report.results import LetterFacts
 from sae_lens_atm.compare.report.tables import (
     notes,
     row_tables,
@@ -89,10 +91,18 @@ def evaluate_on_file(
     """Evaluate saved SAEs on the data of a configuration file, and print or write the figures."""
     silence_saelens()
     hub_logging.set_verbosity_error()  # its client logs every retry; the last error is enough
-    figures = evaluate_saved(saes, data_of(str(config_path(config)), overrides))
-    console.print(figures_table(f"On the data of {config}", figures))
+    data = data_of(str(config_path(config)), overrides)
+    with BatchesProgress(console, "first letters") as progress:
+        evaluated = evaluate_saved(saes, data, progress.on_batch)
+    figures = {name: found.figures for name, found in evaluated.items()}
+    intervals = {name: found.intervals for name, found in evaluated.items()}
+    console.print(figures_table(f"On the data of {config}", figures, intervals))
+    letters = next(iter(evaluated.values())).letters
+    if letters is not None:
+        console.print(about_letters(LetterFacts(**letters)), style="dim", highlight=False)
     if json_file is not None:
-        json_file.write_text(to_json(figures), encoding="utf-8")
+        content = {name: found.as_json() for name, found in evaluated.items()}
+        json_file.write_text(to_json(content), encoding="utf-8")
 
 
 def _print_and_write(results: Results, folder: Path) -> None:
@@ -103,7 +113,7 @@ def _print_and_write(results: Results, folder: Path) -> None:
 def _print_results(results: Results, files: list[Path]) -> None:
     for table in row_tables(results) if results.sweep is None else sweep_tables(results):
         console.print(table)
-    console.print("  ".join(notes(results)), style="dim", highlight=False)
+    console.print("  ".join(notes(results)), style="dim", highlight=False, markup=False)
     tests = test_table(results) if results.sweep is None else None
     if tests is not None:
         console.print(tests)

@@ -6,10 +6,10 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sae_lens.load_model import load_model
 
+from sae_lens_atm.cli.progress import BatchesProgress
 from sae_lens_atm.cli.terminal import console
 from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig, make_spelling_lm
-from sae_lens_atm.evaluation.first_letters import SMALL_MODEL, look_at_first_letters
-from sae_lens_atm.metrics.first_letter import PROBE_F1
+from sae_lens_atm.evaluation.first_letters import SMALL_MODEL, Hook, look_at_first_letters
 from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.schema import parse_fields
 
@@ -28,10 +28,11 @@ def make_and_probe(folder: Path, values: dict[str, Any]) -> None:
         make_spelling_lm(cfg, folder, lambda _loss: bar.advance(task))
     silence_saelens()
     model = load_model("AutoModelForCausalLM", str(folder), "cpu", hook_names=[HOOK])
-    f1 = look_at_first_letters(model, HOOK, SMALL_MODEL).probe_f1
+    with BatchesProgress(console, "first letters") as progress:
+        letters = look_at_first_letters(model, Hook(HOOK), SMALL_MODEL, progress.on_batch)
     console.print(
         f"saved {folder}: hook {HOOK}, d_in {cfg.d_model}, tokens in {folder / TOKENS}\n"
-        f"letter probes on held-out words: mean F1 {f1.mean():.3f}, {(f1 > PROBE_F1).sum()} of "
-        f"26 above {PROBE_F1}",
+        f"letter probes on held-out words: mean F1 {letters.probe_f1.mean():.3f}, "
+        f"{letters.above.sum()} of 26 above {SMALL_MODEL.min_f1}",
         highlight=False,
     )

@@ -22,6 +22,7 @@ from typing_extensions import Self
 from sae_lens_atm.compare.run.processes import Job
 from sae_lens_atm.metrics.figures import ARROWS
 from sae_lens_atm.metrics.figures import figure as figure_info
+from sae_lens_atm.metrics.word_figures import Interval
 from sae_lens_atm.sae.forward_pass import mean_l0
 
 _REFRESH = 20  # steps between two readings, each of which waits for the device
@@ -140,17 +141,71 @@ class RunsProgress:
         self._console.print(text, highlight=False)
 
 
-def figures_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+class BatchesProgress:
+    """Shows the progress of work whose number of batches is known only once it has begun.
+
+    Args:
+        console: where to print.
+        what: what is done, for the bar.
+    """
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console = console
+        self._what = what
+        self._tenths = 0
+        self._bar = RichProgress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def on_batch(self, done: int, batches: int) -> None:
+        """Show that a batch begins, after `done` of them."""
+        if self._task is None:
+            self._task = self._bar.add_task(self._what, total=batches)
+        self._bar.update(self._task, completed=done, total=batches)
+        tenths = 10 * done // max(batches, 1)
+        if not self._console.is_terminal and (done == 0 or tenths > self._tenths):
+            self._console.print(f"{self._what}: {done}/{batches} batches", highlight=False)
+        self._tenths = tenths
+
+
+def figures_table(
+    title: str,
+    columns: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, Mapping[str, Interval]] | None = None,
+) -> Table:
     """Return a table with a row for each figure and a column for each SAE.
 
     An arrow shows whether higher or lower is better.
+
+    Args:
+        title: the title.
+        columns: the figures of each SAE.
+        intervals: the 95% intervals of some figures, shown in brackets.
     """
     table = Table(title=title)
     table.add_column("figure")
     for name in columns:
         table.add_column(name, justify="right")
     for figure in next(iter(columns.values()), {}):
-        values = [columns[name].get(figure, float("nan")) for name in columns]
-        label = figure + ARROWS[figure_info(figure).better]
-        table.add_row(label, *(f"{v:,d}" if isinstance(v, int) else f"{v:.4g}" for v in values))
+        cells: list[str] = []
+        for name, values in columns.items():
+            value = values.get(figure, float("nan"))
+            text = f"{value:,d}" if isinstance(value, int) else f"{value:.4g}"
+            low, high = (intervals or {}).get(name, {}).get(figure, (None, None))
+            cells.append(text if low is None else f"{text} \\[{low:.4g}, {high:.4g}]")
+        table.add_row(figure + ARROWS[figure_info(figure).better], *cells)
     return table

@@ -1,66 +1,75 @@
-"""Absorption of first letters: words, prompts and probes of a language model, scores of an SAE.
+"""Absorption of first letters: activations and probes of a language model, scores of an SAE.
 
 Words, prompts and probes are those of SAEBench 0.6.0, but every random choice is seeded. The scores
-are computed by `metrics.first_letter`.
+are computed by `metrics.first_letter`. `letter_store` keeps activations and probes on disk.
 """
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from sae_lens import SAE
+from sae_lens import SAE, LanguageModelSAERunnerConfig
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import Self
 
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.evaluation.letter_words import (
+    LETTERS,
+    PROMPTS_IN_BATCH,
+    TEMPLATE,
+    FirstLetterConfig,
+    Split,
+    letter_of,
+    split_and_prompts,
+)
+from sae_lens_atm.evaluation.recovered_loss import OnBatch
+from sae_lens_atm.evaluation.synthetic import decoder_of_activations
 from sae_lens_atm.metrics.first_letter import (
+    METRIC,
     MIN_LETTERS,
-    PROBE_F1,
     FirstLetterScores,
     first_letter_scores,
 )
 from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, train_probe
 
-TEMPLATE = " has the first letter:"
-_AFTER_THE_WORD = 5  # tokens of the template
-_EXAMPLES = 10
-_TRAIN_SHARE = 0.8
-_LETTERS = 26
+_LONGEST_TEMPLATE = 30  # tokens
 
-
-@dataclass(frozen=True)
-class FirstLetterConfig:
-    """Settings for first letters. The defaults are SAEBench's.
-
-    Args:
-        probe_epochs: training epochs of the letter probes. A small model needs more.
-        probe_lr: learning rate of the letter probes.
-        sparse_batch_size: batch size of the probes on an SAE's activations. With few words, set
-            128. In larger batches, 50 epochs have too few steps, and the probes choose wrong
-            latents.
-        seed: seed of the split of the words, of the prompts and of the probes.
-    """
-
-    probe_epochs: int = 50
-    probe_lr: float = 1e-2
-    sparse_batch_size: int = 4096
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("probe_epochs", "probe_lr", "sparse_batch_size"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}")
-
-
-SMALL_MODEL = FirstLetterConfig(probe_epochs=100, probe_lr=5e-2, sparse_batch_size=128)
+SMALL_MODEL = FirstLetterConfig(probe_epochs=100, probe_lr=5e-2)
 """Settings for a model with few words and dimensions."""
+
+
+class Hook(NamedTuple):
+    """Where and how the activations of a model are read."""
+
+    name: str
+    head_index: int | None = None
+    model_kwargs: Mapping[str, Any] = {}
+    autocast: bool = False
+    """Whether the model computes in bfloat16 under autocast."""
+
+    @classmethod
+    def of(cls, run: LanguageModelSAERunnerConfig[Any]) -> Self:
+        """Return the hook of a run."""
+        return cls(run.hook_name, run.hook_head_index, run.model_kwargs, run.autocast_lm)
+
+
+class LetterActivations(NamedTuple):
+    """The words of a model and their activations, float32 on the CPU."""
+
+    words: Split
+    train: Words
+    test: Words
+    asked: Tensor
+    """Activations of the test words in other prompts, for absorption."""
 
 
 class FirstLetters(NamedTuple):
     """The words of a model, their activations, and the letter probes."""
 
+    words: Split
     train: Words
     test: Words
     asked: Tensor
@@ -68,156 +77,256 @@ class FirstLetters(NamedTuple):
     probe: Probe
     probe_f1: Tensor
     """F1 of each letter's probe on the test words, shape ``(26,)``."""
-    words: tuple[list[str], list[str]]
-    """The training words and the test words."""
     cfg: FirstLetterConfig
 
     @property
+    def above(self) -> Tensor:
+        """The letters with a good probe, bool, shape ``(26,)``."""
+        return self.probe_f1 > self.cfg.min_f1
+
+    @property
     def counts(self) -> Tensor:
-        """The letters with a good probe, bool; all false if they are fewer than 20."""
-        counts = self.probe_f1 > PROBE_F1
-        return counts & (counts.sum() >= MIN_LETTERS)
+        """The letters that count: those with a good probe, or none if these are fewer than 20."""
+        return self.above & (self.above.sum() >= MIN_LETTERS)
 
     @property
     def shares(self) -> Tensor:
         """The share of each letter among the words."""
-        every = torch.cat([self.train.letter, self.test.letter])
-        return every.bincount(minlength=_LETTERS) / len(every)
+        number = torch.tensor(self.words.by_letter)
+        return number / number.sum()
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same on another device."""
+        return self._replace(
+            train=Words(*(part.to(device) for part in self.train)),
+            test=Words(*(part.to(device) for part in self.test)),
+            asked=self.asked.to(device),
+            probe=Probe(*(part.to(device) for part in self.probe)),
+            probe_f1=self.probe_f1.to(device),
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return what was measured, for results: words, probes, settings, as plain values."""
+        return {
+            "metric": METRIC,
+            "words": sum(map(len, self.words)),
+            "test_words": len(self.words.test),
+            "words_hash": self.words.hash,
+            "words_by_letter": self.words.by_letter,
+            "probe_f1_by_letter": self.probe_f1.tolist(),
+            "letters_above": int(self.above.sum()),
+            "settings": asdict(self.cfg),
+        }
 
 
-def words_of(tokenizer: Any) -> list[str]:
-    """Return the vocabulary's words of ASCII letters, sorted. They may start with one space."""
-    strings = (tokenizer.convert_tokens_to_string([token]) for token in tokenizer.get_vocab())
-    plain = {word for word in strings if word.removeprefix(" ").isalpha() and word.isascii()}
-    return sorted(plain)
-
-
-def letter_of(word: str) -> int:
-    """Return the index of a word's first letter: 0 for A, 25 for Z."""
-    return ord(word.strip()[0].lower()) - ord("a")
-
-
-def prompt(word: str, examples: Sequence[str], randomness: random.Random) -> str:
-    """Return a prompt that asks for a word's first letter, after ten answered examples."""
-    shown = randomness.sample(examples, _EXAMPLES)
-    while word in shown:
-        shown = randomness.sample(examples, _EXAMPLES)
-    answered = (f"{w}{TEMPLATE} {w.strip()[0].upper()}" for w in shown)
-    return "".join(f"\n{line}" for line in [*answered, f"{word}{TEMPLATE}"])
+# --- the language model --------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def residual_stream(
-    model: Any,
-    hook_name: str,
-    prompts: Sequence[str],
-    model_kwargs: dict[str, Any] | None = None,
-    batch_size: int = 64,
+    model: Any, hook: Hook, prompts: Sequence[str], on_batch: Callable[[], None] | None = None
 ) -> Tensor:
     """Return the activations on the last token of the word in question, ``(prompts, d_in)``.
 
+    The model runs up to the hook. The result is float32 on the CPU.
+
     Args:
         model: the language model.
-        hook_name: where the activations are read.
-        prompts: the prompts, from `prompt`.
-        model_kwargs: more arguments of the forward pass.
-        batch_size: prompts in a batch.
+        hook: where the activations are read.
+        prompts: the prompts, from `letter_words.prompt`.
+        on_batch: is called before each batch.
     """
     device = next(model.parameters()).device
+    stop_at = extract_stop_at_layer_from_tlens_hook_name(hook.name)
     bos = model.tokenizer.bos_token_id
+    after: int | None = None
     activations: list[Tensor] = []
-    for start in range(0, len(prompts), batch_size):
-        texts = list(prompts[start : start + batch_size])
+    for start in range(0, len(prompts), PROMPTS_IN_BATCH):
+        if on_batch is not None:
+            on_batch()
+        texts = list(prompts[start : start + PROMPTS_IN_BATCH])
         batch = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        after = after or _tokens_of_template(model.tokenizer, batch[0])
         rows = [torch.tensor(row if bos is None else [bos, *row]) for row in batch]
         # Padding follows the word, and attention is causal.
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        _, cache = model.run_with_cache(tokens, names_filter=[hook_name], **(model_kwargs or {}))
-        at = torch.tensor([len(row) - 1 - _AFTER_THE_WORD for row in rows], device=device)
-        stream = cache[hook_name].flatten(2)
-        activations.append(stream[torch.arange(len(at), device=device), at].float())
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=hook.autocast):
+            _, cache = model.run_with_cache(
+                tokens,
+                names_filter=[hook.name],
+                stop_at_layer=stop_at,
+                prepend_bos=False,
+                **hook.model_kwargs,
+            )
+        stream: Tensor = cache[hook.name]
+        if hook.head_index is not None:
+            stream = stream[:, :, hook.head_index]
+        at = torch.tensor([len(row) - 1 - after for row in rows])
+        here = stream.flatten(2)[torch.arange(len(at)), at.to(stream.device)]
+        activations.append(here.float().cpu())
     return torch.cat(activations)
 
 
-def look_at_first_letters(
-    model: Any,
-    hook_name: str,
-    cfg: FirstLetterConfig,
-    model_kwargs: dict[str, Any] | None = None,
-) -> FirstLetters:
-    """Split the words, compute their activations, and train the letter probes.
+def _tokens_of_template(tokenizer: Any, prompt_ids: Sequence[int]) -> int:
+    """Return the number of tokens at the end of a prompt that follow the word."""
+
+    def letters(text: str) -> str:
+        return "".join(text.split())
+
+    for number in range(1, _LONGEST_TEMPLATE):
+        if letters(tokenizer.decode(prompt_ids[-number:])) == letters(TEMPLATE):
+            return number
+    raise SettingsError(
+        f"first_letters: the tokenizer does not split a prompt before {TEMPLATE!r}, so the "
+        "activations of a word cannot be read"
+    )
+
+
+def read_letter_activations(
+    model: Any, hook: Hook, cfg: FirstLetterConfig, on_batch: OnBatch | None = None
+) -> LetterActivations:
+    """Split the words, and compute their activations in the prompts.
 
     Args:
-        model: the language model.
-        hook_name: where the activations are read.
+        model: the language model, with its tokenizer.
+        hook: where the activations are read.
         cfg: the settings.
-        model_kwargs: more arguments of the forward pass.
+        on_batch: is called before each batch of prompts.
 
     Raises:
         SettingsError: the vocabulary has too few words.
     """
-    randomness = random.Random(cfg.seed)
-    every = words_of(model.tokenizer)
-    shuffled = randomness.sample(every, len(every))
-    split = int(_TRAIN_SHARE * len(every))
-    train, test = shuffled[:split], shuffled[split:]
-    if len(test) <= _EXAMPLES:
-        raise SettingsError(
-            f"first_letters: the vocabulary has {len(every)} words of ASCII letters, too few for "
-            f"prompts with {_EXAMPLES} examples"
-        )
+    words, prompts = split_and_prompts(model.tokenizer, cfg.words, cfg.seed)
+    batches = sum(-(-len(part) // PROMPTS_IN_BATCH) for part in prompts)
+    done = 0
 
-    def streams(words: Sequence[str], examples: Sequence[str]) -> Tensor:
-        prompts = [prompt(word, examples, randomness) for word in words]
-        return residual_stream(model, hook_name, prompts, model_kwargs)
+    def count() -> None:
+        nonlocal done
+        if on_batch is not None:
+            on_batch(done, batches)
+        done += 1
 
-    def labelled(words: Sequence[str]) -> Words:
-        x = streams(words, words)
-        return Words(x, torch.tensor([letter_of(word) for word in words], device=x.device))
+    train, test, asked = (residual_stream(model, hook, part, count) for part in prompts)
+    return LetterActivations(
+        words, _labelled(train, words.train), _labelled(test, words.test), asked
+    )
 
-    training, testing = labelled(train), labelled(test)
+
+def _labelled(x: Tensor, words: Sequence[str]) -> Words:
+    return Words(x, torch.tensor([letter_of(word) for word in words]))
+
+
+def train_letter_probes(activations: LetterActivations, cfg: FirstLetterConfig) -> Probe:
+    """Train the probes of the letters on the training words."""
     generator = torch.Generator().manual_seed(cfg.seed)
-    probe = train_probe(training, generator, epochs=cfg.probe_epochs, lr=cfg.probe_lr)
-    is_letter = functional.one_hot(testing.letter, _LETTERS).bool()
-    f1 = f1_scores(probe.score(testing.x) > 0, is_letter)
-    asked = streams(test, every)
-    return FirstLetters(training, testing, asked, probe, f1, (train, test), cfg)
+    return train_probe(activations.train, generator, epochs=cfg.probe_epochs, lr=cfg.probe_lr)
+
+
+def with_probes(
+    activations: LetterActivations, probe: Probe, cfg: FirstLetterConfig
+) -> FirstLetters:
+    """Return activations and probes, with the F1 of the probes on the test words."""
+    test = activations.test
+    is_letter = functional.one_hot(test.letter, LETTERS).bool()
+    f1 = f1_scores(probe.score(test.x) > 0, is_letter)
+    return FirstLetters(*activations, probe, f1, cfg)
+
+
+def look_at_first_letters(
+    model: Any, hook: Hook, cfg: FirstLetterConfig, on_batch: OnBatch | None = None
+) -> FirstLetters:
+    """Compute the activations of the words, and train the letter probes.
+
+    Args:
+        model: the language model, with its tokenizer.
+        hook: where the activations are read.
+        cfg: the settings.
+        on_batch: is called before each batch of prompts.
+
+    Raises:
+        SettingsError: the vocabulary has too few words.
+    """
+    activations = read_letter_activations(model, hook, cfg, on_batch)
+    return with_probes(activations, train_letter_probes(activations, cfg), cfg)
+
+
+# --- an SAE --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def scores_of(sae: SAE[Any], letters: FirstLetters) -> FirstLetterScores:
-    """Return the scores of an SAE, trained at the hook where the activations were read."""
+def scores_of(
+    sae: SAE[Any], letters: FirstLetters, target_l0: float | None = None
+) -> FirstLetterScores:
+    """Return the scores of an SAE, trained at the hook where the activations were read.
+
+    Args:
+        sae: the SAE. Its activations are multiplied by the lengths of the decoder rows that they
+            belong to, since the definition of absorption assumes rows of unit length.
+        letters: words, activations and probes.
+        target_l0: the L0 that the SAE was trained for. Only `match_l0: true` needs it.
+
+    Raises:
+        SettingsError: the settings have `match_l0: true`, and there is no target.
+    """
+    lengths = decoder_of_activations(sae).norm(dim=-1)
 
     def acts(x: Tensor) -> Tensor:
         rows = [sae.encode(part.to(sae.device, sae.dtype)).to_dense() for part in x.split(4096)]
-        return torch.cat(rows).to(x.device, torch.float32)
+        return (torch.cat(rows).float() * lengths).to(x.device)
 
-    yes = letters.probe.score(letters.test.x) > 0
+    train, test, asked = (acts(x) for x in (letters.train.x, letters.test.x, letters.asked))
+    l0 = matched_l0(letters.cfg, target_l0)
+    if l0 is not None:
+        keep_largest((train, test, asked), l0)
     return first_letter_scores(
-        letters.train._replace(x=acts(letters.train.x)),
-        letters.test._replace(x=acts(letters.test.x)),
-        yes.gather(1, letters.test.letter[:, None]).squeeze(1),
-        acts(letters.asked),
+        letters.train._replace(x=train),
+        letters.test._replace(x=test),
+        asked,
         letters.asked,
         sae.W_dec.to(letters.asked),
         letters.probe,
+        letters.probe.score(letters.test.x) > 0,
         letters.counts,
-        torch.Generator().manual_seed(letters.cfg.seed),
-        letters.cfg.sparse_batch_size,
+        letters.cfg.seed,
+        letters.cfg.batch_size_for(sum(map(len, letters.words))),
     )
+
+
+def matched_l0(cfg: FirstLetterConfig, target_l0: float | None) -> float | None:
+    """Return the L0 on the words at which an SAE is measured; None for the SAE's own.
+
+    Raises:
+        SettingsError: `match_l0` is true, and there is no target.
+    """
+    if cfg.match_l0 is False:
+        return None
+    if cfg.match_l0 is not True:
+        return float(cfg.match_l0)
+    if target_l0 is None:
+        raise SettingsError(
+            "first_letters.match_l0 must be a number where SAEs have no target L0, got true"
+        )
+    return target_l0
+
+
+def keep_largest(acts: Sequence[Tensor], l0: float) -> None:
+    """Set all but the largest activations to 0, in place, so that their mean number is `l0`.
+
+    One threshold is used for all words. An SAE with fewer active latents keeps them all.
+
+    Args:
+        acts: activations, each of shape ``(words, latents)``.
+        l0: the mean number of active latents on a word.
+    """
+    sizes = torch.cat([part[part != 0].abs() for part in acts])
+    keep = round(l0 * sum(map(len, acts)))
+    if keep >= len(sizes):
+        return
+    threshold = sizes.topk(keep).values[-1]
+    for part in acts:
+        part[part.abs() < threshold] = 0
 
 
 def figures_of(scores: FirstLetterScores, letters: FirstLetters) -> dict[str, float]:
     """Return the figures for the tables of a comparison."""
-    return {
-        "absorption_full": scores.full,
-        "absorption_fraction": scores.fraction,
-        "absorption_full_learned": scores.full_learned,
-        "absorption_fraction_learned": scores.fraction_learned,
-        "parents_learned": scores.letters_learned,
-        "probe_f1": letters.probe_f1[letters.counts].mean().item(),
-        "letters": int(letters.counts.sum()),
-        "k1_f1": scores.k1_f1,
-        "feature_splits": scores.splits,
-        **{f"sparse_probing_{k}": value for k, value in scores.sparse_probing.items()},
-    }
+    return {**scores.figures, "letters": int(letters.counts.sum())}

@@ -98,13 +98,20 @@ FIGURES: dict[str, Figure] = {
         "absorption, full",
         -1,
         "Share of a parent's samples on which none of its main latents fires and one other "
-        "latent carries at least 0.4 of it, averaged over parents.",
+        "latent carries at least 0.4 of it, averaged over parents (SAEBench 0.6.0's definition).",
     ),
     "absorption_fraction": Figure(
         "absorption, fraction",
         -1,
         "Share of a parent's direction that other latents carry instead of its main latents, "
-        "averaged over its samples, then over parents.",
+        "averaged over its samples, then over parents (SAEBench 0.6.0's definition).",
+    ),
+    "l0_words": Figure(
+        "L0 on words",
+        0,
+        "Number of latents that fire on a word in the prompts in which absorption is measured, "
+        "averaged over words.",
+        2,
     ),
     "recall_gap": Figure(
         "recall gap",
@@ -146,7 +153,8 @@ FIGURES: dict[str, Figure] = {
     "letters": Figure(
         "letters that count",
         0,
-        "Number of first letters whose probe has an F1 above 0.6; 0 if there are fewer than 20.",
+        "Number of first letters whose probe has an F1 above min_f1 (0.6 by default); 0 if there "
+        "are fewer than 20.",
         0,
     ),
     "k1_f1": Figure(

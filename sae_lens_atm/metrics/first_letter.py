@@ -18,6 +18,9 @@ a linear probe ``w_c`` of that stream.
 Scores are averaged over the words of a letter, then over the letters whose probe has an F1 above
 0.6. There must be 20 such letters. The scores are also averaged over those of these letters with a
 latent whose own F1 is at least 0.5. Without such a latent the main latents are chosen by chance.
+
+`METRIC` names the definition beside the figures. SAEBench 0.4.1 changed the fraction, so fractions
+of earlier versions cannot be compared with these. Full absorption can.
 """
 
 import math
@@ -33,15 +36,23 @@ from sae_lens_atm.metrics.absorption import (
     FULL_ABSORBER_COSINE,
     MAX_ABSORBERS,
 )
-from sae_lens_atm.metrics.detectors import SPLIT_GAIN
 from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, nested_logistic, train_probe
+from sae_lens_atm.metrics.word_figures import (
+    LEARNED_F1,
+    PROBED_WITH,
+    RESAMPLES,
+    FoundOnWords,
+    Interval,
+    intervals_of,
+    splits_of,
+    word_figures,
+)
 
+METRIC = "SAEBench 0.6.0"
+"""Whose definition of absorption this is."""
 MAX_SPLITS = 10
 PROBE_F1 = 0.6
 MIN_LETTERS = 20
-LEARNED_F1 = 0.5
-PROBED_WITH = (1, 2, 5)
-"""Numbers of latents that sparse probing uses."""
 _L1 = 0.01
 _SILENT = 1e-8
 
@@ -50,37 +61,14 @@ _SILENT = 1e-8
 class FirstLetterScores:
     """The first-letter scores of an SAE. A mean over no values is NaN."""
 
-    full: float
-    """Share of words whose letter is fully absorbed; lower is better."""
-    fraction: float
-    """Mean absorbed fraction; lower is better."""
-    full_learned: float
-    """`full` over the letters with a latent of their own."""
-    fraction_learned: float
-    """`fraction` over the same letters."""
-    letters_learned: float
-    """Share of letters with a latent of their own, among the letters that count."""
-    k1_f1: float
-    """Mean F1 of the best latent of each letter."""
-    splits: float
-    """Mean number of main latents."""
-    sparse_probing: dict[int, float]
-    """Mean balanced accuracy of a classifier on the k best latents of a letter, by k."""
+    figures: dict[str, float]
+    """The figures of `word_figures`, by name."""
+    intervals: dict[str, Interval]
+    """The 95% interval of each, over resampled test words."""
     fraction_by_letter: Tensor
-    """`fraction` of each letter, shape ``(26,)``; NaN for a letter that does not count."""
+    """Absorbed fraction of each letter, shape ``(26,)``; NaN for a letter that does not count."""
     main_latents: Tensor
     """True for the main latents of each letter, shape ``(26, latents)``."""
-
-
-def splits_of(f1: Tensor) -> Tensor:
-    """Return the number of main latents, from the F1 of the best 1, 2, ... ``(letters, k)``."""
-    best, count = f1[:, 0].clone(), torch.ones_like(f1[:, 0], dtype=torch.long)
-    going = torch.ones_like(best, dtype=torch.bool)
-    for column in f1.T[1:]:
-        going &= column > best + SPLIT_GAIN
-        best = torch.where(going, column, best)
-        count += going
-    return count
 
 
 def absorbed(
@@ -115,37 +103,37 @@ def absorbed(
 def first_letter_scores(
     train: Words,
     test: Words,
-    right: Tensor,
     asked: Tensor,
     inputs: Tensor,
     decoder: Tensor,
     probe: Probe,
+    by_probe: Tensor,
     counts: Tensor,
-    generator: torch.Generator,
+    seed: int,
     batch_size: int = 4096,
+    resamples: int = RESAMPLES,
 ) -> FirstLetterScores:
     """Compute the scores of one SAE.
 
     Args:
         train: activations on the words that the sparse probes are trained on.
         test: activations on the test words.
-        right: true for the test words that the letter's probe classifies correctly.
         asked: activations on the test words in the prompts that measure absorption.
         inputs: the residual stream in those prompts.
         decoder: ``W_dec``.
         probe: the letters' probes of the residual stream.
+        by_probe: what the probes predict for the test words, bool, shape ``(words, 26)``.
         counts: true for the letters that count, shape ``(26,)``.
-        generator: random numbers for the start and the batches of the sparse probes.
+        seed: seed of the start and the batches of the sparse probes, and of the resampled words.
         batch_size: batch size of the sparse probes. With SAEBench's 4096 and few words they take
             too few steps and select the wrong latents.
+        resamples: number of resamples of the test words.
     """
     letters = len(probe.weight)
     is_letter = functional.one_hot(test.letter, letters).bool()
-    was_letter = functional.one_hot(train.letter, letters).bool()
-    known = was_letter.any(0).nonzero().squeeze(1).tolist()
     sparse = train_probe(
         train,
-        generator,
+        torch.Generator().manual_seed(seed),
         letters=letters,
         batch_size=batch_size,
         weight_decay=1e-6,
@@ -153,66 +141,68 @@ def first_letter_scores(
     )
     most = min(MAX_SPLITS, train.x.shape[1])
     order = sparse.weight.topk(most, dim=-1).indices
-    f1 = torch.zeros(letters, most, dtype=torch.float64, device=train.x.device)
-    for letter in known:
-        weights, biases = nested_logistic(train.x[:, order[letter]], was_letter[:, letter])
-        yes = test.x[:, order[letter]].double() @ weights.T + biases > 0
-        f1[letter] = f1_scores(yes, is_letter[:, letter : letter + 1])
-    splits = splits_of(f1)
-    main = torch.zeros(letters, train.x.shape[1], dtype=torch.bool, device=train.x.device)
-    for letter in range(letters):
-        main[letter, order[letter, : splits[letter]]] = True
+    by_best = is_letter.new_zeros(len(test.x), letters, most)
+    for letter in train.letter.unique().tolist():
+        by_best[:, letter] = _predictions(train, test, letter, order[letter])
+    f1 = torch.stack([f1_scores(by_best[:, i], is_letter[:, i : i + 1]) for i in range(letters)])
+    main = is_letter.new_zeros(letters, train.x.shape[1])
+    for letter, number in enumerate(splits_of(f1).tolist()):
+        main[letter, order[letter, :number]] = True
 
     direction = functional.normalize(probe.weight.float(), dim=-1)
     cosine = functional.normalize(decoder.float(), dim=-1) @ direction.T
-    fraction = torch.full((letters,), math.nan, dtype=torch.float64)
+    fraction = asked.new_full((len(test.x),), math.nan, dtype=torch.float64)
     full = fraction.clone()
+    right = by_probe.gather(1, test.letter[:, None]).squeeze(1)
     for letter in counts.nonzero().squeeze(1).tolist():
         words = right & is_letter[:, letter]
-        if not words.any():
-            continue
         shares, whole = absorbed(
             asked[words].float(),
             inputs[words].float() @ direction[letter],
             cosine[:, letter],
             main[letter],
         )
-        fraction[letter], full[letter] = shares.mean().item(), whole.double().mean().item()
-    counts = counts.cpu() & fraction.isfinite()
-    learned = counts & (f1[:, 0].cpu() >= LEARNED_F1)
+        fraction[words], full[words] = shares.double(), whole.double()
+    found = FoundOnWords(
+        letter=test.letter,
+        fraction=fraction,
+        full=full,
+        active=(asked != 0).sum(-1),
+        by_probe=by_probe,
+        by_best=by_best,
+        by_sparse=_sparse_probing(train, test, counts),
+        counts=counts,
+        learned=counts & (f1[:, 0] >= LEARNED_F1),
+    )
+    figures = word_figures(found, torch.ones_like(fraction)[None])
+    generator = torch.Generator().manual_seed(seed)
+    read = fraction.isfinite().double() @ is_letter.double()
     return FirstLetterScores(
-        full=_mean(full, counts),
-        fraction=_mean(fraction, counts),
-        full_learned=_mean(full, learned),
-        fraction_learned=_mean(fraction, learned),
-        letters_learned=_mean(learned.double(), counts),
-        k1_f1=_mean(f1[:, 0].cpu(), counts),
-        splits=_mean(splits.double().cpu(), counts),
-        sparse_probing=sparse_probing(train, test, counts),
-        fraction_by_letter=fraction.where(counts, math.nan),
+        figures={name: value.item() for name, value in figures.items()},
+        intervals=intervals_of(found, generator, resamples),
+        fraction_by_letter=(fraction.nan_to_num() @ is_letter.double() / read).cpu(),
         main_latents=main.cpu(),
     )
 
 
-def sparse_probing(train: Words, test: Words, counts: Tensor) -> dict[int, float]:
-    """Return the balanced accuracy of logistic regressions on k latents, averaged over letters.
+def _predictions(train: Words, test: Words, letter: int, latents: Tensor) -> Tensor:
+    """Return what regressions on the first 1, 2, ... latents predict for the test words."""
+    weights, biases = nested_logistic(train.x[:, latents], train.letter == letter)
+    return test.x[:, latents].double() @ weights.T + biases > 0
+
+
+def _sparse_probing(train: Words, test: Words, counts: Tensor) -> Tensor:
+    """Return what regressions on k latents predict, bool, ``(words, letters, len(PROBED_WITH))``.
 
     The latents are those whose mean activation differs most between the words of the letter and the
     other words, as in SAEBench.
     """
     largest = min(max(PROBED_WITH), train.x.shape[1])
-    found: dict[int, list[float]] = {k: [] for k in PROBED_WITH if k <= largest}
+    columns = [k - 1 for k in PROBED_WITH if k <= largest]
+    predicted = counts.new_zeros(len(test.x), len(counts), len(columns))
     for letter in counts.nonzero().squeeze(1).tolist():
-        was, now = train.letter == letter, test.letter == letter
+        was = train.letter == letter
         gap = train.x[was].mean(0) - train.x[~was].mean(0)
         latents = gap.abs().topk(largest).indices
-        weights, biases = nested_logistic(train.x[:, latents], was)
-        yes = test.x[:, latents].double() @ weights.T + biases > 0
-        accuracy = (yes[now].double().mean(0) + (~yes[~now]).double().mean(0)) / 2
-        for k, values in found.items():
-            values.append(accuracy[k - 1].item())
-    return {k: sum(values) / len(values) if values else math.nan for k, values in found.items()}
-
-
-def _mean(values: Tensor, chosen: Tensor) -> float:
-    return values[chosen].mean().item() if chosen.any() else math.nan
+        predicted[:, letter] = _predictions(train, test, letter, latents)[:, columns]
+    return predicted

@@ -5,7 +5,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sae_lens_atm.cli.progress import Progress, RunsProgress, figures_table
+from sae_lens_atm.cli.progress import BatchesProgress, Progress, RunsProgress, figures_table
 from sae_lens_atm.compare.run.processes import Job
 
 
@@ -88,6 +88,30 @@ def test_a_table_of_figures():
     rows = [line.split("│")[1:4] for line in text_of(log).splitlines() if line.startswith("│")]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert cells == [["mcc ↑", "0.5", "0.25"], ["dead_latents ↓", "3", "nan"]]
+
+
+def test_intervals_stand_beside_their_figures():
+    log = console()
+    intervals = {"a": {"mcc": (0.25, 0.625)}}
+    log.print(figures_table("Figures", {"a": {"mcc": 0.5, "l0": 3.0}}, intervals))
+    assert "0.5 [0.25, 0.625] │" in text_of(log)
+    assert " 3 │" in text_of(log)
+
+
+def test_batches_are_counted_from_the_first():
+    log, screen = console(), console(terminal=True)
+    for where in (log, screen):
+        with BatchesProgress(where, "first letters") as progress:
+            for done in range(40):
+                progress.on_batch(done, 40)
+    lines = text_of(log).splitlines()
+    assert lines == [f"first letters: {done}/40 batches" for done in range(0, 40, 4)]
+    assert "39/40" in text_of(screen)
+
+
+def test_waiting_for_another_process_has_no_batches():
+    with BatchesProgress(console(), "first letters") as progress:
+        progress.on_batch(0, 0)
 
 
 @pytest.mark.parametrize("columns", [{}, {"a": {}}])

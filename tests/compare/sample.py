@@ -27,6 +27,7 @@ from sae_lens_atm.compare.report.results import (
     Spread,
     Sweep,
 )
+from sae_lens_atm.compare.report.summary import make_rows
 
 ODD = "<b>&x"
 """An entry's name that must be escaped."""
@@ -298,6 +299,38 @@ def entries_of(**roles):
         name: Entry(architecture=name, role=role, l0_parameter="k", settings={})
         for name, role in roles.items()
     }
+
+
+def measured_on_words() -> Results:
+    """Two entries at L0 4 with intervals over test words: two seeds of atm, one of topk."""
+
+    def run(entry: str, seed: int, fraction: float, l0_words: float) -> Run:
+        return Run(
+            entry=entry,
+            l0_target=4,
+            seed=seed,
+            figures={"l0": 4.0, "absorption_fraction": fraction, "l0_words": l0_words},
+            intervals={
+                "absorption_fraction": (fraction - 0.02, fraction + 0.04),
+                "l0_words": (l0_words - 0.1, l0_words + 0.1),
+            },
+            matched=True,
+            moving=False,
+        )
+
+    runs = [run("atm", 0, 0.1, 4.0), run("atm", 1, 0.2, 4.0), run("topk", 0, 0.3, 3.7)]
+    return Results(
+        name="words",
+        created="2026-01-01",
+        versions={},
+        machine={},
+        config={},
+        absorption_metric="SAEBench 0.6.0",
+        entries=entries_of(atm="candidate", topk="baseline"),
+        runs=runs,
+        rows=make_rows(runs, {}),
+        tests=[],
+    )
 
 
 def sample_sweep() -> Results:

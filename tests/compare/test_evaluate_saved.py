@@ -21,22 +21,25 @@ def test_saved_saes_are_evaluated_as_a_comparison_does(comparison_yaml, tmp_path
     model = synthetic_model(run, tmp_path)
     figures = evaluate_saved(list(saes), data_of(str(comparison_yaml)))
     assert figures.keys() == saes.keys()
-    for folder, measured in figures.items():
+    for folder, found in figures.items():
+        measured = found.figures
         sae = TrainingSAE.load_from_disk(folder)
         expected = evaluate(sae, model, 500, batch_seed(0, -2), 64)
         assert measured.keys() == expected.keys()
         for name, value in measured.items():
             assert value == pytest.approx(expected[name], rel=1e-5, nan_ok=True), name
     first, second = figures.values()
-    assert first["mse"] != second["mse"]
-    assert not math.isnan(first["mcc"])
+    assert first.figures["mse"] != second.figures["mse"]
+    assert not math.isnan(first.figures["mcc"])
+    assert first.as_json() == first.figures
 
 
 def test_a_saved_sae_on_a_language_model(language_model_comparison_yaml, tmp_path):
     data = data_of(str(language_model_comparison_yaml), ["seeds=[0]"])
     TrainingSAE.from_dict(data.run.runner.sae.to_dict()).save_inference_model(tmp_path / "sae")
-    figures = evaluate_saved([str(tmp_path / "sae")], data)[str(tmp_path / "sae")]
-    assert {"l0", "ce_loss_score", "explained_variance"} <= figures.keys()
+    found = evaluate_saved([str(tmp_path / "sae")], data)[str(tmp_path / "sae")]
+    assert {"l0", "ce_loss_score", "explained_variance"} <= found.figures.keys()
+    assert not found.intervals
 
 
 def test_an_sae_of_another_width_is_an_error(synthetic_yaml, tmp_path):

@@ -6,12 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from sae_lens_atm.metrics.first_letter import (
-    absorbed,
-    first_letter_scores,
-    sparse_probing,
-    splits_of,
-)
+from sae_lens_atm.metrics.first_letter import absorbed, first_letter_scores
 from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, nested_logistic, train_probe
 
 
@@ -97,11 +92,6 @@ def test_f1_by_hand():
     assert f1_scores(predicted, true).tolist() == pytest.approx([2 / 3, 0, 4 / 5])
 
 
-def test_splits_stop_at_the_first_latent_that_does_not_raise_f1():
-    f1 = torch.tensor([[0.5, 0.52, 0.9], [0.5, 0.6, 0.7], [0.5, 0.54, 0.55], [0.9, 0.1, 0.99]])
-    assert splits_of(f1).tolist() == [1, 3, 2, 1]
-
-
 def test_a_probe_finds_what_can_be_told():
     torch.manual_seed(0)
     letter = torch.randint(3, (600,))
@@ -124,37 +114,48 @@ def one_hot_sae(absorbing=False):
     if absorbing:
         acts[word == 0, 0] = 0.0
         decoder[3] += direction[0]
-    counts = torch.tensor([True, True, True])
-    right = torch.ones(len(word), dtype=torch.bool)
     probe = Probe(direction[:3], torch.full((3,), -0.5))
     return first_letter_scores(
         Words(acts, letter),
         Words(acts, letter),
-        right,
         # A word's own latent then carries the length of both directions.
         acts * (1 + (2**0.5 - 1) * (torch.arange(15) == 3)) if absorbing else acts,
         x,
         decoder,
         probe,
-        counts,
-        torch.Generator().manual_seed(0),
+        probe.score(x) > 0,
+        torch.tensor([True, True, True]),
+        seed=0,
         batch_size=16,
+        resamples=200,
     )
 
 
 def test_a_sae_with_a_latent_for_each_letter_absorbs_nothing():
     scores = one_hot_sae()
-    assert (scores.full, scores.fraction) == (0, 0)
-    assert (scores.k1_f1, scores.splits, scores.letters_learned) == (1, 1, 1)
+    nothing = {"absorption_full", "absorption_fraction"}
+    nothing |= {f"{name}_learned" for name in nothing}
+    ones = {"k1_f1", "feature_splits", "parents_learned", "probe_f1"}
+    ones |= {"sparse_probing_1", "sparse_probing_2", "sparse_probing_5"}
+    expected = dict.fromkeys(nothing, 0) | dict.fromkeys(ones, 1) | {"l0_words": 2}
+    assert scores.figures == expected
+    assert scores.intervals == {name: (value, value) for name, value in expected.items()}
     assert [row.nonzero().squeeze(1).tolist() for row in scores.main_latents] == [[0], [1], [2]]
 
 
 def test_a_word_with_its_letter_in_its_own_latent_is_absorbed():
     # One word in four of one letter in three.
     scores = one_hot_sae(absorbing=True)
-    assert scores.full == pytest.approx(1 / 12)
-    assert scores.fraction == pytest.approx(1 / 12)
+    assert scores.figures["absorption_full"] == pytest.approx(1 / 12)
+    assert scores.figures["absorption_fraction"] == pytest.approx(1 / 12)
+    assert scores.figures["l0_words"] == pytest.approx(2 - 1 / 12)
     assert scores.fraction_by_letter.tolist() == pytest.approx([1 / 4, 0, 0])
+    low, high = scores.intervals["absorption_full"]
+    # A third of a proportion of 120 words, with a standard deviation of .04.
+    assert (low, high) == (
+        pytest.approx(1 / 12 - 0.027, abs=0.006),
+        pytest.approx(1 / 12 + 0.027, abs=0.006),
+    )
 
 
 def test_letters_that_do_not_count_are_left_out():
@@ -163,17 +164,18 @@ def test_letters_that_do_not_count_are_left_out():
     scores = first_letter_scores(
         Words(acts, letter),
         Words(acts, letter),
-        torch.ones(60, dtype=torch.bool),
         acts,
         torch.eye(12)[letter],
         torch.eye(12),
         Probe(torch.eye(12)[:3], torch.zeros(3)),
+        torch.ones(60, 3, dtype=torch.bool),
         torch.zeros(3, dtype=torch.bool),
-        torch.Generator().manual_seed(0),
+        seed=0,
+        resamples=10,
     )
-    assert math.isnan(scores.fraction)
-    assert math.isnan(scores.full_learned)
-    assert math.isnan(scores.k1_f1)
+    measured = {name for name, value in scores.figures.items() if not math.isnan(value)}
+    assert measured == {"l0_words"}
+    assert math.isnan(scores.intervals["k1_f1"][0])
     assert scores.fraction_by_letter.isnan().all()
 
 
@@ -183,9 +185,18 @@ def test_sparse_probing_by_hand():
     acts = torch.zeros(80, 2)
     acts[(letter == 0) & (torch.arange(80) % 4 == 0), 0] = 1
     acts[letter == 1, 1] = 1
-    words = Words(acts, letter)
-    found = sparse_probing(words, words, torch.tensor([True, True]))
-    assert found == {1: 1.0, 2: 1.0}
-    halves = Words(acts[:, :1].repeat(1, 2), letter)
-    found = sparse_probing(halves, halves, torch.tensor([True, True]))
-    assert found == {1: pytest.approx(0.75), 2: pytest.approx(0.75)}
+
+    def found(acts):
+        words, probe = Words(acts, letter), Probe(torch.eye(2), torch.full((2,), -0.5))
+        every = torch.ones(2, dtype=torch.bool)
+        by_probe = torch.eye(2).bool()[letter]
+        x = torch.eye(2)[letter]
+        decoder = torch.eye(acts.shape[1], 2)
+        scores = first_letter_scores(
+            words, words, acts, x, decoder, probe, by_probe, every, 0, resamples=2
+        )
+        return {k: v for k, v in scores.figures.items() if k.startswith("sparse_probing")}
+
+    assert found(acts) == {"sparse_probing_1": 1.0, "sparse_probing_2": 1.0}
+    halves = {f"sparse_probing_{k}": pytest.approx(0.75) for k in (1, 2)}
+    assert found(acts[:, :1].repeat(1, 2)) == halves

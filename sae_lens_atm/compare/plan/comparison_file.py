@@ -38,7 +38,7 @@ from sae_lens_atm.compare.plan.planned_run import EntrySettings, PlannedRun, spe
 from sae_lens_atm.compare.report.results import Sweep
 from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.evaluation.first_letters import FirstLetterConfig
+from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.training.run_file import SyntheticRun, parse_run
 from sae_lens_atm.training.schema import parse_fields
 from sae_lens_atm.yaml_files import apply_overrides, read_yaml

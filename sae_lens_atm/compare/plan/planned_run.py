@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sae_lens_atm.compare.plan.l0_target import L0Parameter
 from sae_lens_atm.compare.report.results import Role
 from sae_lens_atm.data.spelling.model import TOKENS, SpellingLMConfig
-from sae_lens_atm.evaluation.first_letters import FirstLetterConfig
+from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.files import hash_of
 from sae_lens_atm.training.run_file import Run, SyntheticRun
 

@@ -17,6 +17,7 @@ from sae_lens_atm.compare.report.wording import (
     marks,
     mean,
     show,
+    show_interval,
     show_l0,
     show_spread,
     training_window,
@@ -65,9 +66,25 @@ def center(row: Row, name: str) -> float:
     return math.nan if value is None else value
 
 
-def bar(row: Row, name: str) -> float:
-    """Return the standard deviation of a figure, or 0 for a single run."""
-    return clean(row.figures[name].sd) or 0.0
+def bar(row: Row, name: str) -> tuple[float, float]:
+    """Return the lengths of an error bar, down and up.
+
+    They are the standard deviation over seeds. For a single run they end at the interval over
+    resampled test words, if there is one.
+    """
+    sd = clean(row.figures[name].sd)
+    low, high = row.intervals.get(name, (None, None))
+    if sd is None and low is not None and high is not None:
+        middle = center(row, name)
+        return max(middle - low, 0.0), max(high - middle, 0.0)
+    return sd or 0.0, sd or 0.0
+
+
+def error_bars(rows: Iterable[Row], name: str) -> dict[str, Any]:
+    """Return the error bars of a figure for plotly."""
+    bars = [bar(row, name) for row in rows]
+    down, up = [down for down, _ in bars], [up for _, up in bars]
+    return {"array": up} if down == up else {"array": up, "arrayminus": down, "symmetric": False}
 
 
 def pareto_panel(results: Results, name: str) -> Panel | None:
@@ -82,7 +99,13 @@ def pareto_panel(results: Results, name: str) -> Panel | None:
     xs = {entry: [center(row, "l0") for row in rows] for entry, rows in lines.items()}
     ys = {entry: [center(row, name) for row in rows] for entry, rows in lines.items()}
     near = [entry for entry in lines if results.entries[entry].role != "control"] or list(lines)
-    bars = [s * bar(r, name) + center(r, name) for e in near for r in lines[e] for s in (-1, 1)]
+    bars = [
+        center(row, name) + side
+        for entry in near
+        for row in lines[entry]
+        for down, up in [bar(row, name)]
+        for side in (-down, up)
+    ]
     # With a single target the axis shows twice the 5% by which an L0 may miss it.
     asked = [share * row.l0_target for e in near for row in lines[e] for share in (0.9, 1.1)]
     x_range = axis_range([*asked, *(x for entry in near for x in xs[entry])], xs.values())
@@ -96,14 +119,15 @@ def pareto_panel(results: Results, name: str) -> Panel | None:
         hover = [
             f"{escape(entry)}<br>L0 {center(row, 'l0'):.2f}, target {show_l0(row.l0_target)}<br>"
             f"{figure(name).label} {show_spread(row.figures[name], figure(name).digits)}"
+            f" {show_interval(row.intervals.get(name), figure(name).digits)}"
             f" (n = {row.figures[name].n})" + "".join(f"<br>{mark}" for mark in marks(row))
             for row in rows
         ]
         chart.add_scatter(
             x=xs[entry],
             y=ys[entry],
-            error_x={"array": [bar(row, "l0") for row in rows]},
-            error_y={"array": [bar(row, name) for row in rows]},
+            error_x=error_bars(rows, "l0"),
+            error_y=error_bars(rows, name),
             mode="lines+markers",
             line={"color": style.colour, "width": style.width, "dash": style.dash},
             marker={

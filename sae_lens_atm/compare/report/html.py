@@ -25,6 +25,7 @@ from sae_lens_atm.compare.report.charts import (
     parents_panel,
     pareto_panel,
 )
+from sae_lens_atm.compare.report.notes import absorption_notes
 from sae_lens_atm.compare.report.pictures import draw_pictures
 from sae_lens_atm.compare.report.results import (
     PairedTest,
@@ -56,6 +57,7 @@ from sae_lens_atm.compare.report.wording import (
     marks,
     number,
     show,
+    show_interval,
     show_l0,
     show_p,
     show_spread,
@@ -111,7 +113,9 @@ def table(results: Results, holders: Sequence[Row] | Sequence[Run]) -> list[Line
             value = holder.figures.get(name)
             spread = value if isinstance(value, Spread) else Spread(mean=value, sd=None, n=1)
             is_best = isinstance(holder, Row) and (holder.entry, holder.l0_target) in best[name]
-            cells.append(number(spread.mean, show_spread(spread, figure(name).digits), is_best))
+            digits = figure(name).digits
+            interval = show_interval(holder.intervals.get(name), digits)
+            cells.append(number(spread.mean, show_spread(spread, digits), is_best, interval))
         lines.append(Line(holder.entry, marks(holder), cells))
     return lines
 
@@ -201,6 +205,7 @@ def report_html(results: Results) -> str:
     return environment.get_template("report.html.j2").render(
         {function.__name__: function for function in functions},
         results=results,
+        notes=absorption_notes(results),
         styles=entry_styles(results.entries),
         glances=make_glances(results),
         p_bound=P_BOUND,

@@ -5,7 +5,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from sae_lens_atm.compare.report.charts import PARETO, importance_runs
+from sae_lens_atm.compare.report.charts import PARETO, bar, importance_runs
 from sae_lens_atm.compare.report.results import Importance, Results, Row, Sweep
 from sae_lens_atm.compare.report.styles import (
     GROUP_COLOURS,
@@ -85,9 +85,9 @@ def _range(results: Results, name: str) -> list[float]:
     for row in results.rows:
         value = row.figures.get(name)
         if value is not None and value.mean is not None:
-            sd = value.sd or 0.0
+            down, up = bar(row, name)
             is_control = results.entries[row.entry].role == "control"
-            reach[is_control].append([value.mean - sd, value.mean + sd])
+            reach[is_control].append([value.mean - down, value.mean + up])
     near = reach[False] or reach[True]
     return axis_range([end for ends in near for end in ends], reach[True])
 
@@ -107,8 +107,8 @@ def _draw_entry(axes: Any, rows: Sequence[Row], name: str, style: Style) -> None
     rows.sort(key=lambda row: row.figures["l0"].mean or 0.0)
     x = [row.figures["l0"].mean for row in rows]
     y = [row.figures[name].mean for row in rows]
-    spread = [row.figures[name].sd or 0.0 for row in rows]
-    axes.errorbar(x, y, spread, **_line(style), capsize=2, label=_plain(rows[0].entry))
+    ends = [*zip(*(bar(row, name) for row in rows), strict=True)]
+    axes.errorbar(x, y, ends, **_line(style), capsize=2, label=_plain(rows[0].entry))
     for row, x_at, y_at in zip(rows, x, y, strict=True):
         filled = style.colour if row.matched else "white"
         axes.plot(x_at, y_at, "o", color=style.colour, markerfacecolor=filled, markersize=5)
@@ -210,6 +210,7 @@ def _draw_points(
             continue
         x = _plain(str(point.values[key])) if text else point.values[key]
         filled = colour if row.matched else "white"
-        axes.errorbar(x, value.mean, value.sd or 0.0, color=colour, capsize=2, fmt="none")
+        ends = [[length] for length in bar(row, sweep.objective)]
+        axes.errorbar(x, value.mean, ends, color=colour, capsize=2, fmt="none")
         axes.plot(x, value.mean, "o", color=colour, markerfacecolor=filled, markersize=5)
     axes.plot([], [], "o", color=colour, label=_plain(kind))

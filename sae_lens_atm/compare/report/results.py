@@ -19,6 +19,8 @@ SCHEMA_VERSION: Final = 3
 Role = Literal["candidate", "baseline", "control"]
 Figures = dict[str, float | None]
 """Figures by name. None: there were no values to average."""
+Interval = tuple[float | None, float | None]
+"""Low and high end. None: there were no values to average."""
 
 
 class _Schema(BaseModel):
@@ -76,6 +78,8 @@ class Run(_Schema):
     """Whether the measured L0 is within 5% of the target."""
     moving: bool
     """Whether explained variance or dead latents still changed at the end of training."""
+    intervals: dict[str, Interval] = Field(default_factory=dict)
+    """The 95% interval of a figure over resampled test words. First letters have it."""
     curve: Curve | None = None
     importance: Importance | None = None
     absorption_by_parent: list[float | None] = []
@@ -103,6 +107,9 @@ class Row(_Schema):
     matched: bool
     moving: bool
     figures: dict[str, Spread]
+    intervals: dict[str, Interval] = Field(default_factory=dict)
+    """The ends of the runs' intervals, averaged. All runs are measured on the same words, so more
+    seeds do not make these intervals shorter."""
 
 
 class PairedTest(_Schema):
@@ -133,6 +140,26 @@ class Parent(_Schema):
     """0 for a root."""
     probability: float | None
     """Share of the evaluation's samples on which it is active."""
+
+
+class LetterFacts(_Schema):
+    """The words and the letter probes of a language model, on which absorption is measured."""
+
+    model_seed: int | None = None
+    """Seed of the language model, if the comparison makes several."""
+    metric: str
+    """Whose definition of absorption it is."""
+    words: int
+    """Number of words."""
+    test_words: int
+    """Number of those of them on which SAEs are measured."""
+    words_hash: str
+    """Identifies the words and their split."""
+    words_by_letter: list[int]
+    probe_f1_by_letter: list[float | None]
+    letters_above: int
+    """Number of letters whose probe is good enough. With fewer than 20 none counts."""
+    settings: dict[str, Any]
 
 
 class Point(_Schema):
@@ -166,6 +193,10 @@ class Results(_Schema):
     """The content of the comparison file with all overrides."""
     not_ranked: list[str] = Field(default_factory=list)
     """Figures that are reported without a best value."""
+    absorption_metric: str = ""
+    """Whose definition the figures of absorption have."""
+    first_letters: list[LetterFacts] = Field(default_factory=list)
+    """One for each language model, if first letters were measured."""
     entries: dict[str, Entry]
     runs: list[Run]
     rows: list[Row]
@@ -200,7 +231,9 @@ def write_results(results: Results, folder: Path) -> list[Path]:
             "matched",
             "moving",
         ]
-        table.writerow([*head, *figures])
+        measured = list(dict.fromkeys(name for run in results.runs for name in run.intervals))
+        ends = [f"{name}_{end}" for name in measured for end in ("low", "high")]
+        table.writerow([*head, *figures, *ends])
         for run in results.runs:
             entry = results.entries[run.entry]
             facts = [
@@ -212,6 +245,9 @@ def write_results(results: Results, folder: Path) -> list[Path]:
                 run.seed,
             ]
             values = [_or_none(run.figures.get(name)) for name in figures]
+            values += [
+                _or_none(end) for n in measured for end in run.intervals.get(n, (None, None))
+            ]
             table.writerow([*facts, run.matched, run.moving, *values])
     (folder / ".results.csv.partial").replace(csv_path)
     return [json_path, csv_path]

@@ -8,7 +8,15 @@ from typing import Any, TypeGuard
 
 from scipy import stats
 
-from sae_lens_atm.compare.report.results import Entry, PairedTest, Results, Row, Run, Spread
+from sae_lens_atm.compare.report.results import (
+    Entry,
+    Interval,
+    PairedTest,
+    Results,
+    Row,
+    Run,
+    Spread,
+)
 from sae_lens_atm.metrics.figures import FIGURES, figure
 
 _ROUNDING = 1e-12  # a standard deviation below this is a rounding error
@@ -58,9 +66,20 @@ def make_rows(runs: Sequence[Run], stability: Mapping[tuple[str, float], Spread]
                 matched=all(run.matched for run in members),
                 moving=any(run.moving for run in members),
                 figures=ordered,
+                intervals=_mean_intervals(members),
             )
         )
     return rows
+
+
+def _mean_intervals(runs: Sequence[Run]) -> dict[str, Interval]:
+    """Return the averaged ends of the runs' intervals."""
+    names = dict.fromkeys(name for run in runs for name in run.intervals)
+    ends = {name: [run.intervals.get(name, (None, None)) for run in runs] for name in names}
+    return {
+        name: (spread(low for low, _ in pairs).mean, spread(high for _, high in pairs).mean)
+        for name, pairs in ends.items()
+    }
 
 
 def best_row(rows: Iterable[Row], name: str) -> Row | None:

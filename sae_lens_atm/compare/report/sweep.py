@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import escape
 
-from sae_lens_atm.compare.report.charts import Panel, bar, blank, center
+from sae_lens_atm.compare.report.charts import Panel, blank, center, error_bars
 from sae_lens_atm.compare.report.results import Results, Row, Spread, Sweep
 from sae_lens_atm.compare.report.styles import PALETTE, SYMBOLS, is_logarithmic
 from sae_lens_atm.compare.report.summary import ranked
@@ -115,7 +115,7 @@ def _chart(rows: list[Row], sweep: Sweep, key: str) -> Any:
         chart.add_scatter(
             x=xs if are_numbers else [str(escape(show_value(x))) for x in xs],
             y=[center(row, sweep.objective) for row in shown],
-            error_y={"array": [bar(row, sweep.objective) for row in shown]},
+            error_y=error_bars(shown, sweep.objective),
             mode="markers",
             marker={
                 "color": colour,

@@ -7,12 +7,14 @@ from markupsafe import escape
 from rich.table import Table
 from rich.text import Text
 
+from sae_lens_atm.compare.report.notes import absorption_notes
 from sae_lens_atm.compare.report.results import PairedTest, Results, Row
 from sae_lens_atm.compare.report.summary import best_rows, ranked
 from sae_lens_atm.compare.report.sweep import show_value, swept_fields
 from sae_lens_atm.compare.report.wording import (
     P_BOUND,
     evaluation_window,
+    show_interval,
     show_p,
     show_spread,
     training_window,
@@ -26,6 +28,7 @@ _SHOWN = {
     "f1": "F1",
     "absorption_full": "abs. full",
     "absorption_fraction": "abs. frac.",
+    "l0_words": "L0 words",
     "probe_f1": "probe F1",
     "k1_f1": "k1 F1",
     "ce_loss_score": "CE rec.",
@@ -35,6 +38,7 @@ _SHOWN = {
     "step_ms": "ms a step",
 }
 """The figures that fit into a terminal, and their headings. The report has all figures."""
+_WITH_INTERVAL = ("absorption_full", "absorption_fraction", "k1_f1")
 _ROLE_STYLES = {"candidate": "bold", "baseline": "", "control": "dim"}
 
 
@@ -72,6 +76,7 @@ _IN_MARKDOWN = (
     "f1",
     "absorption_full",
     "absorption_fraction",
+    "l0_words",
     "absorption_full_learned",
     "parents_learned",
     "children_learned",
@@ -127,8 +132,10 @@ def _escaped(text: str) -> str:
 def _markdown_cell(row: Row, name: str, best: set[tuple[str, float]]) -> str:
     if name not in row.figures:
         return ""
-    text = show_spread(row.figures[name], figure(name).digits).replace(" ± ", "±")
-    return f"**{text}**" if (row.entry, row.l0_target) in best else text
+    digits = figure(name).digits
+    text = show_spread(row.figures[name], digits).replace(" ± ", "±")
+    text = f"**{text}**" if (row.entry, row.l0_target) in best else text
+    return f"{text} {show_interval(row.intervals.get(name), digits)}".strip()
 
 
 def signs(row: Row) -> str:
@@ -153,7 +160,7 @@ def notes(results: Results, best: str = "Green") -> list[str]:
         sentences.append(f"dead: latents that fire on none of the {evaluation_window(results)}.")
     if sweep is None:
         sentences.append(f"{best}: the best ranked value, controls excluded.")
-    return sentences
+    return sentences + absorption_notes(results)
 
 
 def _cell(row: Row, name: str, best: Mapping[str, set[tuple[str, float]]]) -> Text:
@@ -161,6 +168,9 @@ def _cell(row: Row, name: str, best: Mapping[str, set[tuple[str, float]]]) -> Te
         return Text("")
     text = show_spread(row.figures[name], figure(name).digits).replace(" ± ", "±")
     text = text.replace("±0.", "±.")
+    if row.figures[name].sd is None and name in _WITH_INTERVAL:
+        interval = show_interval(row.intervals.get(name), 2)
+        text = f"{text} {interval.replace('0.', '.').replace(', ', ',')}".strip()
     return Text(text, style="green" if (row.entry, row.l0_target) in best[name] else "")
 
 

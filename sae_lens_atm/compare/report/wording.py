@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import NamedTuple
 
-from sae_lens_atm.compare.report.results import Entry, Results, Row, Run, Spread
+from sae_lens_atm.compare.report.results import Entry, Interval, Results, Row, Run, Spread
 from sae_lens_atm.metrics.figures import figure
 
 P_BOUND = 0.05
@@ -20,6 +20,8 @@ class Cell(NamedTuple):
     value: str
     """Value by which the column is sorted. Empty values come last."""
     best: bool = False
+    interval: str = ""
+    """The 95% interval over resampled test words."""
 
 
 def clean(value: float | None) -> float | None:
@@ -54,6 +56,13 @@ def show_spread(spread: Spread, digits: int) -> str:
     return show(spread.mean, digits) + (sd if clean(spread.mean) is not None else "")
 
 
+def show_interval(interval: Interval | None, digits: int) -> str:
+    """Return an interval in brackets, or "" without one."""
+    if interval is None or clean(interval[0]) is None or clean(interval[1]) is None:
+        return ""
+    return f"[{show(interval[0], digits)}, {show(interval[1], digits)}]"
+
+
 def show_p(p: float | None) -> str:
     """Return a p value as text."""
     return "<0.001" if p is not None and p < 0.001 else show(p, 3)
@@ -69,10 +78,10 @@ def count_latents(number: int) -> str:
     return f"{number:,} latent{'s' if number != 1 else ''}"
 
 
-def number(value: float | None, text: str, best: bool = False) -> Cell:
+def number(value: float | None, text: str, best: bool = False, interval: str = "") -> Cell:
     """Return the cell of a number."""
     value = clean(value)
-    return Cell(text, "" if value is None else repr(value), best)
+    return Cell(text, "" if value is None else repr(value), best, interval)
 
 
 def heading(name: str) -> str:

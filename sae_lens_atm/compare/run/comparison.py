@@ -19,6 +19,7 @@ from sae_lens_atm.compare.report.results import (
     Curve,
     Entry,
     Importance,
+    LetterFacts,
     Parent,
     Results,
     Run,
@@ -42,6 +43,7 @@ from sae_lens_atm.data.synthetic import children_of
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import locked, read_json
 from sae_lens_atm.metrics import Stability
+from sae_lens_atm.metrics.first_letter import METRIC
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.preflight.checks import check_data, check_devices, has_masks, never_masks
 from sae_lens_atm.training.ranks import gpu_settings
@@ -84,6 +86,8 @@ def compare(
                 failed |= run_jobs(jobs, at_once, events, stop)
             elif jobs:
                 failed |= run_jobs_on_ray(jobs, cluster, gpus, events, stop)
+            if any(job.needed and job.label in failed for job in jobs):
+                break
         shutil.rmtree(comparison.output / "pools", ignore_errors=True)
         return summarise(comparison, failed)
 
@@ -152,6 +156,8 @@ def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
             "device": comparison.planned[0].run.runner.device,
         },
         config=comparison.content,
+        absorption_metric=_metric(comparison),
+        first_letters=_first_letters(done, folder),
         entries=entries,
         runs=runs,
         rows=rows,
@@ -180,10 +186,26 @@ def _run_of(planned: PlannedRun, folder: Path) -> Run:
         moving=curve is not None and still_moving(curve, runner.sae.d_sae, runner.lr_decay_steps),
         curve=curve,
         importance=Importance.model_validate(importance) if importance else None,
+        intervals=evaluation.get("intervals", {}),
         absorption_by_parent=evaluation.get("absorption_by_parent", []),
         cosine_map=evaluation.get("cosine_map", ""),
         folder=planned.folder,
     )
+
+
+def _metric(comparison: Comparison) -> str:
+    if comparison.is_synthetic:
+        return f"{METRIC}, with the true directions of the parents"
+    return METRIC if comparison.planned[0].first_letters is not None else ""
+
+
+def _first_letters(done: list[PlannedRun], folder: Path) -> list[LetterFacts]:
+    """Return the words and probes of each language model."""
+    found: dict[int | None, Any] = {}
+    for planned in done:
+        if planned.first_letters is not None and planned.model_seed not in found:
+            found[planned.model_seed] = _evaluation(planned, folder)["first_letters"]
+    return [LetterFacts(model_seed=seed, **facts) for seed, facts in found.items()]
 
 
 _COSTS = ("seconds", "group_seconds", "step_ms", "peak_memory_mib")

@@ -9,13 +9,9 @@ from sae_lens import SAE
 from safetensors.torch import save_file
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
+from sae_lens_atm.compare.run.letters import first_letters
 from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED, is_evaluated
-from sae_lens_atm.evaluation.first_letters import (
-    FirstLetters,
-    figures_of,
-    look_at_first_letters,
-    scores_of,
-)
+from sae_lens_atm.evaluation.first_letters import FirstLetters, figures_of, scores_of
 from sae_lens_atm.evaluation.language_model import HeldOutTokens, language_model_figures
 from sae_lens_atm.evaluation.synthetic import is_signed
 from sae_lens_atm.files import write_json
@@ -43,11 +39,7 @@ def evaluate_group(
         if is_evaluated(planned, folder, with_map=False):
             continue
         on_progress(1)
-        if letters is None and planned.first_letters is not None:
-            cfg = cast(LanguageModelRun, planned.run).runner
-            letters = look_at_first_letters(
-                model, cfg.hook_name, planned.first_letters, cfg.model_kwargs
-            )
+        letters = letters or first_letters(planned, folder, lambda: model)
         evaluate_on_language_model(planned, folder, model, tokens, letters)
 
 
@@ -79,8 +71,10 @@ def evaluate_on_language_model(
         "signed": is_signed(sae),
     }
     if letters is not None:
-        scores = scores_of(sae, letters)
+        scores = scores_of(sae, letters, planned.l0)
         figures |= figures_of(scores, letters)
+        content["intervals"] = scores.intervals
+        content["first_letters"] = letters.facts()
         content["absorption_by_parent"] = scores.fraction_by_letter.tolist()
         content["parent_probability"] = letters.shares.tolist()
     write_json(home / FIGURES, content)

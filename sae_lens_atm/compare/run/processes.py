@@ -39,6 +39,8 @@ class Job:
     label: str
     steps: int
     work: Work
+    needed: bool = False
+    """Whether the jobs after it cannot do without its result."""
 
 
 class JobEvents(Protocol):

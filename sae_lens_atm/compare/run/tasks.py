@@ -1,6 +1,6 @@
 """The jobs of a comparison that are left to do."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +16,7 @@ from sae_lens_atm.compare.run.cached import (
     make_cache,
 )
 from sae_lens_atm.compare.run.language_model import train_group
+from sae_lens_atm.compare.run.letters import PERCENT, first_letters, has_letters, in_percent
 from sae_lens_atm.compare.run.processes import Job, StepCounter
 from sae_lens_atm.compare.run.stored_run import (
     is_evaluated,
@@ -56,6 +57,21 @@ class _MakeLanguageModel:
             _stop_if_requested(stop)
 
         make_spelling_lm(self.lm, self.folder, on_step)
+
+
+@dataclass(frozen=True)
+class _LookAtFirstLetters:
+    planned: PlannedRun
+    folder: Path
+
+    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+        report = in_percent(on_progress)
+
+        def on_batch(done: int, batches: int) -> None:
+            report(done, batches)
+            _stop_if_requested(stop)
+
+        first_letters(self.planned, self.folder, on_batch=on_batch)
 
 
 @dataclass(frozen=True)
@@ -148,8 +164,9 @@ def make_jobs(comparison: Comparison) -> list[list[Job]]:
     """Return the jobs that are left to do, in lists that run one after the other.
 
     On synthetic data: making the model, drawing batches, then one job for each run. On a language
-    model: making the models, then one job for each group of runs that share activations. On cached
-    activations: the cache, then for each seed one job for each run, and their evaluation.
+    model: making the models, reading their first letters, then one job for each group of runs that
+    share activations. On cached activations: the cache, the first letters, then for each seed one
+    job for each run, and their evaluation.
     """
     synthetic = comparison.is_synthetic
     return _synthetic_jobs(comparison) if synthetic else _language_model_jobs(comparison)
@@ -159,8 +176,8 @@ def _cached_jobs(comparison: Comparison) -> list[list[Job]]:
     folder = comparison.output
     left = [p for p in comparison.planned if not is_evaluated(p, folder, with_map=False)]
     contexts = contexts_to_cache(comparison.planned) if left else 0
-    cache = [Job("cache", contexts, _MakeCache(tuple(comparison.planned)))] if contexts else []
-    jobs = [cache]
+    cache = Job("cache", contexts, _MakeCache(tuple(comparison.planned)), needed=True)
+    jobs = [[cache] if contexts else [], _letter_jobs(left, folder)]
     for _, runs in groupby(left, key=lambda p: p.seed):  # complete results seed by seed
         group = list(runs)
         to_train = (p for p in group if not is_trained(p, folder))
@@ -201,11 +218,29 @@ def _language_model_jobs(comparison: Comparison) -> list[list[Job]]:
     lms = {p.lm.seed: p.lm for p in comparison.planned if p.lm is not None} if runs else {}
     homes = {seed: spelling_lm_folder(folder, lm) for seed, lm in lms.items()}
     models = [
-        Job(f"model {seed}", lm.steps, _MakeLanguageModel(lm, homes[seed]))
+        Job(f"model {seed}", lm.steps, _MakeLanguageModel(lm, homes[seed]), needed=True)
         for seed, lm in lms.items()
         if not is_spelling_lm(lm, homes[seed])
     ]
-    return [models, runs]
+    left = [p for group in groups for p in group if not is_evaluated(p, folder, with_map=False)]
+    return [models, _letter_jobs(left, folder), runs]
+
+
+def _letter_jobs(left: Iterable[PlannedRun], folder: Path) -> list[Job]:
+    """Return a job for each language model whose first letters are needed and not stored."""
+    firsts: dict[int | None, PlannedRun] = {}
+    for planned in left:
+        firsts.setdefault(planned.model_seed, planned)
+    return [
+        Job(
+            "first letters" if seed is None else f"first letters, model {seed}",
+            PERCENT,
+            _LookAtFirstLetters(planned, folder),
+            needed=True,
+        )
+        for seed, planned in firsts.items()
+        if not has_letters(planned, folder)
+    ]
 
 
 def _synthetic_jobs(comparison: Comparison) -> list[list[Job]]:

@@ -4,7 +4,7 @@ import pytest
 
 from sae_lens_atm.compare.report import charts, results
 from sae_lens_atm.metrics.figures import FIGURES
-from tests.compare.sample import ODD, sample
+from tests.compare.sample import ODD, measured_on_words, sample
 
 
 def test_missed_l0s_are_hollow(comparison):
@@ -14,6 +14,19 @@ def test_missed_l0s_are_hollow(comparison):
     assert hollow.pop("jumprelu") == [True, False, False]
     assert hollow.pop("topk") == [False, False, True]
     assert not any(any(points) for points in hollow.values())
+
+
+def test_bars_of_several_seeds_are_deviations_and_of_one_its_interval():
+    panel = charts.pareto_panel(measured_on_words(), "absorption_fraction")
+    atm, topk = panel.charts[""].data
+    assert atm.error_y.array == pytest.approx([0.1 / 2**0.5], rel=1e-4)
+    assert atm.error_y.arrayminus is None
+    assert topk.error_y.array == pytest.approx([0.04])
+    assert topk.error_y.arrayminus == pytest.approx([0.02])
+    assert "0.300 [0.280, 0.340] (n = 1)" in topk.customdata[0]
+    low, high = panel.charts[""].layout.yaxis.range
+    assert low < 0.08
+    assert high > 0.34
 
 
 def test_controls_out_of_view_are_named(comparison):

@@ -11,7 +11,7 @@ from markupsafe import escape
 from sae_lens_atm.compare.report import html as report
 from sae_lens_atm.compare.report import results
 from sae_lens_atm.metrics.figures import FIGURES
-from tests.compare.sample import L0S, ODD, sample, sample_sweep
+from tests.compare.sample import L0S, ODD, measured_on_words, sample, sample_sweep
 
 VOID = {"meta", "link", "img", "br", "path", "rect", "input"}
 
@@ -70,6 +70,15 @@ def test_tables_have_a_cell_for_every_figure(comparison):
         assert {len(line.cells) for line in lines} == {2 + len(names)}
     first = [line.entry for line in report.table(comparison, comparison.rows)][:7]
     assert first == ["atm", "topk", "batchtopk", "jumprelu", ODD, "masking off", "untrained"]
+
+
+def test_intervals_and_the_definition_of_absorption_are_on_the_page():
+    found = measured_on_words()
+    page = report.report_html(found)
+    assert '0.300<br><small class="soft">[0.280, 0.340]</small>' in page
+    assert '<strong>0.150 ± 0.071</strong><br><small class="soft">[0.130, 0.190]</small>' in page
+    assert "<li>Absorption is defined as in SAEBench 0.6.0.</li>" in page
+    assert "[low, high]: 95% interval" in page
 
 
 def test_only_rows_have_a_best_cell(comparison):

@@ -5,7 +5,7 @@ import pytest
 
 from sae_lens_atm.compare.report.results import SCHEMA_VERSION, read_results, write_results
 from sae_lens_atm.errors import SettingsError
-from tests.compare.sample import sample
+from tests.compare.sample import measured_on_words, sample
 
 
 def test_results_come_back_as_they_were_written(tmp_path):
@@ -23,6 +23,20 @@ def test_results_come_back_as_they_were_written(tmp_path):
         assert (row["entry"], int(row["seed"])) == (run.entry, run.seed)
         for name, value in run.figures.items():
             assert row[name] == ("" if value is None else str(value))
+
+
+def test_intervals_come_back_and_are_columns_of_the_csv(tmp_path):
+    results = measured_on_words()
+    results.runs[2].intervals["l0_words"] = (None, None)
+    json_path, csv_path = write_results(results, tmp_path)
+    again = read_results(json_path)
+    assert again.runs == results.runs
+    assert again.rows[1].intervals == results.rows[1].intervals
+    assert again.absorption_metric == "SAEBench 0.6.0"
+    with csv_path.open(newline="") as file:
+        first, _, last = csv.DictReader(file)
+    assert (first["absorption_fraction_low"], first["l0_words_high"]) == ("0.08", "4.1")
+    assert (last["l0_words_low"], last["l0_words_high"]) == ("", "")
 
 
 def test_lists_of_numbers_and_innermost_objects_take_a_line(tmp_path):

@@ -4,7 +4,7 @@ from sae_lens_atm.compare.report import tables
 from sae_lens_atm.compare.report.results import Entry, PairedTest, Point, Results, Run, Sweep
 from sae_lens_atm.compare.report.summary import make_rows
 from sae_lens_atm.compare.report.tables import markdown, row_tables, sweep_tables
-from tests.compare.sample import sample
+from tests.compare.sample import measured_on_words, sample
 
 
 def small():
@@ -85,6 +85,29 @@ def test_markdown_by_hand():
         "| gated * | 5.00 | 0.950 |\n"
         "| off | 4.00 | 0.990 |\n"
     )
+
+
+def test_intervals_and_the_definition_of_absorption_in_markdown():
+    table, below = tables.markdown_page(measured_on_words()).split("\n\n")
+    assert table.splitlines()[2:] == [
+        "| atm | 4.00±0.00 | **0.150±0.071** [0.130, 0.190] | 4.00±0.00 [3.90, 4.10] |",
+        "| topk | 4.00 | 0.300 [0.280, 0.340] | 3.70 [3.60, 3.80] |",
+    ]
+    assert "- Absorption is defined as in SAEBench 0.6.0." in below.splitlines()
+
+
+def test_in_the_terminal_an_interval_stands_for_a_missing_deviation():
+    (table,) = row_tables(measured_on_words())
+    console = Console(width=160, color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    shown = capture.get()
+    cells = [[c.strip() for c in line.split("│")] for line in shown.splitlines() if "4.00" in line]
+    assert [row[2:-1] for row in cells] == [
+        ["4.00±.00", "0.150±.071", "4.00±.00"],
+        ["4.00", "0.300 [.28,.34]", "3.70"],
+    ]
+    assert "L0 words" in shown
 
 
 def test_a_table_for_each_l0():

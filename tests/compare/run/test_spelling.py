@@ -58,11 +58,16 @@ def test_every_sae_is_trained_on_every_model(results):
 @pytest.mark.usefixtures("results")
 def test_models_are_made_once_and_runs_of_one_model_and_seed_together(yaml):
     labels = [job.label for job in planned_jobs(load_comparison(yaml, ["output_path=elsewhere"]))]
+    letters = [f"first letters, model {model}" for model in (3, 4)]
     groups = [f"model {model}, seed {seed}" for seed in (0, 1) for model in (3, 4)]
-    assert labels == ["model 3", "model 4", *groups]
+    assert labels == ["model 3", "model 4", *letters, *groups]
     assert not planned_jobs(load_comparison(yaml))
     again = planned_jobs(load_comparison(yaml, ["first_letters.seed=1"]))
-    assert [(job.label, job.steps) for job in again] == [(group, 0) for group in groups]
+    assert [job.label for job in again] == [*letters, *groups]
+    assert [job.steps for job in again[2:]] == [0] * 4
+    # The words and probes are those that are stored.
+    again = planned_jobs(load_comparison(yaml, ["first_letters.match_l0=true"]))
+    assert [job.label for job in again] == groups
 
 
 def test_another_model_is_another_training(yaml):
@@ -82,6 +87,24 @@ def test_first_letters_are_among_the_figures(results):
     assert sum(parent.probability for parent in results.parents) == pytest.approx(1, abs=1e-4)
 
 
+def test_words_probes_and_intervals_are_among_the_results(results):
+    assert results.absorption_metric == "SAEBench 0.6.0"
+    assert [letters.model_seed for letters in results.first_letters] == [3, 4]
+    for letters in results.first_letters:
+        assert sum(letters.words_by_letter) == letters.words
+        assert letters.test_words == letters.words - int(0.8 * letters.words)
+        assert letters.letters_above == sum(f1 > 0.6 for f1 in letters.probe_f1_by_letter)
+        assert letters.settings["words"] == 4000
+    assert len({letters.words_hash for letters in results.first_letters}) == 1
+    for run in results.runs:
+        assert run.intervals.keys() < run.figures.keys()
+        low, high = run.intervals["l0_words"]
+        assert 0 < low <= run.figures["l0_words"] <= high
+    row = results.rows[0]
+    ends = [run.intervals["l0_words"][1] for run in results.runs if run.entry == row.entry]
+    assert row.intervals["l0_words"][1] == pytest.approx(sum(ends) / len(ends))
+
+
 def test_stability_is_of_saes_on_one_model(results):
     row = next(row for row in results.rows if row.entry == "batchtopk")
     assert row.figures["stability"].n == 2
@@ -93,9 +116,26 @@ def test_a_saved_sae_is_evaluated_on_the_first_model(yaml, results):
     folder = str(yaml.parent / "out" / run.folder / "sae")
     assert SAE.load_from_disk(folder).cfg.d_in == 8
     found = evaluate_saved([folder], data_of(str(yaml)))[folder]
-    for name in ("l0", "k1_f1", "sparse_probing_2", "feature_splits"):
+    for name in ("l0", "l0_words", "k1_f1", "sparse_probing_2", "feature_splits"):
         kept = run.figures[name]
-        assert kept is None or found[name] == pytest.approx(kept, rel=1e-4)
+        assert kept is None or found.figures[name] == pytest.approx(kept, rel=1e-4)
+    assert found.intervals["l0_words"] == pytest.approx(run.intervals["l0_words"], rel=1e-4)
+    assert found.as_json()["first_letters"]["words_hash"] == results.first_letters[0].words_hash
+
+
+@pytest.mark.usefixtures("results")
+def test_matched_l0_needs_a_target_for_a_saved_sae(yaml):
+    data = data_of(str(yaml), ["first_letters.match_l0=true"])
+    with pytest.raises(SettingsError, match=r"^first_letters\.match_l0 must be a number"):
+        evaluate_saved(["nowhere"], data)
+
+
+@pytest.mark.usefixtures("results")
+def test_first_letters_that_cannot_be_read_stop_the_comparison(yaml):
+    found = compare(load_comparison(yaml, ["first_letters.words=20"]), 2, Silent())
+    assert list(found.failed) == ["first letters, model 3", "first letters, model 4"]
+    assert "there are 20 words" in found.failed["first letters, model 3"]
+    assert not found.runs
 
 
 def test_tests_pair_language_models_not_seeds():
