@@ -94,7 +94,14 @@ def train_command(
             resume_hint(run, command),
             Progress(console, run.runner.total_training_steps) as progress,
         ):
-            result = train_checked(run, checkpoint, progress.on_step, keep=keep, extend=more)
+            result = train_checked(
+                run,
+                checkpoint,
+                progress.on_step,
+                keep=keep,
+                extend=more,
+                on_phase=progress.on_phase,
+            )
         _print_result(result, isinstance(run, LanguageModelRun))
 
 

@@ -11,6 +11,7 @@ from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED
 from sae_lens_atm.evaluation.first_letters import FirstLetters, figures_of, scores_of
 from sae_lens_atm.evaluation.language_model import HeldOutTokens, language_model_figures
+from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.synthetic import is_signed
 from sae_lens_atm.files import write_json
 from sae_lens_atm.training.run_file import LanguageModelRun
@@ -23,6 +24,7 @@ def evaluate_on_language_model(
     model: Any,
     tokens: HeldOutTokens,
     letters: FirstLetters | None,
+    on_batch: OnBatch,
 ) -> None:
     """Evaluate a saved SAE as its users load it.
 
@@ -32,11 +34,12 @@ def evaluate_on_language_model(
         model: the language model.
         tokens: held-out tokens.
         letters: words and probes for absorption; None leaves absorption out.
+        on_batch: is called before each batch.
     """
     home = folder / planned.folder
     cfg = cast(LanguageModelRun, planned.run).runner
     sae = SAE[Any].load_from_disk(home / "sae", device=cfg.device)
-    figures, alive = language_model_figures(sae, model, tokens, cfg)
+    figures, alive = language_model_figures(sae, model, tokens, cfg, on_batch)
     save_file({"alive": alive}, home / MEASURED)
     content: dict[str, Any] = {
         "evaluation_key": planned.evaluation_key,

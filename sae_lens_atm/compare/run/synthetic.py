@@ -37,6 +37,7 @@ from sae_lens_atm.files import saved_at_once, write_json
 from sae_lens_atm.training.checkpoints import (
     ESTIMATED_SCALES,
     check_pickles,
+    estimation_batches,
     newest_checkpoint,
     reading,
     samples_of,
@@ -117,7 +118,8 @@ def _fit(
     if checkpoint is not None:
         served = samples_of(checkpoint) // cfg.batch_size + skipped_batches(checkpoint)
         if sae.cfg.normalize_activations in ESTIMATED_SCALES:
-            served += trainer_cfg.n_batches_for_norm_estimate
+            taken = estimation_batches(checkpoint)
+            served += trainer_cfg.n_batches_for_norm_estimate if taken is None else taken
     pool = pool_of(planned, folder)
     is_stored = pool.path.exists()
     batches = pool.read(served) if is_stored else pool.redraw(model, planned.seed, served)

@@ -1,6 +1,5 @@
 """The jobs of a comparison that are left to do."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +9,7 @@ from sae_lens_atm.compare.plan.comparison_file import Comparison
 from sae_lens_atm.compare.plan.planned_run import PlannedRun, spelling_lm_folder
 from sae_lens_atm.compare.run.batch_pool import model_folder, synthetic_model
 from sae_lens_atm.compare.run.language_model import train_group
-from sae_lens_atm.compare.run.processes import Job, StepCounter
+from sae_lens_atm.compare.run.processes import Job, OnProgress, StepCounter
 from sae_lens_atm.compare.run.stored_run import (
     is_evaluated,
     is_trained,
@@ -31,7 +30,7 @@ class _MakeSyntheticModel:
     run: SyntheticRun
     folder: Path
 
-    def __call__(self, _on_progress: Callable[[int], None], _stop: StopFlag) -> None:
+    def __call__(self, _on_progress: OnProgress, _stop: StopFlag) -> None:
         synthetic_model(self.run, self.folder)
 
 
@@ -40,7 +39,7 @@ class _MakeLanguageModel:
     lm: SpellingLMConfig
     folder: Path
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         counter = StepCounter(on_progress)
 
         def on_step(_loss: float) -> None:
@@ -56,7 +55,7 @@ class _DrawPool:
     planned: PlannedRun
     folder: Path
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         run = cast(SyntheticRun, self.planned.run)
         model = synthetic_model(run, self.folder)
         counter = StepCounter(on_progress)
@@ -73,7 +72,7 @@ class _RunOne:
     points: int
     with_map: bool
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         model = synthetic_model(cast(SyntheticRun, self.planned.run), self.folder)
         on_step = StepCounter(on_progress).on_step
         train_one(self.planned, model, self.folder, self.points, on_step, stop)
@@ -86,9 +85,9 @@ class _RunGroup:
     folder: Path
     points: int
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         on_step = StepCounter(on_progress).on_step
-        train_group(self.group, self.folder, self.points, on_step, stop)
+        train_group(self.group, self.folder, self.points, on_step, stop, on_progress)
 
 
 def make_jobs(comparison: Comparison) -> list[list[Job]]:
