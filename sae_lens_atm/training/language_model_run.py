@@ -14,9 +14,16 @@ from sae_lens_atm.data.language_model import check_hook, saved_dataset
 from sae_lens_atm.errors import CheckpointError, SettingsError
 from sae_lens_atm.evaluation.language_model import hold_out, language_model_figures
 from sae_lens_atm.files import saved_at_once
+from sae_lens_atm.training.before_first_step import (
+    LOADING,
+    ModelBatches,
+    Phase,
+    unseen,
+)
 from sae_lens_atm.training.checkpoints import reading
 from sae_lens_atm.training.fit import PreparedRun, RunContext
 from sae_lens_atm.training.parallel import share_store
+from sae_lens_atm.training.preflight.amounts import estimation_batches, llm_batches_of
 from sae_lens_atm.training.run_file import LanguageModelRun
 from sae_lens_atm.training.supervise import Hook, Step
 
@@ -36,8 +43,18 @@ class SupervisedRunner(LanguageModelSAETrainingRunner):
             self.run_settings,
             *self.stream_hooks,
             restores_random_state=not self.stream_hooks,
+            model_batches=self.model_batches(),
         )
         return trainer.sae
+
+    def model_batches(self) -> ModelBatches | None:
+        """Return the batches of the model before the first step; None without a model."""
+        estimated = estimation_batches(self.run_settings) * self.cfg.train_batch_size_tokens
+        return ModelBatches(
+            self.activations_store,
+            llm_batches_of(self.cfg, 1),
+            llm_batches_of(self.cfg, estimated + 1),
+        )
 
     @override
     def save_final_sae(
@@ -86,6 +103,8 @@ def prepare_language_model(run: LanguageModelRun, context: RunContext) -> Prepar
             "activations.cache"
         )
     cfg.resume_from_checkpoint = None if context.checkpoint is None else str(context.checkpoint)
+    on_phase = context.on_phase if context.writes else unseen
+    on_phase(Phase(LOADING))
     try:
         runner = SupervisedRunner(cfg, override_dataset=saved_dataset(cfg.dataset_path))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -116,6 +135,10 @@ def prepare_language_model(run: LanguageModelRun, context: RunContext) -> Prepar
             return {}
         saved = SAE[Any].load_from_disk(str(cfg.output_path), device=cfg.device)
         tokens = hold_out(store, runner.cfg)
-        return language_model_figures(saved, runner.model, tokens, runner.cfg)[0]
+
+        def on_batch(done: int, total: int) -> None:
+            on_phase(Phase("evaluating", done, total, "batches"))
+
+        return language_model_figures(saved, runner.model, tokens, runner.cfg, on_batch)[0]
 
     return PreparedRun(fit_and_save, final_evaluation)
