@@ -24,9 +24,40 @@ from sae_lens_atm.metrics.figures import ARROWS
 from sae_lens_atm.metrics.figures import figure as figure_info
 from sae_lens_atm.metrics.word_figures import Interval
 from sae_lens_atm.sae.forward_pass import mean_l0
+from sae_lens_atm.training.before_first_step import Phase
 
 _REFRESH = 20  # steps between two readings, each of which waits for the device
 _LINES = 10  # lines for a whole run in a log file
+_SECONDS = 5.0  # between two lines on a phase in a log file
+
+
+class PhaseLines:
+    """Prints phases as lines: the first, the last, and one every few seconds.
+
+    On a terminal, which has a bar, it prints only the last.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._what = ""
+        self._start = self._printed = 0.0
+
+    def show(self, phase: Phase, before: str = "") -> bool:
+        """Print a phase if it is time to, and return whether the phase is a new one.
+
+        Args:
+            phase: the phase.
+            before: text before it.
+        """
+        now, is_new = time.monotonic(), phase.what != self._what
+        if is_new:
+            self._what, self._start = phase.what, now
+        is_due = is_new or now - self._printed >= _SECONDS
+        if phase.is_finished or (is_due and not self._console.is_terminal):
+            took = f", {now - self._start:.0f} s" if phase.is_finished else ""
+            self._console.print(f"{before}{phase}{took}", highlight=False)
+            self._printed = now
+        return is_new
 
 
 class Progress:
@@ -50,6 +81,7 @@ class Progress:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("before step 1", total=steps, figures="")
+        self._lines, self._in_phase = PhaseLines(console), False
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -58,9 +90,19 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
+    def on_phase(self, phase: Phase) -> None:
+        """Show work before or after training."""
+        if self._lines.show(phase) or not self._in_phase:
+            self._bar.reset(self._task, description=phase.what, figures="")
+        self._in_phase = True
+        self._bar.update(self._task, completed=phase.done, total=phase.total or None)
+
     def on_step(self, trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> None:
         """Show a completed step."""
         step = trainer.n_training_steps + 1
+        if self._in_phase:
+            self._in_phase = False
+            self._bar.reset(self._task, description="training", total=self._steps, completed=step)
         every = _REFRESH if self._console.is_terminal else max(self._steps // _LINES, 1)
         if step % every and step != self._steps:
             return
@@ -101,6 +143,7 @@ class RunsProgress:
         )
         self._all = self._bar.add_task("all", total=self._steps)
         self._tasks: dict[str, TaskID] = {}
+        self._lines: dict[str, PhaseLines] = {}
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -118,10 +161,16 @@ class RunsProgress:
         """Count steps of a run."""
         self._done += steps
         self._bar.advance(self._all, steps)
-        self._bar.advance(self._tasks[job.label], steps)
+        self._bar.update(self._tasks[job.label], advance=steps, description=job.label)
         before, now = (10 * (self._done - n) // self._steps for n in (steps, 0))
         if now > before and not self._console.is_terminal:
             self._console.print(f"{10 * now}% of all steps{self._time_left()}", highlight=False)
+
+    def is_in(self, job: Job, phase: Phase) -> None:
+        """Show work of a run before or after its training."""
+        lines = self._lines.setdefault(job.label, PhaseLines(self._console))
+        lines.show(phase, f"{job.label}: ")
+        self._bar.update(self._tasks[job.label], description=f"{job.label}: {phase}")
 
     def _time_left(self) -> str:
         left = (time.monotonic() - self._start) * (self._steps / self._done - 1)

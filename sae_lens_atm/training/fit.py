@@ -12,6 +12,12 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens_atm.data.random_state import load_random_state
 from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, RankLostError
 from sae_lens_atm.files import read_json, to_json, write_text
+from sae_lens_atm.training.before_first_step import (
+    BeforeFirstStep,
+    ModelBatches,
+    OnPhase,
+    unseen,
+)
 from sae_lens_atm.training.checkpointer import Checkpointer
 from sae_lens_atm.training.checkpoints import (
     CHANGED_BY_FOLDING,
@@ -45,6 +51,8 @@ def fit(
     config: dict[str, Any] | None = None,
     ranks: Ranks | None = None,
     restores_random_state: bool = True,
+    on_phase: OnPhase = unseen,
+    model_batches: ModelBatches | None = None,
 ) -> int:
     """Train to the end, and return the number of bad batches that were skipped.
 
@@ -59,9 +67,11 @@ def fit(
         ranks: the processes of this training, if there are several.
         restores_random_state: set torch's random state to the checkpoint's now. Otherwise the
             data provider does so.
+        on_phase: is called with the progress of the work before the first step.
+        model_batches: the batches of the language model in that work, if there is one.
 
     Raises:
-        Interrupted: `stop` requested it. A checkpoint is saved.
+        Interrupted: `stop` requested it. A checkpoint is saved, unless there is no step yet.
         NonFiniteBatchError: too many bad batches in a row. The last good step is saved.
         RankLostError: another process has ended. Rank 0 has saved the last complete step.
     """
@@ -71,13 +81,16 @@ def fit(
     guard = BadBatchGuard(trainer, max_bad_batches, max_over_ranks, before)
     context = None if ranks is None else AcrossRanks(ranks)
     exchange = [] if ranks is None or context is None else [RankExchange(trainer, ranks, context)]
+    stop_request = StopRequest(stop, max_over_ranks)
+    watched = model_batches if ranks is None else None
     supervision: list[Hook] = [
         *hooks,
         *exchange,
         guard,
         DeferredUpdates(trainer, context),
-        StopRequest(stop, max_over_ranks),
+        stop_request,
         Checkpointer(trainer, keep, config, lambda: {"skipped_batches": guard.skipped}, writes),
+        BeforeFirstStep(trainer, stop_request, on_phase if writes else unseen, watched),
     ]
     if writes:
         supervision.append(CollapseWarning(trainer))
@@ -151,6 +164,7 @@ class RunContext(NamedTuple):
     keep: int | None
     ranks: Ranks | None
     last_batch: LastBatch
+    on_phase: OnPhase = unseen
 
     @property
     def writes(self) -> bool:
@@ -163,6 +177,7 @@ class RunContext(NamedTuple):
         run: Run,
         *hooks: Hook,
         restores_random_state: bool = True,
+        model_batches: ModelBatches | None = None,
     ) -> int:
         """Train, and return the number of skipped batches."""
         observers: list[Hook] = []
@@ -182,6 +197,8 @@ class RunContext(NamedTuple):
             config=run_config(run),
             ranks=self.ranks,
             restores_random_state=restores_random_state,
+            on_phase=self.on_phase,
+            model_batches=model_batches,
         )
 
 

@@ -12,6 +12,7 @@ from torch.random import fork_rng
 
 from sae_lens_atm.files import locked
 from sae_lens_atm.torchrun import rank
+from sae_lens_atm.training.before_first_step import OnPhase, unseen
 from sae_lens_atm.training.cached_run import prepare_cached
 from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
 from sae_lens_atm.training.fit import RunContext
@@ -48,6 +49,7 @@ def train(
     stop: StopFlag | None = None,
     keep: int | None = None,
     extend: int = 0,
+    on_phase: OnPhase = unseen,
 ) -> Result:
     """Train a run to its end and save the SAE in its `output_path`.
 
@@ -61,6 +63,7 @@ def train(
         keep: number of checkpoints to keep, the newest; None keeps all.
         extend: number of samples (tokens) to train beyond the length in the run's settings. Needs
             `resume`. The SAE of the shorter run is replaced when the longer one is complete.
+        on_phase: is called with the progress of the work before and after training.
 
     Raises:
         Interrupted: a signal or `stop` requested it. A checkpoint is saved.
@@ -73,7 +76,7 @@ def train(
     run = extended(run, extend)
     checkpoint = None if resume is None else newest_checkpoint(resume, run if extend else None)
     check_run(run, checkpoint, extend=extend)
-    return train_checked(run, checkpoint, on_step, stop, keep, extend)
+    return train_checked(run, checkpoint, on_step, stop, keep, extend, on_phase)
 
 
 def train_checked(
@@ -83,6 +86,7 @@ def train_checked(
     stop: StopFlag | None = None,
     keep: int | None = None,
     extend: int = 0,
+    on_phase: OnPhase = unseen,
 ) -> Result:
     """Train as `train`, after `newest_checkpoint` and `check_run` were called."""
     check_devices(run)
@@ -95,7 +99,7 @@ def train_checked(
         torch.manual_seed(run.seed)
         start = time.perf_counter()
         last = LastBatch()
-        context = RunContext(checkpoint, on_step, stop, keep, ranks, last)
+        context = RunContext(checkpoint, on_step, stop, keep, ranks, last, on_phase)
         if isinstance(run, SyntheticRun):
             prepared = prepare_synthetic(run, context)
         elif run.activations is not None:

@@ -2,7 +2,8 @@
 
 The trainer is SAELens' own. `supervise` replaces its public methods `step`, `maybe_reset_sparsity`
 and `save_checkpoint`, the SAE's `training_forward_pass`, and the two estimates of the activation
-scaler. At the end, also after an exception, every attribute is restored.
+scaler, of which that of the scale ends earlier (`mean_norm`). At the end, also after an exception,
+every attribute is restored.
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
+
+from sae_lens_atm.training.scale import mean_norm
 
 Step = Callable[[Tensor], TrainStepOutput]
 Forward = Callable[[TrainStepInput], TrainStepOutput]
@@ -107,13 +110,21 @@ def supervise(trainer: SAETrainer[Any, Any], hooks: Sequence[Hook]) -> Generator
         else:
             wrapped_save(checkpoint_name, Path(base), wandb_aliases)
 
-    def supervised_estimate(estimate: Callable[..., None]) -> Callable[..., None]:
-        def estimate_from(*, data_provider: Iterator[Tensor], **kwargs: Any) -> None:
-            for hook in hooks:
-                data_provider = hook.wrap_batches(data_provider)
-            estimate(data_provider=data_provider, **kwargs)
+    def supervised_batches(batches: Iterator[Tensor]) -> Iterator[Tensor]:
+        for hook in hooks:
+            batches = hook.wrap_batches(batches)
+        return batches
 
-        return estimate_from
+    def estimate_scale(
+        d_in: int, data_provider: Iterator[Tensor], n_batches_for_norm_estimate: int
+    ) -> None:
+        batches = supervised_batches(data_provider)
+        scaler.scaling_factor = d_in**0.5 / mean_norm(batches, n_batches_for_norm_estimate)
+
+    whiten = scaler.estimate_whitening
+
+    def estimate_whitening(*, data_provider: Iterator[Tensor], **kwargs: Any) -> None:
+        whiten(data_provider=supervised_batches(data_provider), **kwargs)
 
     def before_update(*_: object) -> None:
         for hook in hooks:
@@ -127,8 +138,8 @@ def supervise(trainer: SAETrainer[Any, Any], hooks: Sequence[Hook]) -> Generator
         replace_attribute(trainer, "maybe_reset_sparsity", supervised_reset, undo)
         replace_attribute(trainer, "save_checkpoint", supervised_save, undo)
         replace_attribute(sae, "training_forward_pass", supervised_forward, undo)
-        for name in ("estimate_scaling_factor", "estimate_whitening"):
-            replace_attribute(scaler, name, supervised_estimate(getattr(scaler, name)), undo)
+        replace_attribute(scaler, "estimate_scaling_factor", estimate_scale, undo)
+        replace_attribute(scaler, "estimate_whitening", estimate_whitening, undo)
         yield
 
 

@@ -1,12 +1,15 @@
 import io
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
+from sae_lens_atm.cli import progress
 from sae_lens_atm.cli.progress import BatchesProgress, Progress, RunsProgress, figures_table
 from sae_lens_atm.compare.run.processes import Job
+from sae_lens_atm.training.before_first_step import Phase
 
 
 def console(terminal=False):
@@ -79,6 +82,64 @@ def test_runs_are_counted_and_their_errors_printed():
 def test_nothing_to_train_is_no_division_by_zero():
     with RunsProgress(console(), 0, 0):
         pass
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that is one second further at each reading."""
+    seconds = itertools.count()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(seconds)))
+
+
+def show_phases(bar):
+    with bar:
+        bar.on_phase(Phase("loading"))
+        for done in range(9):
+            bar.on_phase(Phase("filling", done, 8, "batches"))
+        bar.on_step(SimpleNamespace(n_training_steps=0), output({}))
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_log_gets_a_line_every_few_seconds_before_step_1():
+    log = console()
+    show_phases(Progress(log, 1))
+    lines = text_of(log).splitlines()
+    assert lines[0] == "loading"
+    assert lines[1] == "filling: 0 of 8 batches"
+    assert lines[2] == "filling: 5 of 8 batches"
+    assert lines[3] == "filling: 8 batches, 8 s"
+    assert lines[4].startswith("step 1/1")
+    assert len(lines) == 5
+
+
+def test_a_terminal_gets_a_bar_before_step_1():
+    screen = console(terminal=True)
+    show_phases(Progress(screen, 40))
+    text = text_of(screen)
+    assert "filling: 8 batches, 0 s" in text
+    assert "filling: 5 of 8" not in text
+    assert "1/40" in text  # the bar of the steps
+
+
+@pytest.mark.usefixtures("clock")
+def test_phases_of_runs_are_shown_with_their_names():
+    log, job = console(), Job("run 0", 100, None)
+    with RunsProgress(log, 1, 100) as progress:
+        progress.started(job)
+        progress.is_in(job, Phase("loading"))
+        progress.is_in(job, Phase("filling", 8, 8, "batches"))
+        progress.advanced(job, 100)
+        progress.ended(job, None)
+    lines = text_of(log).splitlines()
+    assert lines[:2] == ["run 0: loading", "run 0: filling: 8 batches, 0 s"]
+
+
+def test_phases_of_runs_are_on_their_bars():
+    screen, job = console(terminal=True), Job("run 0", 100, None)
+    with RunsProgress(screen, 1, 100) as progress:
+        progress.started(job)
+        progress.is_in(job, Phase("filling", 3, 8, "batches"))
+    assert "run 0: filling: 3 of 8 batches" in text_of(screen)
 
 
 def test_a_table_of_figures():

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from sae_lens_atm.compare.run.curve import CurveRecorder
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.random_state import load_random_state, save_random_state
 from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.training.before_first_step import BeforeFirstStep, ModelBatches, OnPhase
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
 from sae_lens_atm.training.hooks import (
     CollapseWarning,
@@ -31,7 +32,9 @@ from sae_lens_atm.training.hooks import (
     StopRequest,
     StopRequested,
 )
-from sae_lens_atm.training.supervise import Hook, supervise
+from sae_lens_atm.training.preflight.amounts import estimation_batches, llm_batches_of
+from sae_lens_atm.training.run_file import LanguageModelRun
+from sae_lens_atm.training.supervise import Hook, replace_attribute, supervise
 
 
 class SharedBatches:
@@ -65,15 +68,32 @@ class SharedBatches:
             yield self._replacements[used - 1][hook_name]
 
 
-class EstimateFromGoodBatches(Hook):
-    """Lets the estimate of the activation scale take further batches in place of bad ones."""
+def estimate_scales(trainer: MultiSAETrainer) -> None:
+    """Estimate the scale of the activations for each SAE that needs it, on the same batches.
 
-    def __init__(self, trainer: SAETrainer[Any, Any]) -> None:
-        self._trainer = trainer
+    In place of SAELens' method, which first stores as many batches as the estimate may take.
+    """
+    stored: list[dict[str, Tensor]] = []
 
-    @override
-    def wrap_batches(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        return chain(batches, self._trainer.data_provider)
+    def batches(hook_name: str) -> Iterator[Tensor]:
+        for number in count():
+            if number == len(stored):
+                stored.append(next(trainer.data_provider))
+            yield stored[number][hook_name]
+
+    for name, inner in trainer.trainers.items():
+        scaler, cfg = inner.activation_scaler, inner.sae.cfg
+        estimates = {
+            "expected_average_only_in": (scaler.scaling_factor, scaler.estimate_scaling_factor),
+            "covariance_whitening": (scaler.whitening, scaler.estimate_whitening),
+        }
+        known, estimate = estimates.get(cfg.normalize_activations, (0, None))
+        if known is None and estimate is not None:
+            estimate(
+                d_in=cfg.d_in,
+                data_provider=batches(trainer.hook_names[name]),
+                n_batches_for_norm_estimate=trainer.cfg.n_batches_for_norm_estimate,
+            )
 
 
 class GroupCheckpoints(Hook):
@@ -99,6 +119,7 @@ class GroupRunner(MultiSAETrainingRunner):
     save_at: set[int]
     """Numbers of steps after which the state of the group is saved."""
     on_step: OnStep
+    on_phase: OnPhase
     stop: StopFlag
 
     @override
@@ -106,21 +127,29 @@ class GroupRunner(MultiSAETrainingRunner):
         batches = SharedBatches(trainer.data_provider)
         trainer.data_provider = batches
         self.recorders = {}
+        phases: BeforeFirstStep | None = None
         with ExitStack() as supervisions:
+            estimate = partial(estimate_scales, trainer)
+            replace_attribute(trainer, "_estimate_scaling_factors", estimate, supervisions)
             for name, planned in self.planned.items():
                 inner = _with_own_settings(trainer.trainers[name], planned)
                 inner.data_provider = batches.of(trainer.hook_names[name])
                 trainer.trainers[name] = inner
                 hooks = self._hooks(inner, name, planned)
-                if len(self.recorders) == 1:  # one SAE stops and saves for the group
-                    hooks += self._group_hooks(trainer)
+                if phases is None:  # one SAE stops and saves for the group
+                    stop = StopRequest(self.stop)
+                    batches_of_model = self._model_batches()
+                    phases = BeforeFirstStep(inner, stop, self.on_phase, batches_of_model)
+                    save = partial(self._save, trainer)
+                    hooks += [stop, GroupCheckpoints(trainer, save, self.save_at), phases]
                 supervisions.enter_context(supervise(inner, hooks))
             if self.cfg.resume_from_checkpoint is not None:
                 self._resume(trainer)
             try:
                 return trainer.fit()
             except StopRequested:
-                self._save(trainer)
+                if phases is not None and phases.started:
+                    self._save(trainer)
                 raise Interrupted(None, self.stop.signal_number or signal.SIGINT) from None
 
     def _hooks(self, trainer: SAETrainer[Any, Any], name: str, planned: PlannedRun) -> list[Hook]:
@@ -130,7 +159,6 @@ class GroupRunner(MultiSAETrainingRunner):
         self.recorders[name] = recorder
         return [
             timer,
-            EstimateFromGoodBatches(trainer),
             BadBatchGuard(trainer, planned.run.max_bad_batches),
             DeferredUpdates(trainer),
             *([] if controller is None else [controller]),
@@ -139,9 +167,13 @@ class GroupRunner(MultiSAETrainingRunner):
             StepCallback(trainer, self.on_step),
         ]
 
-    def _group_hooks(self, trainer: MultiSAETrainer) -> list[Hook]:
-        checkpoints = GroupCheckpoints(trainer, partial(self._save, trainer), self.save_at)
-        return [StopRequest(self.stop), checkpoints]
+    def _model_batches(self) -> ModelBatches:
+        run = next(iter(self.planned.values())).run
+        assert isinstance(run, LanguageModelRun)
+        estimated = max(estimation_batches(p.run) for p in self.planned.values())
+        tokens = estimated * run.runner.train_batch_size_tokens
+        fill, estimate = (llm_batches_of(run.runner, served + 1) for served in (0, tokens))
+        return ModelBatches(self.activations_store, fill, estimate)
 
     def _save(self, trainer: MultiSAETrainer) -> None:
         """Save the state of the whole group, or nothing."""

@@ -21,6 +21,7 @@ from sae_lens_atm.compare.run.stored_run import TRAINING, is_trained
 from sae_lens_atm.data.language_model import load_language_model, saved_dataset, set_metadata
 from sae_lens_atm.evaluation.language_model import hold_out, make_store
 from sae_lens_atm.files import saved_at_once, write_json
+from sae_lens_atm.training.before_first_step import LOADING, OnPhase, Phase, unseen
 from sae_lens_atm.training.hooks import (
     OnStep,
     StopFlag,
@@ -29,15 +30,29 @@ from sae_lens_atm.training.run_file import LanguageModelRun
 
 
 def train_group(
-    group: Sequence[PlannedRun], folder: Path, points: int, on_step: OnStep, stop: StopFlag
+    group: Sequence[PlannedRun],
+    folder: Path,
+    points: int,
+    on_step: OnStep,
+    stop: StopFlag,
+    on_phase: OnPhase = unseen,
 ) -> None:
     """Train and evaluate the runs of one seed that are not saved yet.
+
+    Args:
+        group: the runs of the seed.
+        folder: the folder of the comparison.
+        points: number of points of each curve.
+        on_step: is called after each step of each SAE.
+        stop: flag to stop training and evaluation.
+        on_phase: is called with the progress of the work before and after training.
 
     Raises:
         Interrupted: `stop` requested it. The next call resumes. The activations that waited in
             SAELens' buffer are skipped then.
     """
     cfg = cast(LanguageModelRun, group[0].run).runner
+    on_phase(Phase(LOADING))
     model = load_language_model(cfg)
     pending = [p for p in group if not is_trained(p, folder)]
     to_train = {p.name: p for p in pending if p.settings.trained}
@@ -60,6 +75,7 @@ def train_group(
             )
             held_out = hold_out(runner.activations_store, cfg)
             runner.planned, runner.on_step, runner.stop = to_train, on_step, stop
+            runner.on_phase = on_phase
             runner.points = curve_points(cfg.total_training_steps, points)
             runner.save_at = set(curve_points(cfg.total_training_steps, cfg.n_checkpoints + 1)[:-1])
             runner.saved_state = stopped
@@ -90,7 +106,7 @@ def train_group(
         write_json(home / TRAINING, facts)
     if runner is not None:
         shutil.rmtree(runner.saved_state.parent, ignore_errors=True)
-    evaluate_group(group, folder, model, held_out)
+    evaluate_group(group, folder, model, held_out, stop, on_phase)
 
 
 def _group_key(names: Iterable[str]) -> str:

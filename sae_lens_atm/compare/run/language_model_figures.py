@@ -11,10 +11,14 @@ from safetensors.torch import save_file
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.letters import first_letters
 from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED, is_evaluated
+from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.evaluation.first_letters import FirstLetters, figures_of, scores_of
 from sae_lens_atm.evaluation.language_model import HeldOutTokens, language_model_figures
+from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.synthetic import is_signed
 from sae_lens_atm.files import write_json
+from sae_lens_atm.training.before_first_step import OnPhase, Phase
+from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 
@@ -23,7 +27,9 @@ def evaluate_group(
     folder: Path,
     model: Any,
     tokens: HeldOutTokens,
-    on_progress: Callable[[int], None] = lambda _saes: None,
+    stop: StopFlag,
+    on_phase: OnPhase,
+    on_sae: Callable[[int], None] = lambda _saes: None,
 ) -> None:
     """Evaluate the saved SAEs of a group that are not evaluated yet, on the same model and tokens.
 
@@ -32,15 +38,26 @@ def evaluate_group(
         folder: the folder of the comparison.
         model: the language model.
         tokens: held-out tokens.
-        on_progress: is called with 1 before each SAE. It may raise an error to stop.
+        stop: flag to stop before the next batch.
+        on_phase: is called with the progress of the evaluation of an SAE.
+        on_sae: is called with 1 before each SAE.
+
+    Raises:
+        Interrupted: `stop` requested it. SAEs that are evaluated are not evaluated again.
     """
     letters: FirstLetters | None = None
     for planned in group:
         if is_evaluated(planned, folder, with_map=False):
             continue
-        on_progress(1)
+        on_sae(1)
+
+        def on_batch(done: int, total: int, name: str = planned.name) -> None:
+            if stop.signal_number is not None:
+                raise Interrupted(None, stop.signal_number)
+            on_phase(Phase(f"evaluating {name}", done, total, "batches"))
+
         letters = letters or first_letters(planned, folder, lambda: model)
-        evaluate_on_language_model(planned, folder, model, tokens, letters)
+        evaluate_on_language_model(planned, folder, model, tokens, letters, on_batch)
 
 
 @torch.no_grad()
@@ -50,6 +67,7 @@ def evaluate_on_language_model(
     model: Any,
     tokens: HeldOutTokens,
     letters: FirstLetters | None,
+    on_batch: OnBatch,
 ) -> None:
     """Evaluate a saved SAE as its users load it.
 
@@ -59,11 +77,12 @@ def evaluate_on_language_model(
         model: the language model.
         tokens: held-out tokens.
         letters: words and probes for absorption; None leaves absorption out.
+        on_batch: is called before each batch.
     """
     home = folder / planned.folder
     cfg = cast(LanguageModelRun, planned.run).runner
     sae = SAE[Any].load_from_disk(home / "sae", device=cfg.device)
-    figures, alive = language_model_figures(sae, model, tokens, cfg)
+    figures, alive = language_model_figures(sae, model, tokens, cfg, on_batch)
     save_file({"alive": alive}, home / MEASURED)
     content: dict[str, Any] = {
         "evaluation_key": planned.evaluation_key,

@@ -19,6 +19,7 @@ import torch
 from sae_lens import SAETrainer
 
 from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.quiet import silence_saelens
 
@@ -26,10 +27,14 @@ _REPORT_EVERY = 25  # steps
 _SIGTERM = 15
 
 
+OnProgress = Callable[[int | Phase], None]
+"""Is called with a number of steps that were taken, or with the phase of other work."""
+
+
 class Work(Protocol):
     """The function of a job. It must be picklable, as it is sent to another process."""
 
-    def __call__(self, _on_progress: Callable[[int], None], _stop: StopFlag, /) -> None: ...
+    def __call__(self, _on_progress: OnProgress, _stop: StopFlag, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class JobEvents(Protocol):
 
     def started(self, job: Job) -> None: ...
     def advanced(self, job: Job, steps: int) -> None: ...
+    def is_in(self, job: Job, phase: Phase) -> None: ...
     def ended(self, job: Job, error: str | None) -> None: ...
 
 
@@ -92,7 +98,7 @@ def run_jobs(
             assert isinstance(connection, Connection)
             process, job = running[connection]
             try:
-                message: int | str = connection.recv()
+                message: int | str | Phase = connection.recv()
             except (EOFError, OSError):
                 process.join()
                 del running[connection]
@@ -103,6 +109,8 @@ def run_jobs(
                 continue
             if isinstance(message, str):
                 failed[job.label] = message
+            elif isinstance(message, Phase):
+                events.is_in(job, message)
             else:
                 events.advanced(job, message)
     if stop.signal_number is not None:
@@ -116,14 +124,14 @@ def threads_per_job(at_once: int) -> int:
 
 
 def _run_in_process(job: Job, connection: Connection, threads: int) -> None:
-    """Run a job, in its process. Steps are sent as numbers, an error as text."""
+    """Run a job, in its process. Steps are sent as numbers, phases as such, an error as text."""
     torch.set_num_threads(threads)
     prepare_process()
     stop = StopFlag()
 
-    def report(steps: int) -> None:
+    def report(progress: int | Phase) -> None:
         try:
-            connection.send(steps)
+            connection.send(progress)
         except OSError:  # the parent process has ended: save the state and end, too
             stop.request(_SIGTERM)
 

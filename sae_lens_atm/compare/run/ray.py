@@ -9,6 +9,7 @@ import torch
 
 from sae_lens_atm.compare.run.processes import Job, JobEvents, describe_error, prepare_process
 from sae_lens_atm.errors import Interrupted, SettingsError
+from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
 
 LOCAL = "local"
@@ -55,12 +56,14 @@ def run_jobs_on_ray(
                 for reference in reversed(list(waiting)):  # jobs that have not begun come first
                     ray.cancel(reference)
             done, _ = ray.wait(list(waiting), timeout=0.5)
-            for i, steps in messages.get_nowait_batch(messages.size()):
-                if steps is None:
+            for i, message in messages.get_nowait_batch(messages.size()):
+                if message is None:
                     begun.add(i)
                     events.started(jobs[i])
+                elif isinstance(message, Phase):
+                    events.is_in(jobs[i], message)
                 else:
-                    events.advanced(jobs[i], steps)
+                    events.advanced(jobs[i], message)
             for reference in done:
                 i = waiting.pop(reference)
                 error = _error_of(ray, reference)
@@ -105,7 +108,7 @@ def _run_on_ray(job: Job, i: int, messages: Any) -> str | None:
     messages.put((i, None))
     try:
         with stop.on_signals():  # Ray cancels a task with SIGINT
-            job.work(lambda steps: messages.put((i, steps)), stop)
+            job.work(lambda progress: messages.put((i, progress)), stop)
     except Exception as error:
         return describe_error(error)
     return None

@@ -1,6 +1,6 @@
 """The jobs of a comparison that are left to do."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from sae_lens_atm.compare.run.cached import (
 )
 from sae_lens_atm.compare.run.language_model import train_group
 from sae_lens_atm.compare.run.letters import PERCENT, first_letters, has_letters, in_percent
-from sae_lens_atm.compare.run.processes import Job, StepCounter
+from sae_lens_atm.compare.run.processes import Job, OnProgress, StepCounter
 from sae_lens_atm.compare.run.stored_run import (
     is_evaluated,
     is_trained,
@@ -40,7 +40,7 @@ class _MakeSyntheticModel:
     run: SyntheticRun
     folder: Path
 
-    def __call__(self, _on_progress: Callable[[int], None], _stop: StopFlag) -> None:
+    def __call__(self, _on_progress: OnProgress, _stop: StopFlag) -> None:
         synthetic_model(self.run, self.folder)
 
 
@@ -49,7 +49,7 @@ class _MakeLanguageModel:
     lm: SpellingLMConfig
     folder: Path
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         counter = StepCounter(on_progress)
 
         def on_step(_loss: float) -> None:
@@ -64,7 +64,7 @@ class _LookAtFirstLetters:
     planned: PlannedRun
     folder: Path
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         report = in_percent(on_progress)
 
         def on_batch(done: int, batches: int) -> None:
@@ -79,7 +79,7 @@ class _DrawPool:
     planned: PlannedRun
     folder: Path
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         run = cast(SyntheticRun, self.planned.run)
         model = synthetic_model(run, self.folder)
         counter = StepCounter(on_progress)
@@ -95,7 +95,7 @@ class _RunOne:
     points: int
     with_map: bool
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         model = synthetic_model(cast(SyntheticRun, self.planned.run), self.folder)
         data = SyntheticData(self.planned, model, self.folder)
         on_step = StepCounter(on_progress).on_step
@@ -107,7 +107,7 @@ class _RunOne:
 class _MakeCache:
     planned: tuple[PlannedRun, ...]
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         before = 0
 
         def count(done: int, _contexts: int) -> None:
@@ -125,7 +125,7 @@ class _TrainCached:
     folder: Path
     points: int
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         data = CachedData(self.planned, open_cache(cast(LanguageModelRun, self.planned.run)))
         on_step = StepCounter(on_progress).on_step
         train_one(self.planned, data, self.folder, self.points, on_step, stop)
@@ -136,12 +136,8 @@ class _EvaluateCached:
     group: tuple[PlannedRun, ...]
     folder: Path
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
-        def count(saes: int) -> None:
-            on_progress(saes)
-            _stop_if_requested(stop)
-
-        evaluate_cached(self.group, self.folder, count)
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
+        evaluate_cached(self.group, self.folder, stop, on_progress, on_progress)
 
 
 @dataclass(frozen=True)
@@ -150,9 +146,9 @@ class _RunGroup:
     folder: Path
     points: int
 
-    def __call__(self, on_progress: Callable[[int], None], stop: StopFlag) -> None:
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         on_step = StepCounter(on_progress).on_step
-        train_group(self.group, self.folder, self.points, on_step, stop)
+        train_group(self.group, self.folder, self.points, on_step, stop, on_progress)
 
 
 def _stop_if_requested(stop: StopFlag) -> None:

@@ -35,6 +35,9 @@ class Events:
         if self._stop is not None and self._left <= 0:
             self._stop.request(signal.SIGINT)
 
+    def is_in(self, _job, _phase):
+        pass
+
     def ended(self, job, error):
         assert error is None, error
         self.done.append(job.label)
@@ -44,9 +47,9 @@ def run_here(comparison, stop_after=math.inf):
     """Run all jobs in this process, and request a stop after some steps (a multiple of 25)."""
     stop, left = StopFlag(), stop_after
 
-    def on_progress(steps):
+    def on_progress(progress):
         nonlocal left
-        left -= steps
+        left -= progress if isinstance(progress, int) else 0
         if left <= 0:
             stop.request(signal.SIGINT)
 

@@ -1,6 +1,9 @@
 """SAEs of a comparison that share the activations of a language model."""
 
+from contextlib import ExitStack
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,11 +11,17 @@ from safetensors.torch import load_file
 
 from sae_lens_atm.compare import load_comparison
 from sae_lens_atm.compare.run import group
-from sae_lens_atm.compare.run.group import SharedBatches
+from sae_lens_atm.compare.run.group import SharedBatches, estimate_scales
 from sae_lens_atm.compare.run.language_model import train_group
-from sae_lens_atm.errors import NonFiniteBatchError
+from sae_lens_atm.errors import Interrupted, NonFiniteBatchError
+from sae_lens_atm.evaluation import language_model
+from sae_lens_atm.training.before_first_step import ESTIMATING, FILLING
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.supervise import supervise
 from tests.helpers import state_equal
+from tests.training.test_supervise import make_trainer
+
+SCALED = ["sae.normalize_activations=expected_average_only_in", "n_batches_for_norm_estimate=3"]
 
 
 @pytest.fixture
@@ -31,9 +40,17 @@ def spoil(monkeypatch):
     return spoil
 
 
-def train_one_group(path, *overrides):
+def train_one_group(path, *overrides, stop_in=None):
+    """Train a group and return its weights, or stop it in a phase."""
     comparison = load_comparison(path, ["seeds=[0]", *overrides])
-    train_group(comparison.planned, comparison.output, 4, lambda *_: None, StopFlag())
+    stop, phases = StopFlag(), []
+
+    def on_phase(phase):
+        phases.append(phase.what)
+        if stop_in is not None and phase.what.startswith(stop_in) and phase.done > 0:
+            stop.request()
+
+    train_group(comparison.planned, comparison.output, 4, lambda *_: None, stop, on_phase)
     weights = comparison.output.glob("runs/*/sae/sae_weights.safetensors")
     return {p.parent.parent.name: load_file(p) for p in weights}
 
@@ -43,10 +60,7 @@ def train_one_group(path, *overrides):
     [
         (lambda x: x / 0, []),
         (lambda x: x * 1e30, []),  # finite, but the loss overflows
-        (
-            lambda x: x / 0,
-            ["sae.normalize_activations=expected_average_only_in", "n_batches_for_norm_estimate=3"],
-        ),
+        (lambda x: x / 0, SCALED),
     ],
     ids=["inf", "overflow", "while the scale is estimated"],
 )
@@ -60,6 +74,62 @@ def test_all_saes_of_a_group_skip_bad_batches(
     assert plain.keys() == spoilt.keys()
     for name, state in plain.items():
         assert state_equal(state, spoilt[name]), name
+
+
+@pytest.mark.parametrize("phase", [FILLING, ESTIMATING])
+def test_a_group_that_is_stopped_before_its_first_step_saves_nothing(
+    language_model_comparison_yaml, phase
+):
+    path = language_model_comparison_yaml
+    settings = [*SCALED, "n_batches_in_buffer=16", "activations_mixing_fraction=0.5"]
+    with pytest.raises(Interrupted):
+        train_one_group(path, *settings, "output_path=stopped", stop_in=phase)
+    assert not list(Path("stopped").rglob("*.safetensors"))
+    straight = train_one_group(path, *settings, "output_path=straight")
+    found = train_one_group(path, *settings, "output_path=stopped")
+    assert straight.keys() == found.keys()
+    for name, state in straight.items():
+        assert state_equal(state, found[name]), name
+
+
+def test_an_evaluation_is_stopped_and_done_later(language_model_comparison_yaml, monkeypatch):
+    monkeypatch.setattr(language_model, "TOKENS", 32)
+    with pytest.raises(Interrupted):
+        train_one_group(language_model_comparison_yaml, stop_in="evaluating batchtopk")
+    figures = {path.parent.name for path in Path("out").rglob("figures.json")}
+    assert {name.split("-")[0] for name in figures} == {"atm"}
+    train_one_group(language_model_comparison_yaml)
+    assert len(list(Path("out").rglob("figures.json"))) == 4
+
+
+def test_all_saes_of_a_group_have_one_scale_from_few_batches():
+    """The estimate ends when it is accurate, and stores no more batches than it took."""
+    batch, taken = 3 * torch.randn(32, 8), []
+
+    def batches():
+        while True:
+            taken.append(batch)
+            yield {"x": batch}
+
+    scaled = "expected_average_only_in"
+    trainers = {
+        n: make_trainer(normalize_activations=s)
+        for n, s in zip("abc", [scaled, scaled, "none"], strict=True)
+    }
+    group = SimpleNamespace(
+        data_provider=batches(),
+        cfg=SimpleNamespace(n_batches_for_norm_estimate=1000),
+        hook_names=dict.fromkeys("abc", "x"),
+        trainers=trainers,
+    )
+    with ExitStack() as supervisions:
+        for trainer in trainers.values():
+            supervisions.enter_context(supervise(trainer, []))
+        estimate_scales(group)
+    expected = pytest.approx(8**0.5 / batch.norm(dim=1).mean().item())
+    scales = [trainer.activation_scaler.scaling_factor for trainer in trainers.values()]
+    assert scales == [expected, expected, None]
+    assert len(taken) == 10
 
 
 def test_too_many_bad_batches_stop_a_group(language_model_comparison_yaml, spoil):

@@ -9,6 +9,7 @@ import torch
 
 from sae_lens_atm.compare.run.processes import Job, StepCounter, run_jobs
 from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
 
 
@@ -16,6 +17,7 @@ class Events:
     def __init__(self, stop=None):
         self.calls = []
         self.steps = {}
+        self.phases = []
         self.stop = stop
 
     def started(self, job):
@@ -26,6 +28,9 @@ class Events:
         if self.stop is not None:
             self.stop.request(signal.SIGTERM)
 
+    def is_in(self, job, phase):
+        self.phases.append((job.label, phase))
+
     def ended(self, job, error):
         self.calls.append(("ended", job.label, error))
 
@@ -33,6 +38,7 @@ class Events:
 # Jobs are pickled for other processes, so their functions are at the module's level.
 def write(path, on_progress, _stop):
     on_progress(3)
+    on_progress(Phase("waiting", 1, 2, "things"))
     on_progress(4)
     path.write_text(f"{os.getpid()} {torch.get_num_threads()}")
 
@@ -58,6 +64,7 @@ def test_jobs_run_in_processes_of_their_own(tmp_path):
     jobs = [Job(name, 7, partial(write, tmp_path / name)) for name in "abc"]
     events = Events()
     assert run_jobs(jobs, 2, events, StopFlag()) == {}
+    assert sorted(events.phases) == [(n, Phase("waiting", 1, 2, "things")) for n in "abc"]
     written = [Path(tmp_path / name).read_text().split() for name in "abc"]
     assert len({pid for pid, _ in written} | {str(os.getpid())}) == 4
     assert {threads for _, threads in written} == {str(max((os.cpu_count() or 1) // 2, 1))}

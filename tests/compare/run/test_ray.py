@@ -42,6 +42,7 @@ def test_jobs_run_in_other_processes(cluster, tmp_path):
     pids = {Path(tmp_path / name).read_text().split()[0] for name in "abc"}
     assert str(os.getpid()) not in pids
     assert events.steps == dict.fromkeys("abc", 7)
+    assert sorted(label for label, _ in events.phases) == list("abc")
     for name in "abc":
         assert events.calls.index(("started", name)) < events.calls.index(("ended", name, None))
 

@@ -56,7 +56,10 @@ def test_the_limit_of_bad_batches_is_the_run_files(train_atm, spoil):
     assert train_atm("max_bad_batches=4").is_dir()
 
 
-@pytest.mark.parametrize("scale", ["none", "expected_average_only_in", "covariance_whitening"])
+SCALES = ["none", "expected_average_only_in", "covariance_whitening"]
+
+
+@pytest.mark.parametrize("scale", SCALES)
 def test_a_run_resumes_from_a_final_checkpoint(train_atm, tmp_path, monkeypatch, scale):
     settings = [f"sae.normalize_activations={scale}", "n_batches_for_norm_estimate=5"]
     expected = weights_of(train_atm(*settings, "output_path=straight"))
@@ -83,6 +86,30 @@ def test_a_stopped_run_ends_as_one_that_was_not_stopped(train_atm):
         train_atm("output_path=stopped", until=7)
     found = weights_of(train_atm("output_path=stopped"))
     assert state_equal(expected, found)
+
+
+@pytest.mark.parametrize(("scale", "most"), [(SCALES[1], 5), (SCALES[1], 1000), (SCALES[2], 20)])
+def test_batches_of_the_estimate_are_not_read_again(train_atm, monkeypatch, scale, most):
+    """Also if the estimate has ended early, and the run is stopped twice."""
+    read, positions = Pool.redraw, []
+
+    def redraw(self, model, seed, first=0):
+        positions.append(first)
+        return read(self, model, seed, first)
+
+    monkeypatch.setattr(Pool, "redraw", redraw)
+    settings = [f"sae.normalize_activations={scale}", f"n_batches_for_norm_estimate={most}"]
+    settings += ["batch_size=1024", "training_samples=20480"]
+    expected = weights_of(train_atm(*settings, "output_path=straight"))
+    for until in (7, 12):
+        with pytest.raises(Interrupted):
+            train_atm(*settings, "output_path=stopped", until=until)
+    found = weights_of(train_atm(*settings, "output_path=stopped"))
+    assert state_equal(expected, found)
+    *_, first, second, third = positions
+    taken = second - 7
+    assert (first, third) == (0, taken + 12)
+    assert (10 <= taken < 900) if most == 1000 else (taken == most)
 
 
 def weights_of(home):
