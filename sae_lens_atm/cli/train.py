@@ -76,7 +76,12 @@ def train_from_file(
         Progress(console, run.runner.total_training_steps) as progress,
     ):
         result = train_checked(
-            run, checkpoint, progress.on_step, keep=keep, extend=extend, on_phase=progress.on_phase
+            run,
+            checkpoint,
+            progress.on_step,
+            keep=keep,
+            extend=extend,
+            on_phase=progress.on_phase,
         )
     _print_result(result, isinstance(run, LanguageModelRun))
 

@@ -70,8 +70,6 @@ class BeforeFirstStep(Hook):
         on_phase: is called before each batch.
         model: the batches of the language model; None without a model, or if there are other
             processes, which would wait for a process that stops alone.
-        taken: number of training batches that the estimate took, in a run that is resumed; None if
-            there was no estimate, or its checkpoint does not say.
 
     Raises:
         StopRequested: from the iterators of batches.
@@ -83,14 +81,12 @@ class BeforeFirstStep(Hook):
         stop: StopRequest,
         on_phase: OnPhase = unseen,
         model: ModelBatches | None = None,
-        taken: int | None = None,
     ) -> None:
         self.started = False
         """Whether a step was taken or tried."""
-        self.taken = taken
-        """Number of training batches that the estimate of the scale took; None without one."""
         self._trainer, self._stop, self._on_phase, self._model = trainer, stop, on_phase, model
-        self._computed = 0
+        self._computed = 0  # by the model
+        self._taken = 0  # by the estimate
         self._is_estimating = False
         # With prefetching, the model runs in a thread. It must not stop once a step has begun,
         # because a checkpoint needs what is in the buffer.
@@ -117,7 +113,6 @@ class BeforeFirstStep(Hook):
 
     @override
     def wrap_batches(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        taken = 0
         while True:
             self._stop_if_requested()
             self._show()
@@ -128,8 +123,7 @@ class BeforeFirstStep(Hook):
             if not self._is_estimating:
                 self._is_estimating = True
                 self._show_filled()
-            taken += 1
-            self.taken = taken
+            self._taken += 1
             yield batch
 
     @override
@@ -140,8 +134,8 @@ class BeforeFirstStep(Hook):
                     raise StopRequested
                 is_first, self.started = not self.started, True
             if is_first:
-                if self._is_estimating and self.taken:
-                    self._on_phase(Phase(ESTIMATING, self.taken, self.taken, "training batches"))
+                if self._is_estimating:
+                    self._on_phase(Phase(ESTIMATING, self._taken, self._taken, "training batches"))
                 else:
                     self._show_filled()
             return step(batch)
@@ -159,7 +153,7 @@ class BeforeFirstStep(Hook):
         most, model = "batches at most", self._model
         if model is None:
             total = self._trainer.cfg.n_batches_for_norm_estimate
-            self._on_phase(Phase(ESTIMATING, self.taken or 0, total, f"training {most}"))
+            self._on_phase(Phase(ESTIMATING, self._taken, total, f"training {most}"))
         elif self._is_estimating:
             total = max(model.estimate, self._computed + 1)
             self._on_phase(Phase(ESTIMATING, self._computed, total, f"model {most}"))

@@ -17,12 +17,12 @@ from sae_lens_atm.data.cache_writer import (
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.evaluation.language_model import (
     HeldOutTokens,
-    language_model_figures,
     make_store,
 )
 from sae_lens_atm.files import locked
+from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.fit import PreparedRun, RunContext
-from sae_lens_atm.training.language_model_run import SupervisedRunner
+from sae_lens_atm.training.language_model_run import SupervisedRunner, figures_of_saved
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 
@@ -95,11 +95,12 @@ def prepare_cached(run: LanguageModelRun, context: RunContext) -> PreparedRun:
     def fit_and_save() -> tuple[TrainingSAE[Any], int]:
         return runner.run(), runner.skipped_batches
 
-    def final_evaluation(sae: TrainingSAE[Any]) -> dict[str, float]:
+    def final_evaluation(_: TrainingSAE[Any]) -> dict[str, float]:
         if cfg.n_eval_batches <= 0:
             return {}
+        context.on_phase(Phase("loading the language model"))
         model = load_language_model(cfg)
-        return language_model_figures(sae, model, held_out_tokens(cache, run), cfg)[0]
+        return figures_of_saved(run, model, held_out_tokens(cache, run), context.on_phase)
 
     return PreparedRun(fit_and_save, final_evaluation)
 

@@ -84,21 +84,14 @@ def fit(
     exchange = [] if ranks is None or context is None else [RankExchange(trainer, ranks, context)]
     stop_request = StopRequest(stop, max_over_ranks)
     watched = model_batches if ranks is None else None
-    taken = None if checkpoint is None else estimation_batches(checkpoint)
-    phases = BeforeFirstStep(trainer, stop_request, on_phase if writes else unseen, watched, taken)
-
-    def facts() -> dict[str, Any]:
-        estimate = {} if phases.taken is None else {"estimation_batches": phases.taken}
-        return {"skipped_batches": guard.skipped, **estimate}
-
     supervision: list[Hook] = [
         *hooks,
         *exchange,
         guard,
         DeferredUpdates(trainer, context),
         stop_request,
-        Checkpointer(trainer, keep, config, facts, writes),
-        phases,
+        Checkpointer(trainer, keep, config, lambda: {"skipped_batches": guard.skipped}, writes),
+        BeforeFirstStep(trainer, stop_request, on_phase if writes else unseen, watched),
     ]
     if writes:
         supervision.append(CollapseWarning(trainer))

@@ -12,11 +12,16 @@ from sae_lens_atm.data.activation_cache import POSITION_FILENAME
 from sae_lens_atm.data.activation_stream import ActivationStream
 from sae_lens_atm.data.language_model import check_hook, saved_dataset
 from sae_lens_atm.errors import CheckpointError, SettingsError
-from sae_lens_atm.evaluation.language_model import hold_out, language_model_figures
+from sae_lens_atm.evaluation.language_model import (
+    HeldOutTokens,
+    hold_out,
+    language_model_figures,
+)
 from sae_lens_atm.files import saved_at_once
 from sae_lens_atm.training.before_first_step import (
     LOADING,
     ModelBatches,
+    OnPhase,
     Phase,
     unseen,
 )
@@ -34,6 +39,7 @@ class SupervisedRunner(LanguageModelSAETrainingRunner):
     context: RunContext
     run_settings: LanguageModelRun
     stream_hooks: tuple[Hook, ...] = ()
+    model_batches: ModelBatches | None = None
     skipped_batches: int = 0
 
     @override
@@ -43,7 +49,7 @@ class SupervisedRunner(LanguageModelSAETrainingRunner):
             self.run_settings,
             *self.stream_hooks,
             restores_random_state=not self.stream_hooks,
-            model_batches=self.model_batches(),
+            model_batches=self.model_batches,
         )
         return trainer.sae
 
@@ -115,6 +121,10 @@ def prepare_language_model(run: LanguageModelRun, context: RunContext) -> Prepar
         ) from error
     runner.context, runner.run_settings, store = context, run, runner.activations_store
     check_hook(runner.cfg, runner.model)
+    estimated = estimation_batches(run) * cfg.train_batch_size_tokens
+    runner.model_batches = ModelBatches(
+        store, llm_batches_of(cfg, 1), llm_batches_of(cfg, estimated + 1)
+    )
     if context.ranks is None:
         stream = ActivationStream(store, int(cfg.prefetch_llm_batches))
         runner.stream_hooks = (StreamState(stream),)
@@ -131,14 +141,21 @@ def prepare_language_model(run: LanguageModelRun, context: RunContext) -> Prepar
         return runner.run(), runner.skipped_batches
 
     def final_evaluation(_: TrainingSAE[Any]) -> dict[str, float]:
-        if runner.cfg.n_eval_batches <= 0:
+        if cfg.n_eval_batches <= 0:
             return {}
-        saved = SAE[Any].load_from_disk(str(cfg.output_path), device=cfg.device)
-        tokens = hold_out(store, runner.cfg)
-
-        def on_batch(done: int, total: int) -> None:
-            on_phase(Phase("evaluating", done, total, "batches"))
-
-        return language_model_figures(saved, runner.model, tokens, runner.cfg, on_batch)[0]
+        return figures_of_saved(run, runner.model, hold_out(store, cfg), on_phase)
 
     return PreparedRun(fit_and_save, final_evaluation)
+
+
+def figures_of_saved(
+    run: LanguageModelRun, model: Any, tokens: HeldOutTokens, on_phase: OnPhase
+) -> dict[str, float]:
+    """Return the figures of the SAE that a run has saved, loaded as its users load it."""
+    cfg = run.runner
+    sae = SAE[Any].load_from_disk(str(cfg.output_path), device=cfg.device)
+
+    def on_batch(done: int, total: int) -> None:
+        on_phase(Phase("evaluating", done, total, "batches"))
+
+    return language_model_figures(sae, model, tokens, cfg, on_batch)[0]

@@ -9,7 +9,6 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.files import read_json
 from sae_lens_atm.training.before_first_step import ESTIMATING, FILLING, LOADING, Phase
-from sae_lens_atm.training.checkpoints import estimation_batches, newest_checkpoint
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run
@@ -67,13 +66,6 @@ def test_the_estimate_is_shown_with_its_largest_number(language_model_yaml):
     assert phases[-1] == Phase(ESTIMATING, 6, 6, "training batches")
     totals = {p.total for p in phases if p.what == ESTIMATING and p != phases[-1]}
     assert totals == {4 + 3 * 2}
-    assert estimation_batches(newest("out", run)) == 6
-
-
-def newest(folder, run):
-    """Stop a copy of a run after some steps, and return its checkpoint."""
-    run.runner.output_path, run.runner.checkpoint_path = f"{folder}-2", f"{folder}-2/checkpoints"
-    return stopped_after(3, run)
 
 
 def test_the_estimate_of_synthetic_data_is_shown(synthetic_yaml):
@@ -136,9 +128,4 @@ def test_a_resumed_run_does_not_estimate_again(language_model_yaml):
     scale = read_json(checkpoint / "activation_scaler.json")["scaling_factor"]
     phases = phases_of(load_run(language_model_yaml, settings), resume="out")
     assert ESTIMATING not in {phase.what for phase in phases}
-    assert estimation_batches(newest_checkpoint("out/checkpoints")) == 6
     assert scale > 0
-
-
-def test_without_an_estimate_none_is_stored(synthetic_yaml):
-    assert estimation_batches(stopped_after(3, load_run(synthetic_yaml))) is None

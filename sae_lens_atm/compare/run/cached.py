@@ -19,7 +19,7 @@ from sae_lens_atm.data.activation_cache import (
 )
 from sae_lens_atm.data.cache_writer import check_cache_folder, is_complete, plan_cache
 from sae_lens_atm.data.language_model import load_language_model
-from sae_lens_atm.training.before_first_step import LOADING, OnPhase, Phase
+from sae_lens_atm.training.before_first_step import OnPhase, Phase
 from sae_lens_atm.training.cached_run import cache_activations, held_out_tokens, open_cache
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import LanguageModelRun
@@ -81,10 +81,15 @@ def make_cache(planned: Sequence[PlannedRun], on_progress: Callable[[int, int], 
 
 
 def evaluate_cached(
-    group: Sequence[PlannedRun], folder: Path, stop: StopFlag, on_phase: OnPhase
+    group: Sequence[PlannedRun],
+    folder: Path,
+    stop: StopFlag,
+    on_phase: OnPhase,
+    on_sae: Callable[[int], None],
 ) -> None:
-    """Evaluate saved SAEs, with one load of the model."""
+    """Evaluate saved SAEs, with one load of the model, as `evaluate_group` does."""
     run = cast(LanguageModelRun, group[0].run)
-    on_phase(Phase(LOADING))
+    on_phase(Phase("loading the language model"))
     model = load_language_model(run.runner)
-    evaluate_group(group, folder, model, held_out_tokens(open_cache(run), run), stop, on_phase)
+    tokens = held_out_tokens(open_cache(run), run)
+    evaluate_group(group, folder, model, tokens, stop, on_phase, on_sae)

@@ -44,7 +44,7 @@ def train_group(
         folder: the folder of the comparison.
         points: number of points of each curve.
         on_step: is called after each step of each SAE.
-        stop: flag to stop training or evaluation.
+        stop: flag to stop training and evaluation.
         on_phase: is called with the progress of the work before and after training.
 
     Raises:

@@ -18,7 +18,7 @@ from sae_lens_atm.evaluation.language_model import HeldOutTokens, language_model
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.synthetic import is_signed
 from sae_lens_atm.files import write_json
-from sae_lens_atm.training.before_first_step import OnPhase, Phase, unseen
+from sae_lens_atm.training.before_first_step import OnPhase, Phase
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import LanguageModelRun
 
@@ -29,7 +29,8 @@ def evaluate_group(
     model: Any,
     tokens: HeldOutTokens,
     stop: StopFlag,
-    on_phase: OnPhase = unseen,
+    on_phase: OnPhase,
+    on_sae: Callable[[int], None] = lambda _saes: None,
 ) -> None:
     """Evaluate the saved SAEs of a group that are not evaluated yet, on the same model and tokens.
 
@@ -39,10 +40,11 @@ def evaluate_group(
         model: the language model.
         tokens: held-out tokens.
         stop: flag to stop before the next batch.
-        on_phase: is called with the progress.
+        on_phase: is called with the progress of the evaluation of an SAE.
+        on_sae: is called with 1 before each SAE.
 
     Raises:
-        Interrupted: `stop` requested it.
+        Interrupted: `stop` requested it. SAEs that are evaluated are not evaluated again.
     """
 
     def on_batch(what: str, done: int, total: int) -> None:
@@ -54,11 +56,15 @@ def evaluate_group(
     for planned in group:
         if is_evaluated(planned, folder, with_map=False):
             continue
-        if letters is None:
-            prompts = partial(on_batch, "first letters")
-            letters = first_letters(planned, folder, lambda: model, prompts)
-        evaluating = partial(on_batch, f"evaluating {planned.label}")
-        evaluate_on_language_model(planned, folder, model, tokens, letters, evaluating)
+        on_sae(1)
+
+        def on_batch(done: int, total: int, name: str = planned.name) -> None:
+            if stop.signal_number is not None:
+                raise Interrupted(None, stop.signal_number)
+            on_phase(Phase(f"evaluating {name}", done, total, "batches"))
+
+        letters = letters or first_letters(planned, folder, lambda: model)
+        evaluate_on_language_model(planned, folder, model, tokens, letters, on_batch)
 
 
 @torch.no_grad()

@@ -137,7 +137,7 @@ class _EvaluateCached:
     folder: Path
 
     def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        evaluate_cached(self.group, self.folder, stop, on_progress)
+        evaluate_cached(self.group, self.folder, stop, on_progress, on_progress)
 
 
 @dataclass(frozen=True)
