@@ -52,19 +52,21 @@ def evaluate_group(
             raise Interrupted(None, stop.signal_number)
         on_phase(Phase(what, done, total, "batches"))
 
+    def on_batch(what: str, done: int, total: int) -> None:
+        if stop.signal_number is not None:
+            raise Interrupted(None, stop.signal_number)
+        on_phase(Phase(what, done, total, "batches"))
+
     letters: FirstLetters | None = None
     for planned in group:
         if is_evaluated(planned, folder, with_map=False):
             continue
         on_sae(1)
-
-        def on_batch(done: int, total: int, name: str = planned.name) -> None:
-            if stop.signal_number is not None:
-                raise Interrupted(None, stop.signal_number)
-            on_phase(Phase(f"evaluating {name}", done, total, "batches"))
-
-        letters = letters or first_letters(planned, folder, lambda: model)
-        evaluate_on_language_model(planned, folder, model, tokens, letters, on_batch)
+        if letters is None:
+            prompts = partial(on_batch, "first letters")
+            letters = first_letters(planned, folder, lambda: model, prompts)
+        evaluating = partial(on_batch, f"evaluating {planned.label}")
+        evaluate_on_language_model(planned, folder, model, tokens, letters, evaluating)
 
 
 @torch.no_grad()
