@@ -37,11 +37,6 @@ class CachedRunner(SupervisedRunner):
         self.activations_store: Any = batches
         self.evaluator: Any = None  # SAELens' evaluation during training needs the model
 
-    @override
-    def model_batches(self) -> None:
-        """Return None: there is no model."""
-        return
-
 
 def cache_activations(run: LanguageModelRun, on_progress: Callable[[int, int], None]) -> None:
     """Run the model once and write the cache of a run. A stopped cache goes on where it was.

@@ -145,15 +145,6 @@ def skipped_batches(checkpoint: Path) -> int:
         return int((read_manifest(checkpoint) or {}).get("skipped_batches", 0))
 
 
-def estimation_batches(checkpoint: Path) -> int | None:
-    """Return how many training batches the estimate of the scale had taken.
-
-    None if there was no estimate, or the checkpoint is of version 0.2 or before.
-    """
-    with reading(checkpoint):
-        return (read_manifest(checkpoint) or {}).get("estimation_batches")
-
-
 # --- checking ------------------------------------------------------------------------------------
 
 

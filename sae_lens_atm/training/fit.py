@@ -21,7 +21,6 @@ from sae_lens_atm.training.before_first_step import (
 from sae_lens_atm.training.checkpointer import Checkpointer
 from sae_lens_atm.training.checkpoints import (
     CHANGED_BY_FOLDING,
-    estimation_batches,
     run_config,
     skipped_batches,
 )

@@ -53,15 +53,6 @@ class SupervisedRunner(LanguageModelSAETrainingRunner):
         )
         return trainer.sae
 
-    def model_batches(self) -> ModelBatches | None:
-        """Return the batches of the model before the first step; None without a model."""
-        estimated = estimation_batches(self.run_settings) * self.cfg.train_batch_size_tokens
-        return ModelBatches(
-            self.activations_store,
-            llm_batches_of(self.cfg, 1),
-            llm_batches_of(self.cfg, estimated + 1),
-        )
-
     @override
     def save_final_sae(
         self,

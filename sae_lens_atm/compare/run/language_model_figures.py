@@ -1,6 +1,6 @@
 """Evaluate saved SAEs of a comparison on a language model, and save their figures."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -46,11 +46,6 @@ def evaluate_group(
     Raises:
         Interrupted: `stop` requested it. SAEs that are evaluated are not evaluated again.
     """
-
-    def on_batch(what: str, done: int, total: int) -> None:
-        if stop.signal_number is not None:
-            raise Interrupted(None, stop.signal_number)
-        on_phase(Phase(what, done, total, "batches"))
 
     def on_batch(what: str, done: int, total: int) -> None:
         if stop.signal_number is not None:

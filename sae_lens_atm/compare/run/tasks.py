@@ -99,7 +99,7 @@ class _RunOne:
         model = synthetic_model(cast(SyntheticRun, self.planned.run), self.folder)
         data = SyntheticData(self.planned, model, self.folder)
         on_step = StepCounter(on_progress).on_step
-        train_one(self.planned, data, self.folder, self.points, on_step, stop, on_progress)
+        train_one(self.planned, data, self.folder, self.points, on_step, stop)
         evaluate_one(self.planned, model, self.folder, self.with_map)
 
 
@@ -128,7 +128,7 @@ class _TrainCached:
     def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         data = CachedData(self.planned, open_cache(cast(LanguageModelRun, self.planned.run)))
         on_step = StepCounter(on_progress).on_step
-        train_one(self.planned, data, self.folder, self.points, on_step, stop, on_progress)
+        train_one(self.planned, data, self.folder, self.points, on_step, stop)
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _cached_jobs(comparison: Comparison) -> list[list[Job]]:
             [
                 Job(
                     f"evaluate L0 {l0:g}, {group[0].seeds}",
-                    0,
+                    sum(p.l0 == l0 for p in group),
                     _EvaluateCached(tuple(p for p in group if p.l0 == l0), folder),
                 )
                 for l0 in levels

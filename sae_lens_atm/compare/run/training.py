@@ -18,7 +18,6 @@ from sae_lens_atm.compare.run.stored_run import TRAINING, is_trained
 from sae_lens_atm.data.language_model import set_metadata
 from sae_lens_atm.errors import CheckpointError
 from sae_lens_atm.files import read_json, saved_at_once, write_json
-from sae_lens_atm.training.before_first_step import OnPhase, unseen
 from sae_lens_atm.training.checkpoints import check_pickles, newest_checkpoint, reading
 from sae_lens_atm.training.fit import fit
 from sae_lens_atm.training.hooks import OnStep, StepCallback, StepTimer, StopFlag
@@ -73,18 +72,8 @@ def train_one(
     points: int,
     on_step: OnStep,
     stop: StopFlag,
-    on_phase: OnPhase = unseen,
 ) -> None:
     """Train one SAE and save it. Resume where an earlier call was stopped.
-
-    Args:
-        planned: the run.
-        data: its batches.
-        folder: the folder of the comparison.
-        points: number of points of the curve.
-        on_step: is called after each step.
-        stop: flag to stop training.
-        on_phase: is called with the progress of the estimate of the scale.
 
     Raises:
         Interrupted: `stop` requested it. A checkpoint is saved.
@@ -104,7 +93,7 @@ def train_one(
         facts: dict[str, Any] = {}
         if planned.settings.trained:
             at = curve_points(cfg.total_training_steps, points)
-            recorder = _fit(planned, sae, data, home / "checkpoints", at, on_step, stop, on_phase)
+            recorder = _fit(planned, sae, data, home / "checkpoints", at, on_step, stop)
             importance = recorder.importance(data.groups(sae))
             facts = {
                 "seconds": recorder.seconds,
@@ -127,7 +116,6 @@ def _fit(
     points: list[int],
     on_step: OnStep,
     stop: StopFlag,
-    on_phase: OnPhase,
 ) -> CurveRecorder:
     checkpoint = _newest(checkpoints)
     served = 0
@@ -159,7 +147,6 @@ def _fit(
             StepCallback(trainer, on_step),
         ],
         max_bad_batches=planned.run.max_bad_batches,
-        on_phase=on_phase,
     )
     return recorder
 
