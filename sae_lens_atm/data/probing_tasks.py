@@ -62,8 +62,9 @@ def choose_tasks(wanted: int | Sequence[str] | Literal["all"]) -> list[str]:
     """Return names of tasks: all, so many at even distances, or those in a list.
 
     Raises:
-        SettingsError: there is no task of a name.
+        SettingsError: sae-probes is not installed, or has no task of a name.
     """
+    check_installed()
     every = task_names()
     if wanted == "all":
         return every

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sae_lens_atm.data.model_identity import model_identity
 from sae_lens_atm.data.probing_tasks import choose_tasks, installed_version, read_task
+from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.task_activations import last_token_activations
 from sae_lens_atm.files import check_writable, hash_of, read_json, saving, write_json
 from sae_lens_atm.metrics.sparse_probing import (
@@ -33,8 +34,6 @@ from sae_lens_atm.metrics.sparse_probing import (
 )
 
 FOLDER = "sae-probes"
-OnBatch = Callable[[int, int], None]
-"""Is called before each batch, with the characters of text done and all of them. It may raise."""
 _VERSION = 1  # of the files
 
 
@@ -116,7 +115,8 @@ class TaskStore:
         Args:
             load: returns the language model with its tokenizer. It is called only if something is
                 missing.
-            on_batch: is called before each batch, and while another process computes the same.
+            on_batch: is called before each batch with the characters of text done and all of them,
+                and while another process computes the same. It may raise an error to stop.
 
         Raises:
             SettingsError: the folder cannot be written.
@@ -175,20 +175,12 @@ class TaskStore:
 
     def raw_scores(self, task: str) -> ProbeScores:
         """Return the scores of a probe on the activations themselves. They are stored, too."""
-        stored = read_json(self._raw_file(task))
-        if stored:
-            return ProbeScores(**stored)
-        found = self.read(task)
-        scores = probe_scores(
-            found.train.float(),
-            found.train_labels,
-            found.test.float(),
-            found.test_labels,
-            "l2",
-            self.cfg.seed,
-        )
-        write_json(self._raw_file(task), scores._asdict())
-        return scores
+        file = self._raw_file(task)
+        if not file.exists():
+            found = self.read(task)
+            parts = found._replace(train=found.train.float(), test=found.test.float())
+            write_json(file, probe_scores(*parts, "l2", self.cfg.seed)._asdict())
+        return ProbeScores(**read_json(file))  # as rounded in the file
 
     def _file(self, task: str) -> Path:
         return self._home / f"{task}.safetensors"
