@@ -109,7 +109,7 @@ class TaskStore:
         """Return the tasks that are not stored."""
         return [task for task in self.tasks if not _is_whole(self._file(task))]
 
-    def fill(self, load: Callable[[], Any], on_batch: OnBatch) -> None:
+    def fill(self, load: Callable[[], Any], on_batch: OnBatch = lambda _done, _every: None) -> None:
         """Compute and store what is missing.
 
         Args:
