@@ -1,6 +1,7 @@
 """Choose some of the words and tasks of SAEBench, for a run that ends soon. Runs in either
 environment."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -10,8 +11,9 @@ _Item = TypeVar("_Item")
 def frequent_words(tokenizer: Any, words: Sequence[str], most: int) -> list[str]:
     """Return at most so many of a tokenizer's words, sorted.
 
-    Words with a leading space come first, among them words in lower case, among them those with the
-    lowest token id. Tokenizers number their tokens from frequent to rare.
+    They are taken evenly over the first letters, words with a leading space first. For a letter,
+    words in lower case come first, among them those with the lowest token id. Tokenizers number
+    their tokens from frequent to rare. `first_letters` in a comparison takes the same words.
 
     Args:
         tokenizer: the model's tokenizer.
@@ -22,11 +24,13 @@ def frequent_words(tokenizer: Any, words: Sequence[str], most: int) -> list[str]
     for token, number in tokenizer.get_vocab().items():
         word = tokenizer.convert_tokens_to_string([token])
         ids[word] = min(number, ids.get(word, number))
-
-    def rank(word: str) -> tuple[bool, bool, int]:
-        return word[0] != " ", not word.islower(), ids.get(word, len(ids))
-
-    return sorted(sorted(words, key=rank)[:most])
+    taken: Counter[tuple[bool, str]] = Counter()
+    places: dict[str, tuple[bool, int]] = {}
+    for word in sorted(words, key=lambda word: (not word.islower(), ids.get(word, len(ids)))):
+        kind = word[0] != " ", word.strip()[0].lower()
+        places[word] = kind[0], taken[kind]
+        taken[kind] += 1
+    return sorted(sorted(places, key=lambda word: places[word])[:most])
 
 
 def evenly_spaced(items: Sequence[_Item], number: int) -> list[_Item]:
