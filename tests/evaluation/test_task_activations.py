@@ -28,7 +28,8 @@ def read(model, run, texts, max_tokens=128):
 
 def one(model, text, layer):
     """The activation on the last token of a text, of a model that reads nothing else."""
-    tokens = model.tokenizer(text, return_tensors="pt")["input_ids"]
+    words = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens = torch.tensor([[0, *words]])  # 0 is <bos>
     with torch.no_grad():
         return model.model(tokens, output_hidden_states=True).hidden_states[layer + 1][0, -1]
 
@@ -49,22 +50,31 @@ def test_batches_of_any_size_give_the_same(model, run, monkeypatch):
 
 
 def test_a_long_text_keeps_its_end(model, run):
-    model.tokenizer.truncation_side = "right"
     words = [f"w{i}" for i in range(40)]
-    long, end = read(model, run, [" ".join(words), " ".join(words[-6:])], 6)
+    long, end = read(model, run, [" ".join(words), " ".join(words[-6:])], 7)  # with <bos>
     torch.testing.assert_close(long, end, atol=1e-5, rtol=1e-5)
-    assert model.tokenizer.truncation_side == "right"
+    (longer,) = read(model, run, [" ".join(words)], 8)
+    assert not torch.allclose(long, longer, atol=1e-4)
 
 
 def test_no_more_is_read_than_the_model_can(model, run):
     longest = model.model.config.max_position_embeddings
     words = [f"w{i % 50}" for i in range(3 * longest)]
-    long, end = read(model, run, [" ".join(words), " ".join(words[-longest:])], 10_000)
+    long, end = read(model, run, [" ".join(words), " ".join(words[1 - longest :])], 10_000)
     torch.testing.assert_close(long, end, atol=1e-5, rtol=1e-5)
 
 
-def test_a_text_without_tokens_counts(model, run):
+@pytest.mark.parametrize("bos", ["<bos>", None])
+def test_a_text_without_tokens_counts(model, run, bos):
+    model.tokenizer.bos_token = bos
     assert read(model, run, ["", "w1"]).isfinite().all()
+
+
+def test_without_a_bos_only_the_text_is_read(model, run):
+    with_bos = read(model, run, ["w1 w2"])
+    model.tokenizer.bos_token = None
+    assert not torch.allclose(read(model, run, ["w1 w2"]), with_bos, atol=1e-4)
+    torch.testing.assert_close(read(model, run, ["<bos> w1 w2"]), with_bos, atol=1e-5, rtol=1e-5)
 
 
 def test_only_the_layers_up_to_the_hook_run(model, run, monkeypatch):
