@@ -29,6 +29,7 @@ from sae_lens_atm.compare.report.summary import make_rows, make_tests, spread
 from sae_lens_atm.compare.run.batch_pool import synthetic_model
 from sae_lens_atm.compare.run.cached import contexts_to_cache
 from sae_lens_atm.compare.run.curve import still_moving
+from sae_lens_atm.compare.run.probing import task_store
 from sae_lens_atm.compare.run.processes import JobEvents, cpu_name, run_jobs
 from sae_lens_atm.compare.run.ray import run_jobs_on_ray
 from sae_lens_atm.compare.run.stored_run import (
@@ -110,6 +111,8 @@ def check(comparison: Comparison) -> None:
             check_data(planned.run, exists=is_there)
             if planned.run.activations is not None:
                 contexts_to_cache(comparison.planned)
+            if planned.sae_probes is not None:
+                task_store(planned, folder)
     warn_of_missing_masks(comparison)
 
 
@@ -164,6 +167,7 @@ def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
         not_ranked=comparison.not_ranked,
         tests=make_tests(runs, rows, entries, comparison.not_ranked),
         parents=_parents(comparison, done),
+        tasks=_evaluation(done[0], folder).get("tasks", []) if done else [],
         failed=failed,
         sweep=comparison.sweep,
     )
@@ -187,6 +191,7 @@ def _run_of(planned: PlannedRun, folder: Path) -> Run:
         curve=curve,
         importance=Importance.model_validate(importance) if importance else None,
         intervals=evaluation.get("intervals", {}),
+        by_task=evaluation.get("by_task", {}),
         absorption_by_parent=evaluation.get("absorption_by_parent", []),
         cosine_map=evaluation.get("cosine_map", ""),
         folder=planned.folder,
