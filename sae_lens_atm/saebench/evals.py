@@ -23,7 +23,7 @@ from sae_lens_atm.saebench.scores import SCORES
 
 EVALS = tuple(SCORES)
 DEFAULT_EVALS = tuple(name for name in EVALS if name != "sae_probes")
-QUICK_WORDS, QUICK_TASKS = 2000, 5
+QUICK_WORDS, QUICK_TASKS = 2000, 3
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ from sae_probes import DATASETS, generate_model_activations
 from .choices import evenly_spaced, frequent_words
 from .models import load_model, load_sae
 from .parent import end_with_parent
+from .plain import to_json
 
 SEED = 42  # SAEBench's
 SMALL_VOCABULARY = 8192
@@ -300,7 +301,7 @@ def main() -> None:
     job, output = map(Path, sys.argv[1:])
     end_with_parent()
     results = all_evals(json.loads(job.read_text(encoding="utf-8")))
-    output.write_text(json.dumps(results, default=float), encoding="utf-8")
+    output.write_text(to_json(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

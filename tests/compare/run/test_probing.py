@@ -129,8 +129,11 @@ def test_a_saved_sae_is_probed_on_the_stored_activations(done):
     run = results.runs[0]
     folder = str(comparison.output / run.folder / "sae")
     found = evaluate_saved([folder], data_of(str(path), [PROBES]))[folder]
+    assert found.intervals.keys() == set(FIGURES)
+    assert list(found.by_task["probe_f1_k1"]) == NAMES
+    assert {"intervals", "by_task"} <= found.as_json().keys()
     for name in FIGURES:
-        assert found[name] == pytest.approx(run.figures[name], abs=1e-5)
+        assert found.figures[name] == pytest.approx(run.figures[name], abs=1e-5)
 
 
 def test_another_evaluation_needs_no_model_for_the_tasks(done):
@@ -147,9 +150,9 @@ def test_another_evaluation_needs_no_model_for_the_tasks(done):
     planned = again.planned[0]
     sae = SAE.load_from_disk(again.output / planned.folder / "sae")
     content = {"figures": {}}
-    stops = []
-    add_probing(content, planned, again.output, sae, load, stops.append)
-    assert stops == [0]
+    tasks = []
+    add_probing(content, planned, again.output, sae, load, lambda *done: tasks.append(done))
+    assert tasks == [(0, 1)]
     assert content["tasks"] == NAMES[:1]
     assert "probe_auc_k2" in content["figures"]
 
