@@ -77,7 +77,7 @@ def test_runs_are_counted_and_their_errors_printed():
         "100% of all steps",
         "[2/2] run 1 failed: ValueError: bad",
     ]
-    assert lines[0].endswith("min left")
+    assert lines[1].endswith("min left")
 
 
 def test_nothing_to_train_is_no_division_by_zero():
