@@ -12,7 +12,7 @@ import torch
 from sae_lens_atm.compare.plan.comparison_file import Comparison
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.batch_pool import model_folder, synthetic_model
-from sae_lens_atm.compare.run.comparison import check
+from sae_lens_atm.compare.run.checks import check
 from sae_lens_atm.compare.run.processes import threads_per_job
 from sae_lens_atm.compare.run.stored_run import is_trained
 from sae_lens_atm.compare.run.synthetic import pool_of
@@ -46,7 +46,7 @@ def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
 
 def describe_plan(comparison: Comparison, at_once: int) -> dict[str, Any]:
     """Check a comparison, and return its plan as names and values for a table."""
-    check(comparison)
+    checked = check(comparison)
     *_, jobs = make_jobs(comparison)
     planned = comparison.planned
     facts = {
@@ -64,6 +64,7 @@ def describe_plan(comparison: Comparison, at_once: int) -> dict[str, Any]:
         "steps of a run": ", ".join(
             f"{n:,}" for n in sorted({p.run.runner.total_training_steps for p in planned})
         ),
+        **checked,
         "output": comparison.output,
     }
     return {name: fact for name, fact in facts.items() if fact != ""}

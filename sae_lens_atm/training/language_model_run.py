@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from sae_lens_atm.data.activation_cache import POSITION_FILENAME
 from sae_lens_atm.data.activation_stream import ActivationStream
-from sae_lens_atm.data.language_model import check_hook, saved_dataset
+from sae_lens_atm.data.language_model import load_language_model, saved_dataset
 from sae_lens_atm.errors import CheckpointError, SettingsError
 from sae_lens_atm.evaluation.language_model import (
     HeldOutTokens,
@@ -102,16 +102,17 @@ def prepare_language_model(run: LanguageModelRun, context: RunContext) -> Prepar
     cfg.resume_from_checkpoint = None if context.checkpoint is None else str(context.checkpoint)
     on_phase = context.on_phase if context.writes else unseen
     on_phase(Phase(LOADING))
+    model = load_language_model(cfg)
     try:
-        runner = SupervisedRunner(cfg, override_dataset=saved_dataset(cfg.dataset_path))
+        dataset = saved_dataset(cfg.dataset_path)
+        runner = SupervisedRunner(cfg, override_dataset=dataset, override_model=model)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise SettingsError(
-            f"cannot load model_name {cfg.model_name!r} with dataset_path {cfg.dataset_path!r}: "
+            f"cannot use dataset_path {cfg.dataset_path!r} with model_name {cfg.model_name!r}: "
             f"{type(error).__name__}: {reason}"
         ) from error
     runner.context, runner.run_settings, store = context, run, runner.activations_store
-    check_hook(runner.cfg, runner.model)
     estimated = estimation_batches(run) * cfg.train_batch_size_tokens
     runner.model_batches = ModelBatches(
         store, llm_batches_of(cfg, 1), llm_batches_of(cfg, estimated + 1)

@@ -379,7 +379,7 @@ def test_a_language_model_run_with_prefetching_stops(language_model_yaml):
     [
         ("sae.d_in=17", "^sae.d_in .*17"),
         ("hook_name=model.layers.9", "model.layers.9"),
-        ("model_name=./nowhere", r"cannot load model_name './nowhere'"),
+        ("model_name=./nowhere", r"^model_name is './nowhere': no such folder"),
         ("dataset_path=./nowhere", r"dataset_path is './nowhere'"),
         ("dataset_path=''", "^dataset_path"),
         ("n_batches_in_buffer=3", "^n_batches_in_buffer .*3"),

@@ -1,9 +1,7 @@
 """Run a comparison: train, evaluate and summarise."""
 
-import os
 import platform
 import shutil
-import warnings
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -27,9 +25,8 @@ from sae_lens_atm.compare.report.results import (
 )
 from sae_lens_atm.compare.report.summary import make_rows, make_tests, spread
 from sae_lens_atm.compare.run.batch_pool import synthetic_model
-from sae_lens_atm.compare.run.cached import contexts_to_cache
+from sae_lens_atm.compare.run.checks import check
 from sae_lens_atm.compare.run.curve import still_moving
-from sae_lens_atm.compare.run.probing import task_store
 from sae_lens_atm.compare.run.processes import JobEvents, cpu_name, run_jobs
 from sae_lens_atm.compare.run.ray import run_jobs_on_ray
 from sae_lens_atm.compare.run.stored_run import (
@@ -41,14 +38,13 @@ from sae_lens_atm.compare.run.stored_run import (
 )
 from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.data.synthetic import children_of
-from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import locked, read_json
 from sae_lens_atm.metrics import Stability
 from sae_lens_atm.metrics.first_letter import METRIC
 from sae_lens_atm.training.hooks import StopFlag
-from sae_lens_atm.training.preflight.checks import check_data, check_devices, has_masks, never_masks
+from sae_lens_atm.training.preflight.checks import check_devices
 from sae_lens_atm.training.ranks import gpu_settings
-from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun
+from sae_lens_atm.training.run_file import SyntheticRun
 
 _MAX_LATENTS = 2**14  # matching the latents of two SAEs takes half a minute; with more, hours
 
@@ -91,43 +87,6 @@ def compare(
                 break
         shutil.rmtree(comparison.output / "pools", ignore_errors=True)
         return summarise(comparison, failed)
-
-
-def check(comparison: Comparison) -> None:
-    """Check the output folder, and the data of language models, without loading anything.
-
-    Raises:
-        SettingsError: the folder is not writable, or the data do not fit the run.
-    """
-    folder = comparison.output
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise SettingsError(
-            f"output_path must be a writable folder, got {folder}: {existing} is not writable"
-        )
-    for planned in {planned.group: planned for planned in comparison.planned}.values():
-        if isinstance(planned.run, LanguageModelRun):
-            is_there = planned.lm is None and planned.run.activations is None
-            check_data(planned.run, exists=is_there)
-            if planned.run.activations is not None:
-                contexts_to_cache(comparison.planned)
-            if planned.sae_probes is not None:
-                task_store(planned, folder)
-    warn_of_missing_masks(comparison)
-
-
-def warn_of_missing_masks(comparison: Comparison) -> None:
-    """Warn of each entry whose masks are on but begin too late to mask a latent.
-
-    A sweep in which this is so for all points gets one warning.
-    """
-    masked = [p for p in comparison.planned if p.settings.trained and has_masks(p.run)]
-    reasons = {p.entry: never_masks(p.run) for p in masked}
-    late = [f"{entry}: {reason}" for entry, reason in reasons.items() if reason is not None]
-    if comparison.sweep is not None and len(late) == len(reasons) > 1:
-        late = [f"all {len(late)} points with masks, for example {late[0]}"]
-    for line in late:
-        warnings.warn(line, stacklevel=2)
 
 
 def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:

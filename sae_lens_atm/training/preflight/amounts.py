@@ -8,12 +8,13 @@ from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.training.run_file import LanguageModelRun, Run
 
-ESTIMATING = ("expected_average_only_in", "covariance_whitening")
+SCALED = "expected_average_only_in"
+ESTIMATING = (SCALED, "covariance_whitening")
 """Values of `normalize_activations` for which SAELens reads batches before step 1."""
 
 
 def estimation_batches(run: Run) -> int:
-    """Return the number of batches read before step 1 to estimate the scale of activations."""
+    """Return how many batches are read before step 1 at most, to estimate the scale."""
     if run.runner.sae.normalize_activations not in ESTIMATING:
         return 0
     return run.runner.n_batches_for_norm_estimate

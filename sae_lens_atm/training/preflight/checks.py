@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_atm.data.activation_cache import ActivationCache, held_out_contexts
@@ -14,8 +15,8 @@ from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.torchrun import rank
 from sae_lens_atm.torchrun import size as number_of_processes
 from sae_lens_atm.training.checkpoints import check_resumable, is_checkpoint
-from sae_lens_atm.training.preflight.amounts import estimation_batches
-from sae_lens_atm.training.preflight.lookups import look_up
+from sae_lens_atm.training.preflight.amounts import SCALED, estimation_batches
+from sae_lens_atm.training.preflight.lookups import check_files, look_up
 from sae_lens_atm.training.preflight.memory import (
     sae_size,
     size_text,
@@ -26,6 +27,7 @@ from sae_lens_atm.training.preflight.memory import (
 )
 from sae_lens_atm.training.ranks import check_shares
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun, batch_size_of
+from sae_lens_atm.training.scale import ACCURACY
 
 
 def check_run(
@@ -71,9 +73,11 @@ def check_run(
     estimated = estimation_batches(run)
     if estimated and checkpoint is None:
         facts["before step 1"] = (
-            f"{estimated:,} batches of {batch:,} to estimate the scale of the activations "
+            f"at most {estimated:,} batches of {batch:,} to estimate the scale of the activations "
             "(n_batches_for_norm_estimate)"
         )
+        if cfg.sae.normalize_activations == SCALED:
+            facts["before step 1"] += f", fewer when the standard error is below {ACCURACY:.1%}"
     if number_of_processes() > 1:
         share = batch // number_of_processes()
         facts["processes"] = f"{number_of_processes()}, with {share:,} of each batch"
@@ -113,8 +117,9 @@ def check_data(run: LanguageModelRun, exists: bool = True) -> None:
         exists: whether a local dataset must exist now. If not, it is made before the run.
 
     Raises:
-        SettingsError: there is no dataset, the activation buffer is smaller than a batch, or the
-            cache of the run is missing or of another model.
+        SettingsError: there is no dataset, model or dataset on this machine do not fit
+            (`check_files`), the activation buffer is smaller than a batch, or the cache of the run
+            is missing or of another model.
     """
     cfg = run.runner
     if cfg.use_cached_activations and run.activations is not None:
@@ -131,9 +136,8 @@ def check_data(run: LanguageModelRun, exists: bool = True) -> None:
         return
     if not cfg.dataset_path:
         raise SettingsError("dataset_path: missing, a language-model run needs a dataset")
-    is_local = cfg.dataset_path.startswith((".", "/", "~"))
-    if exists and is_local and not Path(cfg.dataset_path).exists():
-        raise SettingsError(f"dataset_path is {cfg.dataset_path!r}: no such folder")
+    if exists:
+        check_dataset_exists(cfg)
     buffer = cfg.n_batches_in_buffer * cfg.context_size
     if buffer < cfg.train_batch_size_tokens:
         least = -(-cfg.train_batch_size_tokens // cfg.context_size)
@@ -142,6 +146,19 @@ def check_data(run: LanguageModelRun, exists: bool = True) -> None:
             f"context_size = {cfg.context_size} it must reach train_batch_size_tokens = "
             f"{cfg.train_batch_size_tokens}"
         )
+    if exists:
+        check_files(cfg)
+
+
+def check_dataset_exists(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Check that a dataset that is named by a path exists.
+
+    Raises:
+        SettingsError: it does not.
+    """
+    is_path = cfg.dataset_path.startswith((".", "/", "~"))
+    if is_path and not Path(cfg.dataset_path).exists():
+        raise SettingsError(f"dataset_path is {cfg.dataset_path!r}: no such folder")
 
 
 def _describe_cache(run: LanguageModelRun) -> str:

@@ -1,7 +1,7 @@
-"""Look up model, hook and dataset for a dry run, without downloading the weights.
+"""Look up model, hook and dataset before a run, without loading or downloading the weights.
 
-What cannot be looked up is reported in the table and is no error. A dry run may be made offline,
-or on another machine than the run.
+What cannot be looked up is reported in the table of a dry run and is no error. A dry run may be
+made offline, or on another machine than the run.
 """
 
 import shutil
@@ -21,6 +21,7 @@ from sae_lens_atm.training.preflight.model_facts import (
     NotChecked,
     check_hook_without_weights,
     hub_answers,
+    is_path,
     look_up_model,
     shape_of,
     short,
@@ -30,6 +31,10 @@ from sae_lens_atm.training.preflight.model_facts import (
 # In the order in which SAELens' activation store tries them.
 _TOKENS, _TEXT = ("tokens", "input_ids"), ("text", "problem")
 _CHATS = ("conversation", "conversations", "messages", "text")
+_TOKENIZERS = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    "spiece.model",
+)
 _FIRST_ROW_TIMEOUT = 30.0  # seconds
 
 
@@ -42,19 +47,76 @@ def look_up(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, str]:
     facts = {"disk": _disk(cfg)}
     if cfg.use_cached_activations:
         return facts
-    online = hub_answers()
+    is_here = Path(cfg.model_name).is_dir() and Path(cfg.dataset_path).exists()
+    online = not is_here and hub_answers()
+    return facts | check_model(cfg, online) | check_dataset(cfg, online)
+
+
+def check_files(cfg: LanguageModelSAERunnerConfig[Any]) -> None:
+    """Check model and dataset of a run where they are files of this machine. Needs no connection.
+
+    Raises:
+        SettingsError: model, hook, width or dataset do not fit.
+    """
+    if Path(cfg.model_name).is_dir() or is_path(cfg.model_name):
+        check_model(cfg, online=False)
+    if Path(cfg.dataset_path).exists():
+        check_dataset(cfg, online=False)
+
+
+def check_model(cfg: LanguageModelSAERunnerConfig[Any], online: bool) -> dict[str, str]:
+    """Check model, tokenizer, hook and width. Return what was checked, and the memory for a run.
+
+    Args:
+        cfg: the settings of the run.
+        online: whether the Hub answers.
+
+    Raises:
+        SettingsError: they do not fit.
+    """
+    folder = Path(cfg.model_name)
+    needs_tokenizer = folder.is_dir() and cfg.model_class_name == "AutoModelForCausalLM"
+    if needs_tokenizer and not any((folder / name).exists() for name in _TOKENIZERS):
+        raise SettingsError(
+            f"model_name is {cfg.model_name!r}: the folder has no tokenizer, save it there (one of "
+            f"{', '.join(_TOKENIZERS)})"
+        )
     try:
         meta = look_up_model(cfg, online)
         check_hook_without_weights(cfg, meta)
         shape = shape_of(cfg, meta)
     except NotChecked as reason:
-        facts["checked"] = f"not checked: the model ({reason})"
-    else:
-        facts["checked"] = f"hook and d_in, from {meta.source}: {_describe(shape)}"
-        facts["memory"] = memory_needed(cfg, shape)
-    if not online and not Path(cfg.dataset_path).exists():
-        return facts | {"columns": "not checked: the dataset (the Hub does not answer)"}
-    return facts | {"columns": _columns(cfg)}
+        return {"checked": f"not checked: the model ({reason})"}
+    return {
+        "checked": f"hook and d_in, from {meta.source}: {_describe(shape)}",
+        "memory": memory_needed(cfg, shape),
+    }
+
+
+def check_dataset(cfg: LanguageModelSAERunnerConfig[Any], online: bool) -> dict[str, str]:
+    """Check that the first row of a dataset holds text or enough tokens. Return what it holds.
+
+    Args:
+        cfg: the settings of the run.
+        online: whether the Hub answers.
+
+    Raises:
+        SettingsError: it does not, or a dataset on this machine cannot be read.
+    """
+    is_here = Path(cfg.dataset_path).exists()
+    if not is_here and not online:
+        return {"columns": "not checked: the dataset (the Hub does not answer)"}
+    try:
+        row = within(_FIRST_ROW_TIMEOUT, lambda: _first_row(cfg.dataset_path))
+    except Exception as error:
+        if isinstance(error, SettingsError):
+            raise
+        if is_here and not isinstance(error, NotChecked):
+            raise SettingsError(
+                f"dataset_path {cfg.dataset_path!r} cannot be read: {short(error)}"
+            ) from error
+        return {"columns": f"not checked: the dataset ({short(error)})"}
+    return {"columns": _columns(cfg, row)}
 
 
 def memory_needed(cfg: LanguageModelSAERunnerConfig[Any], shape: ModelShape) -> str:
@@ -82,11 +144,7 @@ def _disk(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
     return f"{sizes[0]} for checkpoints and the SAE; {sizes[1]} {enough}"
 
 
-def _columns(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
-    try:
-        row = within(_FIRST_ROW_TIMEOUT, lambda: _first_row(cfg.dataset_path))
-    except Exception as error:
-        return f"not checked: the dataset ({short(error)})"
+def _columns(cfg: LanguageModelSAERunnerConfig[Any], row: dict[str, Any]) -> str:
     wanted = _CHATS if cfg.use_chat_formatting else (*_TOKENS, *_TEXT)
     column = next((name for name in wanted if name in row), None)
     if column is None:
@@ -100,10 +158,21 @@ def _columns(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
             f"context_size must be at most {len(row[column])}, the tokens in a row of "
             f"dataset_path {cfg.dataset_path!r}, got {cfg.context_size}"
         )
+    if not tokenized and not isinstance(row[column], str | list):
+        raise SettingsError(
+            f"column {column} of dataset_path {cfg.dataset_path!r} must hold text, got "
+            f"{type(row[column]).__name__}"
+        )
     return f"{column}, {'tokenised' if tokenized else 'tokenised during training'}"
 
 
 def _first_row(path: str) -> dict[str, Any]:
     saved = saved_dataset(path)
-    rows: Any = load_dataset(path, split="train", streaming=True) if saved is None else saved
-    return cast(dict[str, Any], next(iter(rows)))
+    if saved is None:
+        rows: Any = load_dataset(path, split="train", streaming=True)
+        row = next(iter(rows), None)
+    else:
+        row = saved[0] if len(saved) else None
+    if row is None:
+        raise SettingsError(f"dataset_path {path!r} has no rows")
+    return cast(dict[str, Any], row)

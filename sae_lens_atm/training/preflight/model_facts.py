@@ -171,6 +171,8 @@ def look_up_model(cfg: LanguageModelSAERunnerConfig[Any], online: bool) -> Model
         config, source = within(_CONFIG_TIMEOUT, lambda: _config(name, online)), "its config.json"
     except Exception as error:
         if _is_missing(name, error):
+            if is_path(name):
+                raise SettingsError(f"model_name is {cfg.model_name!r}: no such folder") from error
             raise SettingsError(
                 f"model_name is {cfg.model_name!r}: no such model on the Hub, or no access to it"
             ) from error
@@ -196,9 +198,14 @@ def _official(name: str) -> str:
         raise SettingsError(f"model_name is {name!r}: {reason} in TransformerLens") from error
 
 
+def is_path(name: str) -> bool:
+    """Return whether a name is a path, and no name on the Hub."""
+    return Path(name).is_absolute() or name.startswith(".")
+
+
 def _is_missing(name: str, error: BaseException) -> bool:
     """Return whether an error means that there is no such model, and not a lost connection."""
-    if Path(name).is_absolute() or name.startswith("."):
+    if is_path(name):
         return not Path(name).is_dir()
     cause: BaseException | None = error
     while cause is not None:

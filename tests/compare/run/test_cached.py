@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from sae_lens_atm.compare import load_comparison, planned_jobs, summarise
 from sae_lens_atm.compare.run import cached
 from sae_lens_atm.compare.run.cached import CachedData
-from sae_lens_atm.compare.run.comparison import check
+from sae_lens_atm.compare.run.checks import check
 from sae_lens_atm.compare.run.training import train_one
 from sae_lens_atm.errors import Interrupted, SettingsError
 from sae_lens_atm.training.cached_run import open_cache

@@ -13,7 +13,8 @@ from sae_lens import SAE
 
 from sae_lens_atm.compare import compare, load_comparison, planned_jobs, read_results
 from sae_lens_atm.compare.report.html import write_all
-from sae_lens_atm.compare.run.comparison import check, summarise
+from sae_lens_atm.compare.run.checks import check
+from sae_lens_atm.compare.run.comparison import summarise
 from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.errors import Interrupted, SettingsError
 from sae_lens_atm.metrics import stability

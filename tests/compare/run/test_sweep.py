@@ -10,7 +10,7 @@ from sae_lens_atm.cli.main import app
 from sae_lens_atm.compare import read_results
 from sae_lens_atm.compare.plan.sweep_file import load_sweep
 from sae_lens_atm.compare.report.summary import ranked
-from sae_lens_atm.compare.run.comparison import check
+from sae_lens_atm.compare.run.checks import check
 
 
 @pytest.fixture

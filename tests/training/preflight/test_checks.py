@@ -1,9 +1,12 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.training import language_model_run
 from sae_lens_atm.training.preflight import checks
 from sae_lens_atm.training.preflight.checks import check_devices, check_run
 from sae_lens_atm.training.run import train
@@ -37,9 +40,12 @@ def test_the_memory_of_a_run_counts_its_averages():
 
 def test_batches_before_step_1_are_announced(language_model_yaml):
     more = ["sae.normalize_activations=expected_average_only_in", "n_batches_for_norm_estimate=7"]
-    assert check_run(load_run(language_model_yaml, more))["before step 1"].startswith(
-        "7 batches of 64 "
-    )
+    shown = check_run(load_run(language_model_yaml, more))["before step 1"]
+    assert shown.startswith("at most 7 batches of 64 ")
+    assert shown.endswith(", fewer when the standard error is below 0.1%")
+    more[0] = "sae.normalize_activations=covariance_whitening"
+    shown = check_run(load_run(language_model_yaml, more))["before step 1"]
+    assert shown.endswith("(n_batches_for_norm_estimate)")
     assert "before step 1" not in check_run(load_run(language_model_yaml))
 
 
@@ -95,6 +101,29 @@ def test_data_that_saelens_would_refuse_later(language_model_yaml):
     assert error_of(check_run, nowhere).endswith("'/nonexistent/data': no such folder")
     none = load_run(language_model_yaml, ["dataset_path=''"])
     assert error_of(check_run, none).startswith("dataset_path: missing")
+
+
+@pytest.mark.parametrize("check", [check_run, train])
+def test_files_of_a_run_are_checked_before_the_weights_are_read(
+    language_model_yaml, gemma_folder, check, monkeypatch
+):
+    monkeypatch.setattr(language_model_run, "load_language_model", None)
+    Dataset.from_list([{"body": "w1 w2"}]).save_to_disk("other")
+    Dataset.from_dict({"text": []}).save_to_disk("empty")
+    Dataset.from_list([{"text": None}]).save_to_disk("none")
+    shutil.copytree(gemma_folder, "untokenized", ignore=shutil.ignore_patterns("token*"))
+    for setting, expected in [
+        ("hook_name=model.layer.1", "hook_name is 'model.layer.1': no such hook in the model; sim"),
+        ("sae.d_in=17", "sae.d_in must be 16, the width of the hook, got 17"),
+        ("dataset_path=other", "dataset_path 'other' must have one of the columns tokens, "),
+        ("dataset_path=empty", "dataset_path 'empty' has no rows"),
+        ("dataset_path=none", "column text of dataset_path 'none' must hold text, got NoneType"),
+        ("model_name=untokenized", "model_name is 'untokenized': the folder has no tokenizer"),
+        ("model_name=./nowhere", "model_name is './nowhere': no such folder"),
+    ]:
+        line = error_of(check, load_run(language_model_yaml, [setting]))
+        assert line.startswith(expected)
+        assert "\n" not in line
 
 
 @pytest.mark.parametrize("setting", ["sae.d_sae=2**27", "batch_size=2**40"])
