@@ -69,8 +69,8 @@ def center(row: Row, name: str) -> float:
 def bar(row: Row, name: str) -> tuple[float, float]:
     """Return the lengths of an error bar, down and up.
 
-    They are the standard deviation over seeds. For a single run they end at the interval over
-    resampled test words, if there is one.
+    They are the standard deviation over seeds. For a single run they end at its 95% interval, if
+    there is one.
     """
     sd = clean(row.figures[name].sd)
     low, high = row.intervals.get(name, (None, None))

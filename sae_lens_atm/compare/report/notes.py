@@ -1,4 +1,4 @@
-"""Notes below the tables: the definition of absorption, its words, and what intervals mean."""
+"""Notes below the tables: the definition of absorption, its words, and the intervals."""
 
 from collections.abc import Iterable
 
@@ -21,9 +21,10 @@ def absorption_notes(results: Results) -> list[str]:
         lines.append(f"Fewer latents fire on the words than asked for: {', '.join(short)}.")
     if any(row.intervals for row in results.rows):
         lines.append(
-            "[low, high]: 95% interval over resampled test words, a bootstrap. All seeds are "
-            "measured on the same words, so the interval of a mean over seeds is not shorter; ± "
-            "is the standard deviation over seeds."
+            "[low, high]: 95% interval over resampled test words (first letters) or tasks "
+            "(sae-probes), a bootstrap. All seeds are measured on the same words and tasks, so "
+            "the interval of a mean over seeds is not shorter; ± is the standard deviation over "
+            "seeds."
         )
     return lines
 
