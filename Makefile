@@ -40,10 +40,13 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # We run exact versions. Users of the package get the wide ranges of pyproject.toml.
+# Of sae-probes only the data are used. Its dependencies are large and older than those here. Without
+# the package, its tests are skipped.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,notebooks,ray]'
+	-$(BIN)/python -m pip install --quiet --no-deps sae-probes==0.4.2
 	touch $@
 
 clean:

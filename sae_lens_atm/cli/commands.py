@@ -255,7 +255,8 @@ def saebench(
     evals: Annotated[
         str | None,
         typer.Option(
-            help="Names separated by commas: absorption, core, sparse_probing. By default all."
+            help="Names separated by commas: absorption, core, sparse_probing, sae_probes. By "
+            "default the first three."
         ),
     ] = None,
     model: Annotated[
@@ -270,7 +271,16 @@ def saebench(
         Path | None,
         typer.Option(help="SAEBench's environment. By default in the user's cache."),
     ] = None,
-    quick: Annotated[bool, typer.Option(help="Run core on few batches, as a trial.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="A trial: few batches of core, few words, few tasks.")
+    ] = False,
+    words: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of words for absorption. By default the vocabulary."),
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="Number of tasks for sae_probes. By default all.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all results to this file.")
     ] = None,
@@ -284,4 +294,4 @@ def saebench(
         load_plugins()
         from sae_lens_atm.cli.saes import run_saebench
 
-        run_saebench(sae, evals, model, dataset, env, quick, json_file)
+        run_saebench(sae, evals, model, dataset, env, quick, words, tasks, json_file)

@@ -93,7 +93,8 @@ def evaluate_on_file(
     hub_logging.set_verbosity_error()  # its client logs every retry; the last error is enough
     data = data_of(str(config_path(config)), overrides)
     with BatchesProgress(console, "first letters") as progress:
-        evaluated = evaluate_saved(saes, data, progress.on_batch)
+        on_text = progress.named("probing tasks", "characters")
+        evaluated = evaluate_saved(saes, data, progress.on_batch, on_text)
     figures = {name: found.figures for name, found in evaluated.items()}
     intervals = {name: found.intervals for name, found in evaluated.items()}
     console.print(figures_table(f"On the data of {config}", figures, intervals))

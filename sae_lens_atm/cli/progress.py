@@ -20,6 +20,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from typing_extensions import Self
 
 from sae_lens_atm.compare.run.processes import Job
+from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.metrics.figures import ARROWS
 from sae_lens_atm.metrics.figures import figure as figure_info
 from sae_lens_atm.metrics.word_figures import Interval
@@ -200,7 +201,7 @@ class BatchesProgress:
 
     def __init__(self, console: Console, what: str) -> None:
         self._console = console
-        self._what = what
+        self._what, self._unit = what, "batches"
         self._tenths = 0
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),
@@ -227,8 +228,20 @@ class BatchesProgress:
         self._bar.update(self._task, completed=done, total=batches)
         tenths = 10 * done // max(batches, 1)
         if not self._console.is_terminal and (done == 0 or tenths > self._tenths):
-            self._console.print(f"{self._what}: {done}/{batches} batches", highlight=False)
+            self._console.print(f"{self._what}: {done:,}/{batches:,} {self._unit}", highlight=False)
         self._tenths = tenths
+
+    def named(self, what: str, unit: str) -> OnBatch:
+        """Return `on_batch` for other work, which follows and is counted in other units."""
+
+        def on_batch(done: int, every: int) -> None:
+            if what != self._what:
+                self._what, self._unit = what, unit
+                if self._task is not None:
+                    self._bar.reset(self._task, description=what)
+            self.on_batch(done, every)
+
+        return on_batch
 
 
 def figures_table(

@@ -110,10 +110,13 @@ def run_saebench(
     dataset: str | None,
     env: Path | None,
     quick: bool,
+    words: int | None,
+    tasks: int | None,
     json_file: Path | None,
 ) -> None:
     """Run SAEBench's evals on an SAE, print the scores, and write all results to a file."""
-    request = saebench.plan_evals(sae, evals or ",".join(saebench.EVALS), model, dataset, quick)
+    names = evals or ",".join(saebench.DEFAULT_EVALS)
+    request = saebench.plan_evals(sae, names, model, dataset, quick, words, tasks)
     environment = env or saebench.default_folder()
     if not saebench.is_complete(environment):
         console.print(f"installing {environment}: once, some minutes", highlight=False)

@@ -11,7 +11,7 @@ from sae_lens_atm.compare.plan.comparison_file import is_comparison, parse_compa
 from sae_lens_atm.compare.plan.planned_run import spelling_lm_folder
 from sae_lens_atm.compare.plan.sweep_file import as_comparison
 from sae_lens_atm.compare.run.batch_pool import batch_seed
-from sae_lens_atm.compare.run.letters import letters_folder
+from sae_lens_atm.compare.run.letters import activations_folder
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.data.spelling.model import make_spelling_lm
 from sae_lens_atm.errors import SettingsError
@@ -24,7 +24,9 @@ from sae_lens_atm.evaluation.language_model import (
 from sae_lens_atm.evaluation.letter_store import first_letters_of
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
+from sae_lens_atm.evaluation.sae_probes import Probing, probe_sae
 from sae_lens_atm.evaluation.synthetic import evaluate
+from sae_lens_atm.evaluation.task_store import SaeProbesConfig, TaskStore
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.metrics.word_figures import Interval
 from sae_lens_atm.training.preflight.checks import check_devices
@@ -38,8 +40,9 @@ class EvaluationData(NamedTuple):
 
     run: Run
     first_letters: FirstLetterConfig | None = None
+    sae_probes: SaeProbesConfig | None = None
     folder: Path | None = None
-    """Where first letters are stored. None does not store them."""
+    """Where activations for evaluations are stored. A run file has no such folder."""
 
 
 class Evaluated(NamedTuple):
@@ -47,15 +50,17 @@ class Evaluated(NamedTuple):
 
     figures: dict[str, float]
     intervals: Mapping[str, Interval] = {}
-    """The 95% interval of a figure over resampled test words. First letters have it."""
+    """The 95% interval of a figure, over resampled test words or tasks."""
     letters: dict[str, Any] | None = None
     """The words and probes, see `FirstLetters.facts`."""
+    by_task: Mapping[str, Mapping[str, float]] = {}
+    """Scores of probes, then their values on each task of sae-probes."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the content for a file: the figures, and what is known about first letters."""
-        if self.letters is None:
-            return dict(self.figures)
-        return {**self.figures, "intervals": self.intervals, "first_letters": self.letters}
+        measured = {"intervals": self.intervals, "first_letters": self.letters}
+        measured |= {"by_task": self.by_task}
+        return {**self.figures, **{name: value for name, value in measured.items() if value}}
 
 
 def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
@@ -76,13 +81,17 @@ def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
     first = comparison.planned[0]
     if first.lm is not None:
         make_spelling_lm(first.lm, spelling_lm_folder(comparison.output, first.lm))
-    letters = first.first_letters
-    folder = None if letters is None else letters_folder(first, comparison.output)
-    return EvaluationData(first.run, letters, folder)
+    letters, probes = first.first_letters, first.sae_probes
+    stored = letters is not None or probes is not None
+    folder = activations_folder(first, comparison.output) if stored else None
+    return EvaluationData(first.run, letters, probes, folder)
 
 
 def evaluate_saved(
-    references: Sequence[str], data: EvaluationData, on_batch: OnBatch | None = None
+    references: Sequence[str],
+    data: EvaluationData,
+    on_batch: OnBatch | None = None,
+    on_text: OnBatch = lambda _done, _every: None,
 ) -> dict[str, Evaluated]:
     """Evaluate SAEs on the same samples, and return the figures of each.
 
@@ -90,6 +99,7 @@ def evaluate_saved(
         references: folders, or `REPO:SAE_ID` on the Hub.
         data: the data.
         on_batch: is called before each batch of prompts for first letters.
+        on_text: is called before each batch of texts of sae-probes, with numbers of characters.
 
     Raises:
         SettingsError: an SAE cannot be loaded, its `d_in` does not fit the data, or
@@ -108,21 +118,38 @@ def evaluate_saved(
     if isinstance(run, SyntheticRun):
         return _evaluate_on_synthetic_data(saes, run)
     cfg = run.runner
+    store = None
+    if data.sae_probes is not None and data.folder is not None:
+        store = TaskStore(cfg, data.sae_probes, data.folder)
     model = load_language_model(cfg)
     tokens = hold_out(make_store(cfg, model), cfg)
     for sae in saes.values():  # SAELens evaluates at the hook in the SAE's metadata
         sae.cfg.metadata.hook_name = cfg.hook_name
         sae.cfg.metadata.hook_head_index = cfg.hook_head_index
     figures = {n: language_model_figures(sae, model, tokens, cfg)[0] for n, sae in saes.items()}
-    if letters is None:
-        return {name: Evaluated(values) for name, values in figures.items()}
-    found = first_letters_of(cfg, letters, lambda: model, data.folder, on_batch)
-    evaluated: dict[str, Evaluated] = {}
-    for name, sae in saes.items():
-        scores = scores_of(sae, found)
-        values = figures[name] | figures_of(scores, found)
-        evaluated[name] = Evaluated(values, scores.intervals, found.facts())
+    evaluated = {name: Evaluated(values) for name, values in figures.items()}
+    if letters is not None:
+        found = first_letters_of(cfg, letters, lambda: model, data.folder, on_batch)
+        for name, sae in saes.items():
+            scores = scores_of(sae, found)
+            values = figures[name] | figures_of(scores, found)
+            evaluated[name] = Evaluated(values, scores.intervals, found.facts())
+    if store is not None:
+        store.fill(lambda: model, on_text)
+        for name, sae in saes.items():
+            evaluated[name] = _with_probes(evaluated[name], probe_sae(sae, store))
     return evaluated
+
+
+def _with_probes(evaluated: Evaluated, probing: Probing) -> Evaluated:
+    return evaluated._replace(
+        figures=evaluated.figures | probing.figures,
+        intervals={**evaluated.intervals, **probing.intervals},
+        by_task={
+            name: dict(zip(probing.tasks, values, strict=True))
+            for name, values in probing.by_task.items()
+        },
+    )
 
 
 def _evaluate_on_synthetic_data(

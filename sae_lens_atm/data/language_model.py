@@ -59,7 +59,7 @@ def set_metadata(sae: Any, cfg: LanguageModelSAERunnerConfig[Any]) -> None:
 
 @torch.no_grad()
 def check_hook(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> None:
-    """Check hook, width and context size of a run, with one token.
+    """Check hook, head, width, context size and chat format of a run, with one token.
 
     The hook must exist, its width must be the SAE's `d_in`, and the model must have as many
     positions as the context.
@@ -67,6 +67,12 @@ def check_hook(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> None:
     Raises:
         SettingsError: one of them does not fit. The message names similar hooks, or the width.
     """
+    tokenizer = getattr(model, "tokenizer", None)
+    if cfg.use_chat_formatting and tokenizer is not None and not tokenizer.chat_template:
+        raise SettingsError(
+            f"use_chat_formatting must be False, as the tokenizer of {cfg.model_name} has no chat "
+            "template, got True"
+        )
     if cfg.hook_name not in model.hook_dict:
         inner: Any = getattr(model, "model", model)
         names = dict.fromkeys([*model.hook_dict, *(name for name, _ in inner.named_modules())])
@@ -81,8 +87,13 @@ def check_hook(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> None:
         )
     token = torch.zeros(1, 1, dtype=torch.long, device=cfg.llm_device)
     _, cache = model.run_with_cache(token, names_filter=[cfg.hook_name], **cfg.model_kwargs)
-    shape = cache[cfg.hook_name].shape[2:]
-    width = shape[-1] if cfg.hook_head_index is not None else shape.numel()
+    if cfg.hook_name not in cache:
+        raise SettingsError(f"hook_name is {cfg.hook_name!r}: its output is not a tensor")
+    shape, head = cache[cfg.hook_name].shape[2:], cfg.hook_head_index
+    if head is not None and (len(shape) < 2 or not 0 <= head < shape[0]):
+        heads = f"from 0 to {shape[0] - 1}" if len(shape) > 1 else "None, as the hook has no heads"
+        raise SettingsError(f"hook_head_index must be {heads}, got {head}")
+    width = shape[-1] if head is not None else shape.numel()
     if width != cfg.sae.d_in:
         raise SettingsError(f"sae.d_in must be {width}, the width of the hook, got {cfg.sae.d_in}")
 

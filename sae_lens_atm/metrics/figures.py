@@ -1,5 +1,6 @@
 """The figures of an SAE: their labels, better direction, definitions and digits."""
 
+import re
 from typing import NamedTuple
 
 
@@ -13,6 +14,28 @@ class Figure(NamedTuple):
     """The definition, in one sentence."""
     digits: int = 3
     """Digits after the decimal point."""
+
+
+def _on_tasks(score: str, k: int | None) -> Figure:
+    """Return the display settings of a score of probes on tasks; None: on all dimensions."""
+    label, begin = {
+        "auc": ("AUC", "Area under the ROC curve"),
+        "accuracy": ("accuracy", "Accuracy"),
+    }[score]
+    if k is None:
+        return Figure(
+            f"probe {label}, no SAE",
+            0,
+            f"{begin} of a logistic regression on the model's own activations, averaged over tasks "
+            "of sae-probes; probes of an SAE rarely exceed it.",
+        )
+    latents = "latent that differs" if k == 1 else f"{k} latents that differ"
+    return Figure(
+        f"probe {label}, k {k}",
+        1,
+        f"{begin} of a logistic regression on the {latents} most between the two classes of a "
+        "task, averaged over tasks of sae-probes.",
+    )
 
 
 ARROWS = {1: " ↑", -1: " ↓", 0: ""}
@@ -187,6 +210,11 @@ FIGURES: dict[str, Figure] = {
         "Balanced accuracy of a logistic regression on the 5 best latents of a first letter, "
         "averaged over the letters that count.",
     ),
+    **{
+        f"probe_{score}_{'raw' if k is None else f'k{k}'}": _on_tasks(score, k)
+        for score in ("auc", "accuracy")
+        for k in (1, 5, None)
+    },
     "ce_loss_score": Figure(
         "CE loss recovered",
         1,
@@ -249,12 +277,16 @@ NEEDS = {
         ),
         "parents",
     ),
+    **{name: "tasks" for name in FIGURES if re.match("probe_.*_(k[0-9]+|raw)$", name)},
     "stability": "seeds",
 }
-"""What a figure needs: synthetic data, a language model, first letters, several seeds, or parents,
-which synthetic data and first letters have."""
+"""What a figure needs: synthetic data, a language model, first letters, tasks of sae-probes,
+several seeds, or parents, which synthetic data and first letters have."""
 
 
 def figure(name: str) -> Figure:
     """Return the display settings of a figure, or default ones for a name not in `FIGURES`."""
+    probing = re.fullmatch(r"probe_(auc|accuracy)_k(\d+)", name)
+    if name not in FIGURES and probing:
+        return _on_tasks(probing[1], int(probing[2]))
     return FIGURES.get(name, Figure(name.replace("_", " "), 0))

@@ -14,22 +14,33 @@ from platformdirs import user_cache_path
 from sae_lens_atm.errors import SAEBenchError, SettingsError
 
 SAE_BENCH = "0.6.0"
+SAE_PROBES = "0.4.2"
 REQUIREMENTS = "saebench-requirements.txt"
 """This file is written last. A folder that holds it is complete."""
 
 # In the same versions as here, so that SAE and model compute the same.
 _LIKE_OURS = ("torch", "sae-lens", "transformer-lens", "transformers")
 _USED = ("scikit-learn<1.10", "beartype", "collectibles", "seaborn", "tabulate", "openai")
+# sae-probes imports xgboost for a probe that SAEBench does not use. On Linux, xgboost itself comes
+# with a GPU library of several hundred MB.
+_USED_BY_SAE_PROBES = (
+    "pandas<3",
+    "pyarrow<26",
+    "zstandard",
+    "xgboost-cpu>=3.0.2,<4; sys_platform != 'darwin'",
+    "xgboost>=3.0.2,<4; sys_platform == 'darwin'",
+)
+_WITHOUT_DEPENDENCIES = (f"sae-bench=={SAE_BENCH}", f"sae-probes=={SAE_PROBES}")
 
 
 def requirements() -> list[str]:
-    """Return the packages to install beside SAEBench itself.
+    """Return the packages to install beside SAEBench and sae-probes themselves.
 
     SAEBench pins numpy<2 and torchvision, and needs neither. One dataset of its sparse probing is a
-    script, which datasets 4 does not run. It uses an argument that scikit-learn 1.10 removed.
+    script, which datasets 4 does not run. Both use an argument that scikit-learn 1.10 removed.
     """
     ours = [f"{name}=={version(name).partition('+')[0]}" for name in _LIKE_OURS]
-    return [*ours, "datasets>=3.1,<4", *_USED]
+    return [*ours, "datasets>=3.1,<4", *_USED, *_USED_BY_SAE_PROBES]
 
 
 def default_folder() -> Path:
@@ -62,7 +73,7 @@ def is_complete(folder: Path) -> bool:
 
 def _listed() -> str:
     python = ".".join(map(str, sys.version_info[:2]))
-    return "\n".join([f"# Python {python}", *requirements(), f"sae-bench=={SAE_BENCH}"]) + "\n"
+    return "\n".join([f"# Python {python}", *requirements(), *_WITHOUT_DEPENDENCIES]) + "\n"
 
 
 def python_of(folder: Path) -> Path:
@@ -96,7 +107,7 @@ def _make(folder: Path) -> None:
     try:
         venv.create(partial, with_pip=True)
         _install(partial, *requirements())
-        _install(partial, "--no-deps", f"sae-bench=={SAE_BENCH}")
+        _install(partial, "--no-deps", *_WITHOUT_DEPENDENCIES)
     except subprocess.CalledProcessError as error:
         command = " ".join(map(str, error.cmd))
         raise SAEBenchError(

@@ -22,6 +22,8 @@ from sae_lens_atm.saebench.inside.models import hooked_name
 from sae_lens_atm.saebench.scores import SCORES
 
 EVALS = tuple(SCORES)
+DEFAULT_EVALS = tuple(name for name in EVALS if name != "sae_probes")
+QUICK_WORDS, QUICK_TASKS = 2000, 3
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,20 @@ class EvalRequest:
     text: str | None
     """A dataset on the Hub, or a folder. None is SAEBench's own."""
     quick: bool = False
+    words: int | None = None
+    """Number of words for absorption. None is all of the vocabulary."""
+    tasks: int | None = None
+    """Number of tasks for sae_probes. None is all."""
 
 
 def plan_evals(
     sae: str,
-    evals: str = ",".join(EVALS),
+    evals: str = ",".join(DEFAULT_EVALS),
     model: str | None = None,
     text: str | None = None,
     quick: bool = False,
+    words: int | None = None,
+    tasks: int | None = None,
 ) -> EvalRequest:
     """Check what can be checked before anything is installed.
 
@@ -51,7 +59,9 @@ def plan_evals(
         evals: names of evals, separated by commas.
         model: a name on the Hub or a folder. By default the model in the SAE's metadata.
         text: a dataset for the core eval. By default SAEBench's.
-        quick: run the core eval on few batches.
+        quick: run the core eval on few batches, absorption on few words, sae_probes on few tasks.
+        words: number of words for absorption. By default all of the vocabulary.
+        tasks: number of tasks for sae_probes. By default all.
 
     Raises:
         SettingsError: an eval or the SAE is unknown, or an eval cannot be run on the SAE.
@@ -73,7 +83,15 @@ def plan_evals(
             f"{sae} was trained at the hook {metadata.hook_name}: SAEBench's absorption always "
             "reads blocks.N.hook_resid_post; leave absorption out of --evals"
         )
-    return EvalRequest(loaded, _absolute(model), names, text and _absolute(text), quick)
+    return EvalRequest(
+        loaded,
+        _absolute(model),
+        names,
+        text and _absolute(text),
+        quick,
+        words or (QUICK_WORDS if quick else None),
+        tasks or (QUICK_TASKS if quick else None),
+    )
 
 
 def _absolute(name: str) -> str:

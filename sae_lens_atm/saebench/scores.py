@@ -30,6 +30,16 @@ SCORES: dict[str, dict[str, Figure]] = {
         "sae.sae_test_accuracy": Figure("accuracy, all latents", 1),
         "llm.llm_test_accuracy": Figure("accuracy, no SAE", 0),
     },
+    "sae_probes": {
+        "sae.sae_top_1_test_auc": Figure("AUC, 1 latent", 1),
+        "sae.sae_top_2_test_auc": Figure("AUC, 2 latents", 1),
+        "sae.sae_top_5_test_auc": Figure("AUC, 5 latents", 1),
+        "llm.llm_test_auc": Figure("AUC, no SAE", 0),
+        "sae.sae_top_1_test_accuracy": Figure("accuracy, 1 latent", 1),
+        "sae.sae_top_2_test_accuracy": Figure("accuracy, 2 latents", 1),
+        "sae.sae_top_5_test_accuracy": Figure("accuracy, 5 latents", 1),
+        "llm.llm_test_accuracy": Figure("accuracy, no SAE", 0),
+    },
 }
 """Scores by eval, then by their place in SAEBench's `eval_result_metrics`.
 

@@ -4,9 +4,10 @@ import math
 from typing import Any
 
 import torch
-from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
 
-from sae_lens_atm.errors import SettingsError, shown
+from sae_lens_atm.errors import SettingsError, one_line, shown
+from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.training.schema import did_you_mean
 
 _LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
@@ -16,6 +17,7 @@ _Limit = tuple[float, float, str]
 _MOST = 2**53
 _COUNT: _Limit = (1, _MOST, "1 or more, and at most 2**53")
 _COUNT_OR_0: _Limit = (0, _MOST, "0 or more, and at most 2**53")
+_COEFFICIENT: _Limit = (0, 1e6, "0 or more, and at most 1e6")
 _ABOVE_0: _Limit = (math.nextafter(0, 1), math.inf, "above 0")
 _NOT_NEGATIVE: _Limit = (0, math.inf, "0 or more")
 _SHARE: _Limit = (0, 1, "in [0, 1]")
@@ -42,7 +44,7 @@ _LIMITS: dict[str, _Limit] = {
     # data
     "store_batch_size_prompts": _COUNT,
     "n_batches_in_buffer": _COUNT,
-    "context_size": _COUNT,
+    "context_size": (1, 2**24, "1 or more, and at most 2**24"),
     "activations_mixing_fraction": _SHARE,
     "n_batches_for_norm_estimate": _COUNT,
     # counters, checkpoints, evaluation
@@ -59,6 +61,19 @@ _LIMITS: dict[str, _Limit] = {
     "sae.d_in": _WIDTH,
     "sae.d_sae": _WIDTH,
     "sae.decoder_init_norm": (1e-6, 1e3, "from 1e-6 to 1000"),
+    "sae.aux_loss_coefficient": _COEFFICIENT,
+    "sae.l0_coefficient": _COEFFICIENT,
+    "sae.l1_coefficient": _COEFFICIENT,
+    "sae.pre_act_loss_coefficient": _COEFFICIENT,
+    "sae.l0_warm_up_steps": _COUNT_OR_0,
+    "sae.l1_warm_up_steps": _COUNT_OR_0,
+    "sae.lp_norm": (1e-12, math.inf, "above 0"),
+    "sae.jumprelu_bandwidth": (1e-12, 1e6, "above 0, and at most 1e6"),
+    "sae.jumprelu_init_threshold": (1e-12, 1e6, "above 0, and at most 1e6"),
+    "sae.target_l0": _ABOVE_0,
+    "sae.max_iterations": _COUNT,
+    "sae.residual_threshold": _NOT_NEGATIVE,
+    "sae.topk_threshold_lr": _SHARE,
     # SAELens' synthetic model
     "synthetic_model.num_features": (1, 2**20, "1 or more, and at most 2**20"),
     "synthetic_model.hidden_dim": _WIDTH,
@@ -107,6 +122,27 @@ def _device_broken(name: str, value: str | None) -> str:
     except RuntimeError:
         is_usable = False
     return "" if is_usable else f"{name} must be a device of torch, got {value!r}"
+
+
+def check_sae(cfg: Any) -> None:
+    """Check what the classes of other architectures check only when an SAE is made, or never.
+
+    Args:
+        cfg: the training config of an SAE.
+
+    Raises:
+        SettingsError: no SAE can be made, or no step can be taken.
+    """
+    k: float | None = getattr(cfg, "k", None)
+    # ATM's config has checked its own k, which some of its activations ignore.
+    if k is not None and not isinstance(cfg, ATMTrainingSAEConfig) and not 0 < k <= cfg.d_sae:
+        raise SettingsError(
+            f"sae.k must be above 0 and at most sae.d_sae = {cfg.d_sae}, got {shown(k)}"
+        )
+    try:
+        TrainingSAE[Any].from_dict({**cfg.to_dict(), "device": "meta"})
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise SettingsError(f"sae: {one_line(error)}") from error
 
 
 def check_schedule(cfg: Any) -> None:

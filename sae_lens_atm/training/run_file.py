@@ -27,7 +27,7 @@ from sae_lens_atm.data.synthetic import HierarchyModelConfig
 from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.sae.removed import drop_removed
-from sae_lens_atm.training.limits import check_limits, check_schedule
+from sae_lens_atm.training.limits import check_limits, check_sae, check_schedule
 from sae_lens_atm.training.schema import build, did_you_mean, schema_of, validate
 from sae_lens_atm.yaml_files import apply_overrides, read_yaml
 
@@ -102,6 +102,7 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     fields = {key: value for key, value in content.items() if key not in ("runner", "sae")}
     values = validate(_schemas()[runner], fields)
     check_limits({**values, "sae": sae.to_dict()})
+    check_sae(sae)
     seed, max_bad_batches = values.pop("seed", 0), values.pop("max_bad_batches", 10)
     # SAELens logs to wandb by default, which needs an account.
     logging: dict[str, Any] = {"log_to_wandb": False, **values.pop("logger", {})}

@@ -170,6 +170,24 @@ def test_batches_are_counted_from_the_first():
     assert "39/40" in text_of(screen)
 
 
+def test_other_work_that_follows_has_its_own_name_and_unit():
+    log, screen = console(), console(terminal=True)
+    for where in (log, screen):
+        with BatchesProgress(where, "first letters") as progress:
+            progress.on_batch(0, 2)
+            on_text = progress.named("probing tasks", "characters")
+            progress.on_batch(1, 2)
+            on_text(0, 4000)
+            on_text(3000, 4000)
+    assert text_of(log).splitlines() == [
+        "first letters: 0/2 batches",
+        "first letters: 1/2 batches",
+        "probing tasks: 0/4,000 characters",
+        "probing tasks: 3,000/4,000 characters",
+    ]
+    assert "probing tasks" in text_of(screen)
+
+
 def test_waiting_for_another_process_has_no_batches():
     with BatchesProgress(console(), "first letters") as progress:
         progress.on_batch(0, 0)

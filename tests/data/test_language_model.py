@@ -1,7 +1,7 @@
 import pytest
 from datasets import Dataset, DatasetDict
 
-from sae_lens_atm.data.language_model import check_hook, saved_dataset
+from sae_lens_atm.data.language_model import check_hook, load_language_model, saved_dataset
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.run_file import load_run
 
@@ -28,6 +28,29 @@ def test_another_width_is_refused(language_model_yaml, hooked_model):
     cfg = load_run(language_model_yaml, ["hook_name=blocks.1.hook_resid_post", "sae.d_in=8"]).runner
     with pytest.raises(SettingsError, match=r"^sae\.d_in must be 16"):
         check_hook(cfg, hooked_model)
+
+
+@pytest.mark.parametrize("head", [-1, 2])
+def test_a_head_that_is_not_there(language_model_yaml, hooked_model, head):
+    cfg = load_run(language_model_yaml, [f"hook_head_index={head}", "sae.d_in=8"]).runner
+    cfg.hook_name = "blocks.0.attn.hook_z"
+    with pytest.raises(SettingsError, match=rf"^hook_head_index must be from 0 to 1, got {head}"):
+        check_hook(cfg, hooked_model)
+    cfg.hook_name = "blocks.1.hook_resid_post"
+    with pytest.raises(SettingsError, match=r"^hook_head_index must be None, as the hook has no"):
+        check_hook(cfg, hooked_model)
+
+
+def test_a_module_whose_output_is_no_tensor(language_model_yaml):
+    cfg = load_run(language_model_yaml, ["hook_name=model"]).runner
+    with pytest.raises(SettingsError, match=r"^hook_name is 'model': its output is not a tensor"):
+        load_language_model(cfg)
+
+
+def test_a_chat_format_needs_a_template(language_model_yaml):
+    cfg = load_run(language_model_yaml, ["use_chat_formatting=true"]).runner
+    with pytest.raises(SettingsError, match=r"^use_chat_formatting must be False, as the tokenize"):
+        load_language_model(cfg)
 
 
 def test_saved_datasets(tmp_path):

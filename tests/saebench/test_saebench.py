@@ -94,7 +94,7 @@ def test_an_environment_is_made_once(tmp_path, pip):
     assert saebench.is_complete(folder)
     libraries, bench = pip.calls
     assert libraries[1:4] == bench[1:4] == ["-m", "pip", "install"]
-    assert bench[4:] == ["--no-deps", "sae-bench==0.6.0"]
+    assert bench[4:] == ["--no-deps", "sae-bench==0.6.0", "sae-probes==0.4.2"]
     assert "sae-lens==" + environment.version("sae-lens") in libraries
     saebench.prepare(folder)
     assert len(pip.calls) == 2
@@ -220,6 +220,25 @@ def test_a_checkpoint_goes_in_as_a_stock_sae(tmp_path):
     torch.testing.assert_close(stock.encode(x), sae.encode(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "words", "tasks"),
+    [
+        ({}, None, None),
+        ({"quick": True}, evals.QUICK_WORDS, evals.QUICK_TASKS),
+        ({"words": 9, "tasks": 8}, 9, 8),
+        ({"quick": True, "words": 9, "tasks": 8}, 9, 8),
+    ],
+)
+def test_words_and_tasks(sae_folder, options, words, tasks):
+    request = saebench.plan_evals(str(sae_folder), "core", **options)
+    assert (request.words, request.tasks) == (words, tasks)
+
+
+def test_the_tasks_of_sae_probes_run_only_when_asked(sae_folder):
+    assert saebench.plan_evals(str(sae_folder)).evals == ["absorption", "core", "sparse_probing"]
+    assert saebench.plan_evals(str(sae_folder), "sae_probes").evals == ["sae_probes"]
+
+
 def test_what_the_process_is_given(tmp_path, sae_folder, text_folder):
     program = """
 job = json.load(open(sys.argv[3]))
@@ -234,6 +253,7 @@ open(sys.argv[4], "w").write(json.dumps({"evals": {}, "seen": seen}))
     assert (architecture, path) == ("jumprelu", str(INSIDE))
     assert job["model"] == "gpt2"
     assert job["evals"] == ["core"]
+    assert (job["words"], job["tasks"]) == (None, None)
     assert job["text"] == str(text_folder)  # the process works in another folder
 
 

@@ -136,6 +136,33 @@ def test_schedules_must_fit_the_run(synthetic_yaml, settings, field):
     assert line.startswith(f"{field} ")
 
 
+@pytest.mark.parametrize(
+    ("sae", "message"),
+    [
+        ("architecture: topk, k: 41", "sae.k must be above 0 and at most sae.d_sae = 32, got 41"),
+        ("architecture: batchtopk, k: -1.0", "sae.k must be above 0 and at most sae.d_sae = 32,"),
+        ("architecture: standard, l1_coefficient: -1", "sae.l1_coefficient must be 0 or more, and"),
+        ("architecture: standard, dtype: float12", "sae: Invalid dtype: float12. Must be one of"),
+        (
+            "architecture: jumprelu, jumprelu_bandwidth: 0",
+            "sae.jumprelu_bandwidth must be above 0, and at most 1e6, got 0.0",
+        ),
+        (
+            "architecture: jumprelu, jumprelu_sparsity_loss_mode: quadratic",
+            "sae: cfg.target_l0 must be set for quadratic sparsity loss mode.",
+        ),
+        (
+            "architecture: matryoshka_batchtopk, k: 2, matryoshka_widths: [8, 64]",
+            "sae: cfg.matryoshka_widths must be strictly increasing.",
+        ),
+    ],
+)
+def test_mistakes_that_other_architectures_do_not_check(synthetic_yaml, sae, message):
+    """SAELens' classes raised them after the data were made, in a step, or never."""
+    (line,) = lines_of(synthetic_yaml, f"sae={{{sae}, d_in: 16, d_sae: 32}}")
+    assert line.startswith(message)
+
+
 def test_warm_up_and_decay_may_fill_the_run(synthetic_yaml):
     load_run(synthetic_yaml, ["lr_warm_up_steps=20", "lr_decay_steps=20"])
 

@@ -16,6 +16,7 @@ A comparison file is a run file (see `training.run_file`) with `architectures` a
       untrained: {architecture: topk, role: control, trained: false}
     spelling_lm: {seeds: [0, 1]}   # small language models to make first (see `data.spelling`)
     first_letters: {}              # measure absorption on a language model, as SAEBench defines it
+    sae_probes: {tasks: 16}        # sparse probing on a language model, on tasks of sae-probes
     quick: {seeds: [0], training_samples: 204_800}   # changes that --quick makes
 """
 
@@ -23,7 +24,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
@@ -39,9 +40,12 @@ from sae_lens_atm.compare.report.results import Sweep
 from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
+from sae_lens_atm.evaluation.task_store import SaeProbesConfig
 from sae_lens_atm.training.run_file import SyntheticRun, parse_run
 from sae_lens_atm.training.schema import parse_fields
 from sae_lens_atm.yaml_files import apply_overrides, read_yaml
+
+_Config = TypeVar("_Config")
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,10 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     if not isinstance(shared.get("sae") or {}, dict):
         raise SettingsError(f"sae must be a mapping of fields, got {shared['sae']!r}")
     output = shared.setdefault("output_path", f"runs/{name}{'-quick' if quick else ''}")
-    first_letters = _first_letters(settings, shared)
+    first_letters = _on_model(FirstLetterConfig, "first_letters", settings, shared)
+    sae_probes = _on_model(SaeProbesConfig, "sae_probes", settings, shared)
     planned = [
-        replace(plan, lm=lm, first_letters=first_letters)
+        replace(plan, lm=lm, first_letters=first_letters, sae_probes=sae_probes)
         for lm in _spelling_lms(settings)
         for entry, entry_settings in settings.architectures.items()
         for plan in _plan_entry(entry, entry_settings, _with_model(shared, lm), settings)
@@ -140,12 +145,16 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     )
 
 
-def _first_letters(own: ComparisonSettings, shared: dict[str, Any]) -> FirstLetterConfig | None:
-    if own.first_letters is None:
+def _on_model(
+    cls: type[_Config], key: str, own: ComparisonSettings, shared: dict[str, Any]
+) -> _Config | None:
+    """Return the settings under a key that only a comparison on a language model can have."""
+    values: dict[str, Any] | None = getattr(own, key)
+    if values is None:
         return None
     if own.spelling_lm is None and shared.get("runner") != "language_model":
-        raise SettingsError("first_letters: allowed only with runner: language_model")
-    return parse_fields(FirstLetterConfig, own.first_letters, "first_letters")
+        raise SettingsError(f"{key}: allowed only with runner: language_model")
+    return parse_fields(cls, values, key)
 
 
 def _spelling_lms(own: ComparisonSettings) -> list[SpellingLMConfig | None]:

@@ -67,6 +67,8 @@ class ComparisonSettings(BaseModel):
     on each of these models."""
     first_letters: dict[str, Any] | None = None
     """Fields of `FirstLetterConfig`. Without this key absorption is not measured."""
+    sae_probes: dict[str, Any] | None = None
+    """Fields of `SaeProbesConfig`. Without this key SAEs are not probed on these tasks."""
 
 
 OWN_KEYS = tuple(ComparisonSettings.model_fields)

@@ -13,6 +13,7 @@ from sae_lens_atm.compare.plan.l0_target import L0Parameter
 from sae_lens_atm.compare.report.results import Role
 from sae_lens_atm.data.spelling.model import TOKENS, SpellingLMConfig
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
+from sae_lens_atm.evaluation.task_store import SaeProbesConfig
 from sae_lens_atm.files import hash_of
 from sae_lens_atm.training.run_file import Run, SyntheticRun
 
@@ -63,6 +64,7 @@ class PlannedRun:
     lm: SpellingLMConfig | None = None
     """The language model that the comparison makes and the SAE is trained on, if there is one."""
     first_letters: FirstLetterConfig | None = None
+    sae_probes: SaeProbesConfig | None = None
 
     @property
     def model_seed(self) -> int | None:
@@ -108,7 +110,8 @@ class PlannedRun:
         """Hash of everything that affects the figures."""
         config = _config_of(self.run)
         values = [self.training_key, {name: config.get(name) for name in _EVALUATION_FIELDS}]
-        return hash_of(values + ([asdict(self.first_letters)] if self.first_letters else []))
+        measured = [asdict(cfg) for cfg in (self.first_letters, self.sae_probes) if cfg is not None]
+        return hash_of(values + measured)
 
     @property
     def data_key(self) -> str:

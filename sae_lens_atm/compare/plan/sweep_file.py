@@ -107,6 +107,7 @@ def _check_objective(name: str, comparison: Comparison) -> None:
         "model": not comparison.is_synthetic,
         "letters": first.first_letters is not None,
         "parents": comparison.is_synthetic or first.first_letters is not None,
+        "tasks": first.sae_probes is not None,
         "seeds": len({planned.seed for planned in comparison.planned}) > 1,
     }
     allowed = [

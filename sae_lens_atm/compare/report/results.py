@@ -79,11 +79,14 @@ class Run(_Schema):
     moving: bool
     """Whether explained variance or dead latents still changed at the end of training."""
     intervals: dict[str, Interval] = Field(default_factory=dict)
-    """The 95% interval of a figure over resampled test words. First letters have it."""
+    """The 95% interval of a figure: of first letters over resampled test words, of probes over
+    resampled tasks."""
     curve: Curve | None = None
     importance: Importance | None = None
     absorption_by_parent: list[float | None] = []
     """Absorbed fraction of each of `Results.parents`."""
+    by_task: dict[str, list[float | None]] = Field(default_factory=dict)
+    """Figures on each of `Results.tasks`."""
     cosine_map: str = ""
     """PNG in base64: cosines of decoder rows (down) and true features (across). One run of an entry
     has it."""
@@ -108,8 +111,8 @@ class Row(_Schema):
     moving: bool
     figures: dict[str, Spread]
     intervals: dict[str, Interval] = Field(default_factory=dict)
-    """The ends of the runs' intervals, averaged. All runs are measured on the same words, so more
-    seeds do not make these intervals shorter."""
+    """The ends of the runs' intervals, averaged. All runs are measured on the same words and tasks,
+    so more seeds do not make these intervals shorter."""
 
 
 class PairedTest(_Schema):
@@ -202,6 +205,8 @@ class Results(_Schema):
     rows: list[Row]
     tests: list[PairedTest]
     parents: list[Parent] = Field(default_factory=list)
+    tasks: list[str] = Field(default_factory=list)
+    """The tasks of sae-probes on which SAEs were probed."""
     failed: dict[str, str] = Field(default_factory=dict)
     """The errors of the runs that failed."""
     sweep: Sweep | None = None

@@ -5,6 +5,7 @@ import warnings
 
 from sae_lens_atm.compare.plan.comparison_file import Comparison
 from sae_lens_atm.compare.run.cached import contexts_to_cache
+from sae_lens_atm.compare.run.probing import task_store
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.preflight.checks import (
     check_data,
@@ -44,6 +45,8 @@ def check(comparison: Comparison) -> dict[str, str]:
             reads_text = not has_cache or contexts_to_cache(comparison.planned) > 0
             if planned.lm is None and reads_text:
                 check_dataset_exists(planned.run.runner)
+            if planned.sae_probes is not None:
+                task_store(planned, folder)
     facts = look_up_language_models(comparison)
     warn_of_missing_masks(comparison)
     return facts

@@ -126,6 +126,7 @@ def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
         not_ranked=comparison.not_ranked,
         tests=make_tests(runs, rows, entries, comparison.not_ranked),
         parents=_parents(comparison, done),
+        tasks=_evaluation(done[0], folder).get("tasks", []) if done else [],
         failed=failed,
         sweep=comparison.sweep,
     )
@@ -149,6 +150,7 @@ def _run_of(planned: PlannedRun, folder: Path) -> Run:
         curve=curve,
         importance=Importance.model_validate(importance) if importance else None,
         intervals=evaluation.get("intervals", {}),
+        by_task=evaluation.get("by_task", {}),
         absorption_by_parent=evaluation.get("absorption_by_parent", []),
         cosine_map=evaluation.get("cosine_map", ""),
         folder=planned.folder,

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.letters import first_letters
+from sae_lens_atm.compare.run.probing import add_probing
 from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED, is_evaluated
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.evaluation.first_letters import FirstLetters, figures_of, scores_of
@@ -47,10 +48,10 @@ def evaluate_group(
         Interrupted: `stop` requested it. SAEs that are evaluated are not evaluated again.
     """
 
-    def on_batch(what: str, done: int, total: int) -> None:
+    def on_batch(what: str, done: int, total: int, unit: str = "batches") -> None:
         if stop.signal_number is not None:
             raise Interrupted(None, stop.signal_number)
-        on_phase(Phase(what, done, total, "batches"))
+        on_phase(Phase(what, done, total, unit))
 
     letters: FirstLetters | None = None
     for planned in group:
@@ -61,7 +62,8 @@ def evaluate_group(
             prompts = partial(on_batch, "first letters")
             letters = first_letters(planned, folder, lambda: model, prompts)
         evaluating = partial(on_batch, f"evaluating {planned.label}")
-        evaluate_on_language_model(planned, folder, model, tokens, letters, evaluating)
+        probing = partial(on_batch, f"probing {planned.label}", unit="tasks")
+        evaluate_on_language_model(planned, folder, model, tokens, letters, evaluating, probing)
 
 
 @torch.no_grad()
@@ -72,6 +74,7 @@ def evaluate_on_language_model(
     tokens: HeldOutTokens,
     letters: FirstLetters | None,
     on_batch: OnBatch,
+    on_task: OnBatch,
 ) -> None:
     """Evaluate a saved SAE as its users load it.
 
@@ -82,6 +85,7 @@ def evaluate_on_language_model(
         tokens: held-out tokens.
         letters: words and probes for absorption; None leaves absorption out.
         on_batch: is called before each batch.
+        on_task: is called before each task of sae-probes.
     """
     home = folder / planned.folder
     cfg = cast(LanguageModelRun, planned.run).runner
@@ -100,4 +104,5 @@ def evaluate_on_language_model(
         content["first_letters"] = letters.facts()
         content["absorption_by_parent"] = scores.fraction_by_letter.tolist()
         content["parent_probability"] = letters.shares.tolist()
+    add_probing(content, planned, folder, sae, lambda: model, on_task)
     write_json(home / FIGURES, content)

@@ -15,8 +15,8 @@ PERCENT = 100
 """Steps of the work, whose number of batches is not known before the vocabulary is read."""
 
 
-def letters_folder(planned: PlannedRun, folder: Path) -> Path:
-    """Return where first letters are stored: the folder of the cache, or of the comparison."""
+def activations_folder(planned: PlannedRun, folder: Path) -> Path:
+    """Return where activations for evaluations are stored: with the cache, or the comparison."""
     activations = cast(LanguageModelRun, planned.run).activations
     return folder if activations is None else activations.folder
 
@@ -24,7 +24,7 @@ def letters_folder(planned: PlannedRun, folder: Path) -> Path:
 def has_letters(planned: PlannedRun, folder: Path) -> bool:
     """Return whether a run needs no first letters, or they are stored."""
     cfg, run = planned.first_letters, cast(LanguageModelRun, planned.run).runner
-    return cfg is None or are_stored(run, cfg, letters_folder(planned, folder))
+    return cfg is None or are_stored(run, cfg, activations_folder(planned, folder))
 
 
 def first_letters(
@@ -45,7 +45,7 @@ def first_letters(
     if cfg is None:
         return None
     load = load or (lambda: load_language_model(run))
-    return first_letters_of(run, cfg, load, letters_folder(planned, folder), on_batch)
+    return first_letters_of(run, cfg, load, activations_folder(planned, folder), on_batch)
 
 
 def in_percent(report: Callable[[int], None]) -> OnBatch:

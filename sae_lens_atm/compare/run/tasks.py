@@ -17,6 +17,7 @@ from sae_lens_atm.compare.run.cached import (
 )
 from sae_lens_atm.compare.run.language_model import train_group
 from sae_lens_atm.compare.run.letters import PERCENT, first_letters, has_letters, in_percent
+from sae_lens_atm.compare.run.probing import probing_jobs
 from sae_lens_atm.compare.run.processes import Job, OnProgress, StepCounter
 from sae_lens_atm.compare.run.stored_run import (
     is_evaluated,
@@ -160,9 +161,9 @@ def make_jobs(comparison: Comparison) -> list[list[Job]]:
     """Return the jobs that are left to do, in lists that run one after the other.
 
     On synthetic data: making the model, drawing batches, then one job for each run. On a language
-    model: making the models, reading their first letters, then one job for each group of runs that
-    share activations. On cached activations: the cache, the first letters, then for each seed one
-    job for each run, and their evaluation.
+    model: making the models, reading their first letters and probing tasks, then one job for each
+    group of runs that share activations. On cached activations: the cache, the first letters and
+    probing tasks, then for each seed one job for each run, and their evaluation.
     """
     synthetic = comparison.is_synthetic
     return _synthetic_jobs(comparison) if synthetic else _language_model_jobs(comparison)
@@ -173,7 +174,7 @@ def _cached_jobs(comparison: Comparison) -> list[list[Job]]:
     left = [p for p in comparison.planned if not is_evaluated(p, folder, with_map=False)]
     contexts = contexts_to_cache(comparison.planned) if left else 0
     cache = Job("cache", contexts, _MakeCache(tuple(comparison.planned)), needed=True)
-    jobs = [[cache] if contexts else [], _letter_jobs(left, folder)]
+    jobs = [[cache] if contexts else [], _letter_jobs(left, folder) + probing_jobs(left, folder)]
     for _, runs in groupby(left, key=lambda p: p.seed):  # complete results seed by seed
         group = list(runs)
         to_train = (p for p in group if not is_trained(p, folder))
@@ -219,7 +220,7 @@ def _language_model_jobs(comparison: Comparison) -> list[list[Job]]:
         if not is_spelling_lm(lm, homes[seed])
     ]
     left = [p for group in groups for p in group if not is_evaluated(p, folder, with_map=False)]
-    return [models, _letter_jobs(left, folder), runs]
+    return [models, _letter_jobs(left, folder) + probing_jobs(left, folder), runs]
 
 
 def _letter_jobs(left: Iterable[PlannedRun], folder: Path) -> list[Job]:

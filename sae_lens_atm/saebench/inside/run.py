@@ -27,15 +27,20 @@ from sae_bench.evals.core import main as core_main
 from sae_bench.evals.core.eval_config import CoreEvalConfig
 from sae_bench.evals.sparse_probing import main as sparse_probing_main
 from sae_bench.evals.sparse_probing.eval_config import SparseProbingEvalConfig
+from sae_bench.evals.sparse_probing_sae_probes import main as sae_probes_main
+from sae_bench.evals.sparse_probing_sae_probes.eval_config import SparseProbingSaeProbesEvalConfig
 from sae_bench.sae_bench_utils import dataset_utils, general_utils
 from sae_bench.sae_bench_utils.activation_collection import (
     LLM_NAME_TO_BATCH_SIZE,
     LLM_NAME_TO_DTYPE,
 )
 from sae_lens.training.activations_store import ActivationsStore
+from sae_probes import DATASETS, generate_model_activations
 
+from .choices import evenly_spaced, frequent_words
 from .models import load_model, load_sae
 from .parent import end_with_parent
+from .plain import to_json
 
 SEED = 42  # SAEBench's
 SMALL_VOCABULARY = 8192
@@ -60,16 +65,23 @@ class Subject:
     device: str
     text: str
     quick: bool
+    words: int | None
+    """Number of words for absorption. None: all of the vocabulary, as in SAEBench."""
+    tasks: int | None
+    """Number of tasks of sae-probes. None: all, as in SAEBench."""
 
 
 def absorption(subject: Subject) -> dict[str, Any]:
     """Run the absorption eval, and add the F1 scores of its probes."""
-    words = sorted(get_alpha_tokens(subject.model.tokenizer))
+    tokenizer, most = subject.model.tokenizer, subject.words
+    words = sorted(get_alpha_tokens(tokenizer))
+    if most is not None:
+        words = frequent_words(tokenizer, words, most)
     missing = set(LETTERS) - {word.strip()[0].lower() for word in words}
     if missing:
         raise CannotRun(
-            f"no word of the model's vocabulary starts with {', '.join(sorted(missing))}: "
-            "SAEBench needs words of every letter"
+            f"none of the {len(words)} words starts with {', '.join(sorted(missing))}: SAEBench "
+            "needs words of every letter"
         )
     config = absorption_main.AbsorptionEvalConfig(
         model_name=subject.model_name,
@@ -86,6 +98,10 @@ def absorption(subject: Subject) -> dict[str, Any]:
         module.get_alpha_tokens = lambda _tokenizer: words
     home = Path("absorption").absolute()
     probes = {"probes_dir": home / "probes"}
+    # SAEBench would run all layers, and compute logits, for activations of one layer.
+    subject.model.run_with_cache = partial(
+        subject.model.run_with_cache, stop_at_layer=layer_of(subject.sae) + 1
+    )
     absorption_main.HookedTransformer = given(subject.model)
     absorption_main.run_k_sparse_probing_experiment = partial(
         absorption_main.run_k_sparse_probing_experiment, experiment_dir=home / "k", **probes
@@ -98,7 +114,10 @@ def absorption(subject: Subject) -> dict[str, Any]:
     )
     random.seed(SEED)  # SAEBench seeds nothing here
     torch.manual_seed(SEED)
-    results = run(absorption_main.run_eval, config, subject, home)
+    try:
+        results = run(absorption_main.run_eval, config, subject, home)
+    finally:
+        del subject.model.run_with_cache
     (probing,) = Path("artifacts/absorption").glob("*_k_sparse_probing.json")
     f1 = {row["letter"]: row for row in json.loads(probing.read_text())}
     if not results:
@@ -177,10 +196,24 @@ def sparse_probing(subject: Subject) -> dict[str, Any]:
     return result
 
 
+def sae_probes(subject: Subject) -> dict[str, Any]:
+    """Run the sparse-probing eval on the tasks of sae-probes."""
+    names = DATASETS if subject.tasks is None else evenly_spaced(DATASETS, subject.tasks)
+    config = SparseProbingSaeProbesEvalConfig(
+        model_name=subject.model_name,
+        dataset_names=names,
+    )
+    generate_model_activations.HookedTransformer = given(subject.model)
+    results = run(sae_probes_main.run_eval, config, subject, Path("sae_probes"))
+    (result,) = results.values()
+    return result
+
+
 EVALS: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "absorption": absorption,
     "core": core,
     "sparse_probing": sparse_probing,
+    "sae_probes": sae_probes,
 }
 
 
@@ -195,6 +228,11 @@ def run(
 def given(model: Any) -> Any:
     """Return a replacement for the class with which SAEBench loads a model by its name."""
     return SimpleNamespace(from_pretrained_no_processing=lambda *_args, **_options: model)
+
+
+def layer_of(sae: Any) -> int:
+    """Return the layer whose output an SAE of the residual stream reads."""
+    return int(sae.cfg.metadata.hook_name.split(".")[1])
 
 
 def text(path: str) -> Any:
@@ -232,6 +270,8 @@ def subject_of(job: dict[str, Any]) -> Subject:
         device=device,
         text=job["text"] or TEXT,
         quick=job["quick"],
+        words=job["words"],
+        tasks=job["tasks"],
     )
 
 
@@ -252,7 +292,7 @@ def all_evals(job: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:
             traceback.print_exc()
             results[name] = {"error": reason(error)}
-    versions = {name: version(name) for name in ("sae-bench", "sae-lens", "torch")}
+    versions = {name: version(name) for name in ("sae-bench", "sae-probes", "sae-lens", "torch")}
     return {"device": subject.device, "versions": versions, "evals": results}
 
 
@@ -261,7 +301,7 @@ def main() -> None:
     job, output = map(Path, sys.argv[1:])
     end_with_parent()
     results = all_evals(json.loads(job.read_text(encoding="utf-8")))
-    output.write_text(json.dumps(results, default=float), encoding="utf-8")
+    output.write_text(to_json(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

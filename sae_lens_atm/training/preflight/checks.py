@@ -126,6 +126,12 @@ def check_data(run: LanguageModelRun, exists: bool = True) -> None:
         raise SettingsError("use_cached_activations cannot be set beside `activations`")
     if run.activations is not None and exists:
         ActivationCache(run.activations.folder, cfg)
+    cached = cfg.cached_activations_path if cfg.use_cached_activations else None
+    if exists and cached is not None and not Path(cached).is_dir():
+        raise SettingsError(
+            f"cached_activations_path is {cached!r}: no such folder, and use_cached_activations is "
+            "True"
+        )
     if run.activations is not None or cfg.use_cached_activations:
         return
     if not cfg.dataset_path:
@@ -179,15 +185,17 @@ def check_memory(run: Run, resident: int) -> None:
     cfg, batch = run.runner, batch_size_of(run) // number_of_processes()
     total = total_bytes(cfg.device)
     needed = resident + step_bytes(cfg.sae, batch)
+    causes = f"sae.d_sae = {cfg.sae.d_sae:,} and a batch of {batch:,}"
     if isinstance(run, LanguageModelRun):
         needed += store_bytes(run.runner)
+        causes += f" with n_batches_in_buffer = {run.runner.n_batches_in_buffer:,}"
     elif not isinstance(run.runner.synthetic_model, str):
         features = run.runner.synthetic_model.num_features
         needed += synthetic_bytes(features, cfg.sae.d_in, batch_size_of(run))
     if total is not None and needed > total:
         raise SettingsError(
-            f"sae.d_sae = {cfg.sae.d_sae:,} and a batch of {batch:,} need {size_text(needed)} of "
-            f"memory, and {cfg.device} has {size_text(total)}: set smaller ones"
+            f"{causes} need {size_text(needed)} of memory, and {cfg.device} has "
+            f"{size_text(total)}: set smaller ones"
         )
 
 

@@ -136,11 +136,14 @@ def _load(cfg: LanguageModelSAERunnerConfig[Any]) -> tuple[Any, Any]:
             hook_names=[cfg.hook_name],
         )
         check_hook(cfg, model)
-        return model, make_store(cfg, model)
     except SettingsError:
         raise
     except Exception as error:  # errors of the loaders are of many types
         raise NotTimed(short(error)) from error
+    try:
+        return model, make_store(cfg, model)
+    except SettingsError as error:  # the dataset may be out of reach here alone
+        raise NotTimed(str(error)) from error
 
 
 def _evaluations(

@@ -165,6 +165,8 @@ def look_up_model(cfg: LanguageModelSAERunnerConfig[Any], online: bool) -> Model
         raise NotChecked(f"model_class_name is {cfg.model_class_name}")
     if hooked:
         name = _official(name)
+    elif not name or (Path(name).is_dir() and not (Path(name) / "config.json").is_file()):
+        raise SettingsError(f"model_name is {name!r}: there is no config.json of a model")
     try:
         config, source = within(_CONFIG_TIMEOUT, lambda: _config(name, online)), "its config.json"
     except Exception as error:

@@ -13,6 +13,7 @@ import torch
 from sae_lens import LoggingConfig, SAETrainer, TrainingSAE
 from sae_lens.util import temporary_seed
 
+from sae_lens_atm.errors import one_line
 from sae_lens_atm.files import write_manifest
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
@@ -22,6 +23,7 @@ from sae_lens_atm.training.run_file import Run, batch_size_of
 from sae_lens_atm.training.supervise import supervise
 
 _REPEATS = 3
+_LONGEST_REASON = 200  # characters
 _LARGEST_CHECKPOINT = 2**31  # larger ones are not written to be timed
 
 
@@ -182,8 +184,14 @@ def time_steps(
             trainer.step(x[:size])
         except StopIteration:  # the guard asks for another batch after a bad one
             raise NotTimed(
-                "a step on random activations gives NaN or Inf values, check sae.dtype and lr"
+                "a step on random activations gives NaN or Inf values, check sae.dtype, lr and the "
+                "coefficients of sae"
             ) from None
+        except Exception as error:  # of SAELens' or another plugin's class
+            raise NotTimed(
+                "a step on random activations fails, check the fields of sae: "
+                f"{one_line(error)[:_LONGEST_REASON]}"
+            ) from error
         synchronize(run.runner.device)
 
     found: list[tuple[Timed, int]] = []

@@ -71,15 +71,15 @@ def test_drawing_a_pool_can_be_stopped_and_starts_again(comparison_yaml):
 
 def test_a_language_model_has_a_job_for_each_group(language_model_comparison_yaml):
     comparison = load_comparison(language_model_comparison_yaml)
-    models, runs = make_jobs(comparison)
-    assert models == []
+    models, readings, runs = make_jobs(comparison)
+    assert models == readings == []
     assert labels(runs) == ["seed 0", "seed 1"]
     assert [job.steps for job in runs] == [60, 60]  # three trained entries and one control
     apart = load_comparison(
         language_model_comparison_yaml,
         ["seeds=[0]", "architectures.gated.run={train_batch_size_tokens: 32}"],
     )
-    _, runs = make_jobs(apart)
+    *_, runs = make_jobs(apart)
     assert labels(runs) == ["seed 0", "seed 0, train_batch_size_tokens 32"]
 
 

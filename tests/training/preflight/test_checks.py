@@ -49,6 +49,19 @@ def test_batches_before_step_1_are_announced(language_model_yaml):
     assert "before step 1" not in check_run(load_run(language_model_yaml))
 
 
+def test_saelens_cached_activations_must_be_there(language_model_yaml):
+    more = ["use_cached_activations=true", "cached_activations_path=nowhere"]
+    run = load_run(language_model_yaml, more)
+    assert error_of(check_run, run).startswith("cached_activations_path is 'nowhere': no such")
+    Path("nowhere").mkdir()
+    check_run(run)
+
+
+def test_a_large_buffer_is_named(language_model_yaml):
+    run = load_run(language_model_yaml, ["n_batches_in_buffer=1e12"])
+    assert "with n_batches_in_buffer = 1,000,000,000,000 need" in error_of(check_run, run)
+
+
 def test_only_a_dry_run_looks_up_the_model(language_model_yaml, monkeypatch):
     monkeypatch.setattr(checks, "look_up", lambda _: {"checked": "yes"})
     run = load_run(language_model_yaml)

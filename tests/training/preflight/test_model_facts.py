@@ -79,6 +79,13 @@ def test_a_model_is_at_hand_in_a_folder_or_in_the_cache(language_model_yaml):
 # --- the Hub -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["", "."])
+def test_a_folder_without_a_model(language_model_yaml, name):
+    cfg = load_run(language_model_yaml, [f"model_name='{name}'"]).runner
+    with pytest.raises(SettingsError, match=r"^model_name is .*there is no config\.json"):
+        look_up_model(cfg, online=False)
+
+
 def test_a_name_that_the_hub_does_not_know(monkeypatch):
     cfg = shipped("gemma-2-2b-l12-16k", "model_name=google/gemma-2-2bb")
 

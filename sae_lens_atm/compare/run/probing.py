@@ -1,0 +1,102 @@
+"""The tasks of sae-probes in a comparison: activations of the model once, then each SAE."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from sae_lens import SAE
+
+from sae_lens_atm.compare.plan.planned_run import PlannedRun
+from sae_lens_atm.compare.run.letters import PERCENT, activations_folder, in_percent
+from sae_lens_atm.compare.run.processes import Job, OnProgress
+from sae_lens_atm.data.language_model import load_language_model
+from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.evaluation.recovered_loss import OnBatch
+from sae_lens_atm.evaluation.sae_probes import probe_sae
+from sae_lens_atm.evaluation.task_store import TaskStore
+from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.run_file import LanguageModelRun
+
+
+@dataclass(frozen=True)
+class _ReadTasks:
+    planned: PlannedRun
+    folder: Path
+
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
+        report = in_percent(on_progress)
+
+        def on_batch(done: int, every: int) -> None:
+            report(done, every)
+            if stop.signal_number is not None:
+                raise Interrupted(None, stop.signal_number)
+
+        cfg = cast(LanguageModelRun, self.planned.run).runner
+        task_store(self.planned, self.folder).fill(lambda: load_language_model(cfg), on_batch)
+
+
+def task_store(planned: PlannedRun, folder: Path) -> TaskStore:
+    """Return the store of the activations that an SAE is probed on.
+
+    Args:
+        planned: a run with `sae_probes`.
+        folder: the folder of the comparison.
+
+    Raises:
+        SettingsError: sae-probes is not installed, or has no task of a name.
+    """
+    assert planned.sae_probes is not None
+    run = cast(LanguageModelRun, planned.run).runner
+    return TaskStore(run, planned.sae_probes, activations_folder(planned, folder))
+
+
+def probing_jobs(left: Iterable[PlannedRun], folder: Path) -> list[Job]:
+    """Return a job for each language model whose activations are not stored yet.
+
+    Args:
+        left: the runs that are not evaluated yet.
+        folder: the folder of the comparison.
+    """
+    firsts: dict[int | None, PlannedRun] = {}
+    for planned in left:
+        if planned.sae_probes is not None:
+            firsts.setdefault(planned.model_seed, planned)
+    return [
+        Job(
+            "probing tasks" if seed is None else f"probing tasks, model {seed}",
+            PERCENT,
+            _ReadTasks(planned, folder),
+            needed=True,
+        )
+        for seed, planned in firsts.items()
+        if task_store(planned, folder).missing()
+    ]
+
+
+def add_probing(
+    content: dict[str, Any],
+    planned: PlannedRun,
+    folder: Path,
+    sae: SAE[Any],
+    load: Callable[[], Any],
+    on_task: OnBatch,
+) -> None:
+    """Probe an SAE on the tasks, and add what was found to the content of its file of figures.
+
+    Args:
+        content: the content. Figures, their intervals and the values on each task are added.
+        planned: the run of the SAE. Without `sae_probes` nothing is done.
+        folder: the folder of the comparison.
+        sae: the SAE.
+        load: returns the language model. It is called only if activations are not stored.
+        on_task: is called before each task. It may raise an error to stop.
+    """
+    if planned.sae_probes is None:
+        return
+    store = task_store(planned, folder)
+    store.fill(load, lambda _done, _every: on_task(0, 0))
+    found = probe_sae(sae, store, on_task)
+    content["figures"] |= found.figures
+    content["intervals"] = content.get("intervals", {}) | found.intervals
+    content |= {"tasks": found.tasks, "by_task": found.by_task}

@@ -1,0 +1,85 @@
+"""The activations of a language model on the last tokens of texts, read as in sae-probes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from torch import Tensor
+
+_TOKENS_IN_BATCH = 2048
+
+
+@torch.no_grad()
+def last_token_activations(
+    model: Any,
+    run: LanguageModelSAERunnerConfig[Any],
+    texts: Sequence[str],
+    max_tokens: int,
+    on_texts: Callable[[Sequence[int]], None],
+) -> Tensor:
+    """Return the activations at the hook of a run, on the last token of each text.
+
+    The model runs up to the hook. Texts of similar length make a batch.
+
+    Args:
+        model: the language model with its tokenizer.
+        run: hook and settings of the forward pass.
+        texts: the texts. Each gets a `<bos>`, as from TransformerLens' tokenizers.
+        max_tokens: of a longer text, `<bos>` and the last tokens are read.
+        on_texts: is called before each batch, with the places of its texts.
+
+    Returns:
+        Shape ``(texts, d_in)``, on the CPU, in the dtype of the model.
+    """
+    rows = [*_rows(model.tokenizer, texts, min(max_tokens, _context_of(model)))]
+    stop_at = extract_stop_at_layer_from_tlens_hook_name(run.hook_name)
+    device = next(model.parameters()).device
+    found: dict[int, Tensor] = {}
+    for batch in _batches(rows):
+        on_texts(batch)
+        tokens = torch.nn.utils.rnn.pad_sequence(  # after the text, and attention is causal
+            [torch.tensor(rows[i]) for i in batch], batch_first=True
+        )
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.autocast_lm):
+            _, cache = model.run_with_cache(
+                tokens.to(device),
+                names_filter=[run.hook_name],
+                stop_at_layer=stop_at,
+                prepend_bos=False,
+                **run.model_kwargs,
+            )
+        stream: Tensor = cache[run.hook_name]
+        if run.hook_head_index is not None:
+            stream = stream[:, :, run.hook_head_index]
+        last = torch.tensor([len(rows[i]) - 1 for i in batch], device=stream.device)
+        at_last = stream.flatten(2)[torch.arange(len(batch), device=stream.device), last]
+        found |= zip(batch, at_last.cpu(), strict=True)
+    return torch.stack([found[i] for i in range(len(texts))])
+
+
+def _rows(tokenizer: Any, texts: Sequence[str], most: int) -> Iterator[list[int]]:
+    """Yield the tokens of each text; without any, one token."""
+    first = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
+    found: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    for tokens in found:
+        yield [*first, *tokens[max(len(tokens) - max(most - len(first), 1), 0) :]] or [0]
+
+
+def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yield the places of rows, the longest first, with at most 2048 tokens in a batch."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    while order:
+        size = max(_TOKENS_IN_BATCH // len(rows[order[0]]), 1)
+        yield order[:size]
+        order = order[size:]
+
+
+def _context_of(model: Any) -> int:
+    """Return the largest number of tokens that a model reads."""
+    cfg: Any = model.cfg if hasattr(model, "cfg") else model.model.config
+    for name in ("n_ctx", "max_position_embeddings"):
+        if isinstance(getattr(cfg, name, None), int):
+            return getattr(cfg, name)
+    return torch.iinfo(torch.int32).max
