@@ -167,12 +167,12 @@ def _columns(cfg: LanguageModelSAERunnerConfig[Any], row: dict[str, Any]) -> str
 
 
 def _first_row(path: str) -> dict[str, Any]:
-    saved = saved_dataset(path)
-    if saved is None:
-        rows: Any = load_dataset(path, split="train", streaming=True)
+    try:
+        saved = saved_dataset(path)
+        rows: Any = load_dataset(path, split="train", streaming=True) if saved is None else saved
         row = next(iter(rows), None)
-    else:
-        row = saved[0] if len(saved) else None
+    except IndexError:  # from `load_from_disk`, if it was saved without rows
+        row = None
     if row is None:
         raise SettingsError(f"dataset_path {path!r} has no rows")
     return cast(dict[str, Any], row)
