@@ -84,7 +84,7 @@ NAMES = ", ".join(sorted(path.stem for path in shipped_config("demo").parent.glo
         ),
         (
             ["saebench", "checkpoint", "--evals", "core,ravel"],
-            "--evals must be among absorption, core, sparse_probing, got ravel",
+            "--evals must be among absorption, core, sparse_probing, sae_probes, got ravel",
         ),
         (["make-lm", "lm", "--set", "stepz=3"], "stepz: unknown key, did you mean 'steps'?"),
         (
