@@ -10,6 +10,7 @@ from sae_lens_atm.cli.terminal import (
     console,
     exit_with,
     facts_table,
+    timing_status,
 )
 from sae_lens_atm.compare import (
     Comparison,
@@ -63,7 +64,9 @@ def _carry_out(
 ) -> None:
     if only_plan:
         silence_saelens()
-        console.print(facts_table(dry_run(comparison, jobs)))
+        with timing_status() as report:
+            facts = dry_run(comparison, jobs, report)
+        console.print(facts_table(facts))
         return
     to_do = planned_jobs(comparison)
     try:

@@ -16,6 +16,7 @@ from sae_lens_atm.cli.terminal import (
     console,
     exit_with,
     facts_table,
+    timing_status,
 )
 from sae_lens_atm.errors import CheckpointError, Interrupted, SaveError, SettingsError
 from sae_lens_atm.torchrun import rank, size
@@ -128,13 +129,7 @@ def resume_command(run: Run, arguments: list[str], checkpoint: Path | None) -> s
 
 
 def _print_estimate(run: Run, checkpoint: Path | None) -> None:
-    with console.status("timing") as status:
-
-        def report(what: str) -> None:
-            status.update(f"timing: {what}")
-            if not console.is_terminal:
-                console.print(f"timing: {what}", highlight=False)
-
+    with timing_status() as report:
         entries = estimate_time(run, checkpoint, report=report)
     console.print(estimate_table(entries, run.runner.device))
 
