@@ -27,7 +27,10 @@ _SECONDS_PER_ENTRY = 2.0  # time limit for the steps of an entry
 
 
 def dry_run(
-    comparison: Comparison, at_once: int, report: Report = lambda _: None
+    comparison: Comparison,
+    at_once: int,
+    report: Report = lambda _: None,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Check a comparison, and return its plan with an estimate of its time on this machine.
 
@@ -35,6 +38,7 @@ def dry_run(
         comparison: the plan.
         at_once: maximum number of processes.
         report: is called before each measurement.
+        threads: number of threads of each process; None divides the cores among the processes.
 
     Raises:
         SettingsError: the output folder is not writable, or the data do not fit.
@@ -45,7 +49,7 @@ def dry_run(
             check_devices(p.run)
     except SettingsError as error:  # a dry run may be on another machine than the comparison
         return {**facts, "estimate": f"none: {error}"}
-    return {**facts, **_estimate(comparison, _to_train(comparison), at_once, report)}
+    return {**facts, **_estimate(comparison, _to_train(comparison), at_once, report, threads)}
 
 
 def describe_plan(comparison: Comparison, at_once: int) -> dict[str, Any]:
@@ -81,10 +85,14 @@ def _to_train(comparison: Comparison) -> list[PlannedRun]:
 
 
 def _estimate(
-    comparison: Comparison, left: Sequence[PlannedRun], at_once: int, report: Report
+    comparison: Comparison,
+    left: Sequence[PlannedRun],
+    at_once: int,
+    report: Report,
+    threads: int | None,
 ) -> dict[str, str]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads_per_job(at_once))
+    torch.set_num_threads(threads or threads_per_job(at_once))
     steps: dict[str, float] = {}
     model, missing = ModelTime({}, 0), ""
     try:
