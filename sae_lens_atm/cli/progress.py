@@ -154,7 +154,9 @@ class RunsProgress:
         self._bar.stop()
 
     def started(self, job: Job) -> None:
-        """Add a bar for a run."""
+        """Add a bar for a run. In a log file, a line says that the first one has started."""
+        if not self._started and not self._console.is_terminal:
+            self._console.print(f"{job.label}: started", highlight=False)
         self._started[job.label] = time.monotonic()
         self._tasks[job.label] = self._bar.add_task(job.label, total=max(job.steps, 1))
 

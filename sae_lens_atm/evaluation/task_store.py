@@ -35,6 +35,7 @@ from sae_lens_atm.metrics.sparse_probing import (
 
 FOLDER = "sae-probes"
 _VERSION = 1  # of the files
+_CHARACTERS_IN_TOKEN = 4  # about; for the progress alone
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ class TaskStore:
             train, test = split_rows(task.labels, self.cfg.max_samples, self.cfg.seed)
             texts[name] = [task.texts[row] for row in (*train, *test)]
             labels[name] = task.labels[train], task.labels[test]
-        every = sum(len(text) for rows in texts.values() for text in rows)
+        longest = _CHARACTERS_IN_TOKEN * self.cfg.max_tokens
+        every = sum(min(len(text), longest) for rows in texts.values() for text in rows)
         done = 0
         for name, (train_labels, test_labels) in labels.items():
             rows = texts[name]
@@ -147,7 +149,7 @@ class TaskStore:
             def on_texts(places: Sequence[int], rows: Sequence[str] = rows) -> None:
                 nonlocal done
                 on_batch(done, every)
-                done += sum(len(rows[place]) for place in places)
+                done += sum(min(len(rows[place]), longest) for place in places)
 
             x = last_token_activations(model, self._run, rows, self.cfg.max_tokens, on_texts)
             tensors = {

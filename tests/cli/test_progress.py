@@ -71,12 +71,13 @@ def test_runs_are_counted_and_their_errors_printed():
             progress.ended(job, error)
     lines = text_of(log).splitlines()
     assert [line.split(",")[0] for line in lines] == [
+        "run 0: started",
         "50% of all steps",
         "[1/2] run 0: 0 s",
         "100% of all steps",
         "[2/2] run 1 failed: ValueError: bad",
     ]
-    assert lines[0].endswith("min left")
+    assert lines[1].endswith("min left")
 
 
 def test_nothing_to_train_is_no_division_by_zero():
@@ -131,7 +132,7 @@ def test_phases_of_runs_are_shown_with_their_names():
         progress.advanced(job, 100)
         progress.ended(job, None)
     lines = text_of(log).splitlines()
-    assert lines[:2] == ["run 0: loading", "run 0: filling: 8 batches, 0 s"]
+    assert lines[:3] == ["run 0: started", "run 0: loading", "run 0: filling: 8 batches, 0 s"]
 
 
 def test_phases_of_runs_are_on_their_bars():

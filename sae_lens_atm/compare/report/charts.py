@@ -70,7 +70,7 @@ def bar(row: Row, name: str) -> tuple[float, float]:
     """Return the lengths of an error bar, down and up.
 
     They are the standard deviation over seeds. For a single run they end at the interval over
-    resampled test words, if there is one.
+    resampled test words or tasks, if there is one.
     """
     sd = clean(row.figures[name].sd)
     low, high = row.intervals.get(name, (None, None))

@@ -25,7 +25,7 @@ from sae_lens_atm.compare.report.charts import (
     parents_panel,
     pareto_panel,
 )
-from sae_lens_atm.compare.report.notes import absorption_notes
+from sae_lens_atm.compare.report.notes import measurement_notes
 from sae_lens_atm.compare.report.pictures import draw_pictures
 from sae_lens_atm.compare.report.results import (
     PairedTest,
@@ -205,7 +205,7 @@ def report_html(results: Results) -> str:
     return environment.get_template("report.html.j2").render(
         {function.__name__: function for function in functions},
         results=results,
-        notes=absorption_notes(results),
+        notes=measurement_notes(results),
         styles=entry_styles(results.entries),
         glances=make_glances(results),
         p_bound=P_BOUND,

@@ -1,4 +1,4 @@
-"""Notes below the tables: the definition of absorption, its words, and what intervals mean."""
+"""Notes below the tables: how absorption and probes are measured, and what intervals mean."""
 
 from collections.abc import Iterable
 
@@ -9,8 +9,8 @@ from sae_lens_atm.metrics.first_letter import MIN_LETTERS
 _SHORT = 0.95  # share of the L0 asked for below which an SAE is listed
 
 
-def absorption_notes(results: Results) -> list[str]:
-    """Return sentences about the figures of absorption. Results without them have none."""
+def measurement_notes(results: Results) -> list[str]:
+    """Return sentences about the figures of absorption and of probes on tasks, if there are any."""
     lines: list[str] = []
     if results.absorption_metric:
         lines.append(f"Absorption is defined as in {results.absorption_metric}.")
@@ -19,11 +19,18 @@ def absorption_notes(results: Results) -> list[str]:
     short = short_of_l0(results)
     if short:
         lines.append(f"Fewer latents fire on the words than asked for: {', '.join(short)}.")
-    if any(row.intervals for row in results.rows):
+    if results.tasks:
         lines.append(
-            "[low, high]: 95% interval over resampled test words, a bootstrap. All seeds are "
-            "measured on the same words, so the interval of a mean over seeds is not shorter; ± "
-            "is the standard deviation over seeds."
+            f"Probes: {len(results.tasks)} tasks of sae-probes. All SAEs have the same tasks, so a "
+            "difference of two SAEs is more certain than their intervals suggest."
+        )
+    if any(row.intervals for row in results.rows):
+        words, tasks = results.absorption_metric or not results.tasks, results.tasks
+        over = " or ".join(["words"] * bool(words) + ["tasks"] * bool(tasks))
+        lines.append(
+            f"[low, high]: 95% interval over resampled {'test ' if words else ''}{over}, a "
+            f"bootstrap. All seeds are measured on the same {over}, so the interval of a mean over "
+            "seeds is not shorter; ± is the standard deviation over seeds."
         )
     return lines
 

@@ -7,7 +7,7 @@ from markupsafe import escape
 from rich.table import Table
 from rich.text import Text
 
-from sae_lens_atm.compare.report.notes import absorption_notes
+from sae_lens_atm.compare.report.notes import measurement_notes
 from sae_lens_atm.compare.report.results import PairedTest, Results, Row
 from sae_lens_atm.compare.report.summary import best_rows, ranked
 from sae_lens_atm.compare.report.sweep import show_value, swept_fields
@@ -165,7 +165,7 @@ def notes(results: Results, best: str = "Green") -> list[str]:
         sentences.append(f"dead: latents that fire on none of the {evaluation_window(results)}.")
     if sweep is None:
         sentences.append(f"{best}: the best ranked value, controls excluded.")
-    return sentences + absorption_notes(results)
+    return sentences + measurement_notes(results)
 
 
 def _cell(row: Row, name: str, best: Mapping[str, set[tuple[str, float]]]) -> Text:

@@ -21,7 +21,7 @@ class Cell(NamedTuple):
     """Value by which the column is sorted. Empty values come last."""
     best: bool = False
     interval: str = ""
-    """The 95% interval over resampled test words."""
+    """The 95% interval over resampled test words or tasks."""
 
 
 def clean(value: float | None) -> float | None:

@@ -31,9 +31,12 @@ from sae_lens_atm.data.spelling.model import (
     make_spelling_lm,
 )
 from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.cached_run import open_cache
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun
+
+_LOADING = "loading the language model"
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,11 @@ class _LookAtFirstLetters:
 
     def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         report = in_percent(on_progress)
+        on_progress(Phase(_LOADING))
 
         def on_batch(done: int, batches: int) -> None:
             report(done, batches)
+            on_progress(Phase("prompts", done, batches, "batches"))
             _stop_if_requested(stop)
 
         first_letters(self.planned, self.folder, on_batch=on_batch)
@@ -110,11 +115,13 @@ class _MakeCache:
 
     def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         before = 0
+        on_progress(Phase(_LOADING))
 
-        def count(done: int, _contexts: int) -> None:
+        def count(done: int, contexts: int) -> None:
             nonlocal before
             on_progress(done - before)
             before = done
+            on_progress(Phase("caching", done, contexts, "contexts"))
             _stop_if_requested(stop)
 
         make_cache(self.planned, count)

@@ -1,6 +1,6 @@
 import pytest
 
-from sae_lens_atm.compare.report.notes import about_letters, absorption_notes, short_of_l0
+from sae_lens_atm.compare.report.notes import about_letters, measurement_notes, short_of_l0
 from sae_lens_atm.compare.report.results import LetterFacts
 from tests.compare.sample import measured_on_words
 
@@ -41,13 +41,26 @@ def test_a_matched_l0_is_told(match, shown):
 
 def test_the_definition_stands_below_tables_with_absorption():
     results = measured_on_words()
-    definition, intervals = absorption_notes(results)
+    definition, intervals = measurement_notes(results)
     assert definition == "Absorption is defined as in SAEBench 0.6.0."
     assert intervals.startswith("[low, high]: 95% interval")
     results.absorption_metric = ""
     for row in results.rows:
         row.intervals = {}
-    assert absorption_notes(results) == []
+    assert measurement_notes(results) == []
+
+
+@pytest.mark.parametrize(
+    ("metric", "over", "same"),
+    [("", "tasks", "tasks"), ("SAEBench 0.6.0", "test words or tasks", "words or tasks")],
+)
+def test_tasks_are_told_and_what_is_resampled(metric, over, same):
+    results = measured_on_words()
+    results.absorption_metric, results.tasks = metric, ["a", "b"]
+    *_, probes, intervals = measurement_notes(results)
+    assert probes.startswith("Probes: 2 tasks of sae-probes.")
+    assert f"95% interval over resampled {over}, a bootstrap" in intervals
+    assert f"on the same {same}," in intervals
 
 
 @pytest.mark.parametrize(
@@ -58,4 +71,4 @@ def test_saes_with_fewer_active_latents_than_asked_for_are_listed(match, listed)
     results.first_letters = [facts(settings={"match_l0": match})]
     assert short_of_l0(results) == listed
     note = "Fewer latents fire on the words than asked for: topk at L0 4 (3.7)."
-    assert (note in absorption_notes(results)) == bool(listed)
+    assert (note in measurement_notes(results)) == bool(listed)
