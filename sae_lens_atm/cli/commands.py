@@ -18,6 +18,9 @@ from sae_lens_atm.files import check_writable, check_writable_file
 from sae_lens_atm.yaml_files import apply_overrides
 
 Jobs = Annotated[int, typer.Option(min=1, help="Number of processes.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Number of threads of each process on a CPU.")
+]
 Quick = Annotated[bool, typer.Option(help="Apply the settings under `quick` in the file.")]
 OnlyPlan = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, print the plan and its time, and stop.")
@@ -63,6 +66,7 @@ def train(
             min=1, help="With --resume: train this many samples (tokens) more than CONFIG says."
         ),
     ] = None,
+    threads: Threads = None,
 ) -> None:
     """Train an SAE from a run file.
 
@@ -77,7 +81,7 @@ def train(
         load_plugins()
         from sae_lens_atm.cli.train import train_from_file
 
-        train_from_file(config, given, resume, dry_run, keep, extend or 0)
+        train_from_file(config, given, resume, dry_run, keep, extend or 0, threads)
 
 
 def cache(
@@ -143,6 +147,7 @@ def compare(
     jobs: Jobs = 1,
     quick: Quick = False,
     only_plan: OnlyPlan = False,
+    threads: Threads = None,
 ) -> None:
     """Train several architectures at the same L0, and report how they differ.
 
@@ -154,7 +159,7 @@ def compare(
         load_plugins()
         from sae_lens_atm.cli.compare import compare_file
 
-        compare_file(config, overrides or [], jobs, quick, only_plan)
+        compare_file(config, overrides or [], jobs, quick, only_plan, threads)
 
 
 def sweep(
@@ -167,6 +172,7 @@ def sweep(
         str | None,
         typer.Option(help="Run on a Ray cluster: its address, `auto`, or `local` for a new one."),
     ] = None,
+    threads: Threads = None,
 ) -> None:
     """Train SAEs at many settings, on a grid or at random, and report the best.
 
@@ -177,7 +183,7 @@ def sweep(
         load_plugins()
         from sae_lens_atm.cli.compare import sweep_file
 
-        sweep_file(config, overrides or [], jobs, quick, only_plan, ray)
+        sweep_file(config, overrides or [], jobs, quick, only_plan, ray, threads)
 
 
 def report(
@@ -204,6 +210,7 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures to this file.")
     ] = None,
+    threads: Threads = None,
 ) -> None:
     """Evaluate saved SAEs on the data of a configuration file."""
     with clear_errors():
@@ -212,7 +219,7 @@ def evaluate(
         load_plugins()
         from sae_lens_atm.cli.compare import evaluate_on_file
 
-        evaluate_on_file(saes, on, overrides or [], json_file)
+        evaluate_on_file(saes, on, overrides or [], json_file, threads)
 
 
 # --- saved SAEs ----------------------------------------------------------------------------------

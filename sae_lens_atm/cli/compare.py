@@ -10,7 +10,9 @@ from sae_lens_atm.cli.terminal import (
     console,
     exit_with,
     facts_table,
+    timing_status,
 )
+from sae_lens_atm.cli.threads import use_threads, warn_if_busy
 from sae_lens_atm.compare import (
     Comparison,
     Results,
@@ -32,16 +34,23 @@ from sae_lens_atm.compare.report.tables import (
     sweep_tables,
     test_table,
 )
+from sae_lens_atm.compare.run.processes import threads_per_job
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.files import to_json
 from sae_lens_atm.training.quiet import silence_saelens
 
 
 def compare_file(
-    config: str, overrides: list[str], jobs: int = 1, quick: bool = False, only_plan: bool = False
+    config: str,
+    overrides: list[str],
+    jobs: int = 1,
+    quick: bool = False,
+    only_plan: bool = False,
+    threads: int | None = None,
 ) -> None:
     """Carry out a comparison, or print its plan."""
-    _carry_out(load_comparison(config_path(config), overrides, quick), jobs, only_plan)
+    comparison = load_comparison(config_path(config), overrides, quick)
+    _carry_out(comparison, jobs, only_plan, threads)
 
 
 def sweep_file(
@@ -51,24 +60,34 @@ def sweep_file(
     quick: bool = False,
     only_plan: bool = False,
     cluster: str | None = None,
+    threads: int | None = None,
 ) -> None:
     """Carry out a sweep, or print its plan. `cluster` is the address of a Ray cluster."""
     absolute_paths = cluster is not None
     comparison = load_sweep(config_path(config), overrides, quick, absolute_paths)
-    _carry_out(comparison, jobs, only_plan, cluster)
+    _carry_out(comparison, jobs, only_plan, threads, cluster)
 
 
 def _carry_out(
-    comparison: Comparison, jobs: int, only_plan: bool, cluster: str | None = None
+    comparison: Comparison,
+    jobs: int,
+    only_plan: bool,
+    threads: int | None,
+    cluster: str | None = None,
 ) -> None:
     if only_plan:
         silence_saelens()
-        console.print(facts_table(dry_run(comparison, jobs)))
+        with timing_status() as report:
+            facts = dry_run(comparison, jobs, report, threads)
+        console.print(facts_table(facts))
         return
     to_do = planned_jobs(comparison)
+    if cluster is None:
+        device = comparison.planned[0].run.runner.device
+        warn_if_busy(device, threads or threads_per_job(jobs))
     try:
         with RunsProgress(console, len(to_do), sum(job.steps for job in to_do)) as progress:
-            results = compare(comparison, jobs, progress, cluster=cluster)
+            results = compare(comparison, jobs, progress, cluster=cluster, threads=threads)
     except Interrupted:
         _print_and_write(summarise(comparison, {}), comparison.output)
         raise
@@ -86,15 +105,25 @@ def draw_report(results: Path, folder: Path) -> None:
 
 
 def evaluate_on_file(
-    saes: list[str], config: str, overrides: list[str], json_file: Path | None
+    saes: list[str],
+    config: str,
+    overrides: list[str],
+    json_file: Path | None,
+    threads: int | None = None,
 ) -> None:
     """Evaluate saved SAEs on the data of a configuration file, and print or write the figures."""
+    use_threads(threads)
     silence_saelens()
     hub_logging.set_verbosity_error()  # its client logs every retry; the last error is enough
     data = data_of(str(config_path(config)), overrides)
-    with BatchesProgress(console, "first letters") as progress:
-        on_text = progress.named("probing tasks", "characters")
-        evaluated = evaluate_saved(saes, data, progress.on_batch, on_text)
+    with BatchesProgress(console, "evaluation") as progress:
+        evaluated = evaluate_saved(
+            saes,
+            data,
+            progress.named("first letters", "batches"),
+            progress.named("probing tasks", "characters"),
+            progress.on_batch,
+        )
     figures = {name: found.figures for name, found in evaluated.items()}
     intervals = {name: found.intervals for name, found in evaluated.items()}
     console.print(figures_table(f"On the data of {config}", figures, intervals))

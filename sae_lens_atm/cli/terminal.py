@@ -5,7 +5,7 @@ mistake; 130 and 143 stopped by SIGINT or SIGTERM.
 """
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -99,3 +99,16 @@ def facts_table(facts: dict[str, Any]) -> Table:
     for name, value in facts.items():
         table.add_row(name, str(value))
     return table
+
+
+@contextmanager
+def timing_status() -> Generator[Callable[[str], None]]:
+    """Show what is being timed. Yields the function that is called with its name."""
+    with console.status("timing") as status:
+
+        def report(what: str) -> None:
+            status.update(f"timing: {what}")
+            if not console.is_terminal:
+                console.print(f"timing: {what}", highlight=False)
+
+        yield report

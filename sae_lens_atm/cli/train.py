@@ -16,7 +16,9 @@ from sae_lens_atm.cli.terminal import (
     console,
     exit_with,
     facts_table,
+    timing_status,
 )
+from sae_lens_atm.cli.threads import use_threads, warn_if_busy
 from sae_lens_atm.errors import CheckpointError, Interrupted, SaveError, SettingsError
 from sae_lens_atm.torchrun import rank, size
 from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
@@ -36,6 +38,7 @@ def train_from_file(
     dry_run: bool = False,
     keep: int | None = None,
     extend: int = 0,
+    threads: int | None = None,
 ) -> None:
     """Train an SAE, or estimate how long it takes, and print the results.
 
@@ -46,7 +49,9 @@ def train_from_file(
         dry_run: only check and estimate.
         keep: number of checkpoints to keep, the newest. None keeps all.
         extend: number of samples or tokens to train more than the file says.
+        threads: number of torch's threads. None leaves it as it is.
     """
+    use_threads(threads)
     console.quiet = rank() > 0
     run, checkpoint = load_run(config_path(config), overrides), None
     if extend and resume is None:
@@ -71,6 +76,8 @@ def train_from_file(
     command = ["train", config, *overrides]
     command += ["--keep", str(keep)] if keep else []
     command += ["--extend", str(extend)] if extend else []
+    command += ["--threads", str(threads)] if threads else []
+    warn_if_busy(run.runner.device, torch.get_num_threads())
     with (
         resume_hint(run, command),
         Progress(console, run.runner.total_training_steps) as progress,
@@ -128,13 +135,7 @@ def resume_command(run: Run, arguments: list[str], checkpoint: Path | None) -> s
 
 
 def _print_estimate(run: Run, checkpoint: Path | None) -> None:
-    with console.status("timing") as status:
-
-        def report(what: str) -> None:
-            status.update(f"timing: {what}")
-            if not console.is_terminal:
-                console.print(f"timing: {what}", highlight=False)
-
+    with timing_status() as report:
         entries = estimate_time(run, checkpoint, report=report)
     console.print(estimate_table(entries, run.runner.device))
 

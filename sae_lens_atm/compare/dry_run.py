@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 
+from sae_lens_atm.compare.language_model_time import ModelTime, time_language_model
 from sae_lens_atm.compare.plan.comparison_file import Comparison
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.batch_pool import model_folder, synthetic_model
@@ -19,18 +20,25 @@ from sae_lens_atm.compare.run.synthetic import pool_of
 from sae_lens_atm.compare.run.tasks import make_jobs, steps_of
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.preflight.checks import check_devices
-from sae_lens_atm.training.preflight.timing import NotTimed, duration, seconds_per_step
+from sae_lens_atm.training.preflight.timing import NotTimed, Report, duration, seconds_per_step
 from sae_lens_atm.training.run_file import SyntheticRun
 
 _SECONDS_PER_ENTRY = 2.0  # time limit for the steps of an entry
 
 
-def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
+def dry_run(
+    comparison: Comparison,
+    at_once: int,
+    report: Report = lambda _: None,
+    threads: int | None = None,
+) -> dict[str, Any]:
     """Check a comparison, and return its plan with an estimate of its time on this machine.
 
     Args:
         comparison: the plan.
         at_once: maximum number of processes.
+        report: is called before each measurement.
+        threads: number of threads of each process; None divides the cores among the processes.
 
     Raises:
         SettingsError: the output folder is not writable, or the data do not fit.
@@ -41,7 +49,7 @@ def dry_run(comparison: Comparison, at_once: int) -> dict[str, Any]:
             check_devices(p.run)
     except SettingsError as error:  # a dry run may be on another machine than the comparison
         return {**facts, "estimate": f"none: {error}"}
-    return {**facts, **_estimate(comparison, _to_train(comparison), at_once)}
+    return {**facts, **_estimate(comparison, _to_train(comparison), at_once, report, threads)}
 
 
 def describe_plan(comparison: Comparison, at_once: int) -> dict[str, Any]:
@@ -76,24 +84,36 @@ def _to_train(comparison: Comparison) -> list[PlannedRun]:
     ]
 
 
-def _estimate(comparison: Comparison, left: Sequence[PlannedRun], at_once: int) -> dict[str, str]:
+def _estimate(
+    comparison: Comparison,
+    left: Sequence[PlannedRun],
+    at_once: int,
+    report: Report,
+    threads: int | None,
+) -> dict[str, str]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads_per_job(at_once))
+    torch.set_num_threads(threads or threads_per_job(at_once))
+    steps: dict[str, float] = {}
+    model, missing = ModelTime({}, 0), ""
     try:
-        seconds = {
-            name: seconds_per_step(p.run, _SECONDS_PER_ENTRY)
-            for name, p in {p.entry: p for p in left}.items()
-        }
+        for name, p in {p.entry: p for p in left}.items():
+            report(f"training steps of {name}")
+            steps[name] = seconds_per_step(p.run, _SECONDS_PER_ENTRY)
+        if not comparison.is_synthetic:
+            try:
+                model = time_language_model(comparison, report)
+            except NotTimed as reason:
+                missing = f" without the language model ({reason})"
+        data = _seconds_of_data(comparison, left)
     except NotTimed as reason:
         return {"estimate": f"none: {reason}"}
     finally:
         torch.set_num_threads(before)
-    total = sum(seconds[p.entry] * steps_of(p) for p in left)
-    estimate = duration((total + _seconds_of_data(comparison, left)) / at_once)
-    more = "" if comparison.is_synthetic else ", and the language model's forward passes"
+    total = sum(steps[p.entry] * steps_of(p) for p in left) + model.seconds + data
     return {
-        "ms a step": ", ".join(f"{name} {1000 * s:.1f}" for name, s in seconds.items()),
-        "estimate": f"about {estimate}{more}, under the present load",
+        "ms a step": ", ".join(f"{name} {1000 * s:.1f}" for name, s in steps.items()),
+        **model.facts,
+        "estimate": f"about {duration(total / at_once)}{missing}, under the present load",
     }
 
 

@@ -29,7 +29,8 @@ from sae_lens_atm.evaluation.synthetic import evaluate
 from sae_lens_atm.evaluation.task_store import SaeProbesConfig, TaskStore
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.metrics.word_figures import Interval
-from sae_lens_atm.training.preflight.checks import check_devices
+from sae_lens_atm.training.preflight.checks import check_dataset_exists, check_devices
+from sae_lens_atm.training.preflight.lookups import check_files
 from sae_lens_atm.training.run_file import Run, SyntheticRun, parse_run
 from sae_lens_atm.training.synthetic_run import build_synthetic_model
 from sae_lens_atm.yaml_files import apply_overrides, read_yaml
@@ -92,6 +93,7 @@ def evaluate_saved(
     data: EvaluationData,
     on_batch: OnBatch | None = None,
     on_text: OnBatch = lambda _done, _every: None,
+    on_tokens: OnBatch = lambda _done, _every: None,
 ) -> dict[str, Evaluated]:
     """Evaluate SAEs on the same samples, and return the figures of each.
 
@@ -100,6 +102,7 @@ def evaluate_saved(
         data: the data.
         on_batch: is called before each batch of prompts for first letters.
         on_text: is called before each batch of texts of sae-probes, with numbers of characters.
+        on_tokens: is called before each batch of held-out tokens, with numbers for all SAEs.
 
     Raises:
         SettingsError: an SAE cannot be loaded, its `d_in` does not fit the data, or
@@ -118,6 +121,8 @@ def evaluate_saved(
     if isinstance(run, SyntheticRun):
         return _evaluate_on_synthetic_data(saes, run)
     cfg = run.runner
+    check_dataset_exists(cfg)
+    check_files(cfg)
     store = None
     if data.sae_probes is not None and data.folder is not None:
         store = TaskStore(cfg, data.sae_probes, data.folder)
@@ -126,7 +131,13 @@ def evaluate_saved(
     for sae in saes.values():  # SAELens evaluates at the hook in the SAE's metadata
         sae.cfg.metadata.hook_name = cfg.hook_name
         sae.cfg.metadata.hook_head_index = cfg.hook_head_index
-    figures = {n: language_model_figures(sae, model, tokens, cfg)[0] for n, sae in saes.items()}
+    figures: dict[str, dict[str, float]] = {}
+    for name, sae in saes.items():
+
+        def on_batch_of_sae(done: int, every: int) -> None:
+            on_tokens(len(figures) * every + done, len(saes) * every)
+
+        figures[name] = language_model_figures(sae, model, tokens, cfg, on_batch_of_sae)[0]
     evaluated = {name: Evaluated(values) for name, values in figures.items()}
     if letters is not None:
         found = first_letters_of(cfg, letters, lambda: model, data.folder, on_batch)

@@ -55,6 +55,7 @@ def compare(
     events: JobEvents,
     stop: StopFlag | None = None,
     cluster: str | None = None,
+    threads: int | None = None,
 ) -> Results:
     """Train and evaluate all SAEs that are not stored yet, and return the results.
 
@@ -65,6 +66,7 @@ def compare(
         stop: flag to stop between training steps.
         cluster: address of a Ray cluster. The jobs then run there, as many at once as fit. All its
             machines must have the output folder under the same path.
+        threads: number of threads of each process; None divides the cores among the processes.
 
     Raises:
         Interrupted: a signal or `stop` stopped the jobs. The same call resumes them.
@@ -80,7 +82,7 @@ def compare(
     with stop.on_signals(), locked(comparison.output):
         for jobs in make_jobs(comparison):
             if cluster is None:
-                failed |= run_jobs(jobs, at_once, events, stop)
+                failed |= run_jobs(jobs, at_once, events, stop, threads)
             elif jobs:
                 failed |= run_jobs_on_ray(jobs, cluster, gpus, events, stop)
             if any(job.needed and job.label in failed for job in jobs):

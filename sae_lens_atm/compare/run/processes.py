@@ -4,6 +4,7 @@ A job that crashes does not stop the others, and the peak memory of each can be 
 """
 
 import logging
+import math
 import multiprocessing
 import os
 import sys
@@ -58,7 +59,11 @@ class JobEvents(Protocol):
 
 
 def run_jobs(
-    jobs: Sequence[Job], at_once: int, events: JobEvents, stop: StopFlag
+    jobs: Sequence[Job],
+    at_once: int,
+    events: JobEvents,
+    stop: StopFlag,
+    threads: int | None = None,
 ) -> dict[str, str]:
     """Run all jobs, and return the errors of those that failed, by label.
 
@@ -67,6 +72,7 @@ def run_jobs(
         at_once: maximum number of processes.
         events: callbacks.
         stop: flag to stop all jobs.
+        threads: number of threads of each process; None divides the cores among the processes.
 
     Raises:
         Interrupted: `stop` was set, and all running jobs have ended.
@@ -77,7 +83,7 @@ def run_jobs(
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(["sae_lens_atm.compare"])
-    threads = threads_per_job(at_once)
+    threads = threads or threads_per_job(at_once)
     waiting, failed = deque(jobs), dict[str, str]()
     running: dict[Connection, tuple[Any, Job]] = {}
     stopping = False
@@ -119,8 +125,13 @@ def run_jobs(
 
 
 def threads_per_job(at_once: int) -> int:
-    """Return the number of threads of each job, so that all jobs together use every core."""
-    return max((os.cpu_count() or 1) // at_once, 1)
+    """Return the number of threads of each job, so that all jobs together use every core.
+
+    OMP_NUM_THREADS is the largest number.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    most = int(given) if given.isdecimal() and int(given) else math.inf
+    return int(min(max((os.cpu_count() or 1) // at_once, 1), most))
 
 
 def _run_in_process(job: Job, connection: Connection, threads: int) -> None:

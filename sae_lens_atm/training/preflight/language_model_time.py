@@ -1,36 +1,21 @@
 """Time the language model of a run: its forward passes and the evaluation with it."""
 
-import time
 from contextlib import suppress
 from typing import Any
 
-import torch
-from sae_lens import LanguageModelSAERunnerConfig, SAETrainer
+from sae_lens import LanguageModelSAERunnerConfig, SAETrainer, TrainingSAE
 from sae_lens.evals import EvalConfig, run_evals
-from sae_lens.load_model import load_model
 from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
-from sae_lens_atm.data.language_model import check_hook
-from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.evaluation.language_model import (
-    HeldOutTokens,
-    language_model_figures,
-    make_store,
-)
+from sae_lens_atm.evaluation.language_model import HeldOutTokens
 from sae_lens_atm.training.preflight.amounts import (
+    SCALED,
     estimation_batches,
     evaluations_in_training,
     llm_batches_of,
 )
-from sae_lens_atm.training.preflight.memory import available_bytes, size_text
-from sae_lens_atm.training.preflight.model_facts import (
-    NotChecked,
-    is_at_hand,
-    look_up_model,
-    shape_of,
-    short,
-)
+from sae_lens_atm.training.preflight.timed_model import TimedModel, part_of, token_sizes
 from sae_lens_atm.training.preflight.timing import (
     AFTER,
     BEFORE,
@@ -42,6 +27,7 @@ from sae_lens_atm.training.preflight.timing import (
     time_work,
 )
 from sae_lens_atm.training.run_file import LanguageModelRun
+from sae_lens_atm.training.scale import ACCURACY
 
 
 def language_model_entries(
@@ -63,122 +49,76 @@ def language_model_entries(
         report: is called before each measurement.
     """
     cfg = run.runner
-    what = "language model and evaluation"
     try:
         if cfg.use_cached_activations:
             raise NotTimed("the run reads cached activations")
         report("loading the language model")
-        start = time.perf_counter()
-        model, store = _load(cfg)
-        loaded = time.perf_counter() - start
+        timed_model = TimedModel.load(cfg)
     except NotTimed as reason:
-        return [Entry(TRAINING, what, None, str(reason))]
-    entries = [Entry(BEFORE, "load the language model and open the dataset", loaded)]
+        return [Entry(TRAINING, "language model and evaluation", None, str(reason))]
+    evaluations = _evaluations(run, trainer.sae, timed_model, first, limit, report)
+    if run.activations is not None:
+        return [Entry(AFTER, "load the language model", timed_model.loading), *evaluations]
     report("batches of the language model")
-    tokens: Tensor = store.get_batch_tokens()
-    start = time.perf_counter()
-    tokens = store.get_batch_tokens()
-    reading = time.perf_counter() - start
-    share_kept = 1.0
-    if store.exclude_special_tokens is not None:
-        special = torch.isin(tokens, store.exclude_special_tokens.to(tokens.device))
-        share_kept = max(1 - special.float().mean().item(), 1 / tokens.numel())
+    return [*_batches(run, timed_model, first, estimates, limit), *evaluations]
 
-    def forward(size: int) -> None:
-        store.get_activations(_part_of(tokens, size))
-        synchronize(cfg.llm_device or cfg.device)
 
-    sizes = _token_sizes(tokens)
-    timed = time_work(forward, sizes, 0.3 * limit)
-    each = reading + timed.seconds
-
+def _batches(
+    run: LanguageModelRun, timed_model: TimedModel, first: int, estimates: bool, limit: float
+) -> list[Entry]:
+    """Return the time of the batches of the model before and during training."""
+    cfg = run.runner
+    what = "load the language model and open the dataset"
+    entries = [Entry(BEFORE, what, timed_model.loading)]
+    timed = timed_model.time_batch(0.3 * limit)
+    each, share_kept = timed.seconds, timed_model.share_kept
     batch = cfg.train_batch_size_tokens
     estimated = estimation_batches(run) * batch if estimates else 0
     trained = cfg.training_tokens - first * batch
     fill = llm_batches_of(cfg, 1, share_kept)
     until_step_1 = max(llm_batches_of(cfg, estimated + 1, share_kept), fill)
     whole = llm_batches_of(cfg, estimated + trained, share_kept)
-    shape = f"{len(tokens):,} x {cfg.context_size:,} tokens"
+    shape = f"{cfg.store_batch_size_prompts:,} x {cfg.context_size:,} tokens"
     parallel = ", in parallel to the SAE (prefetch_llm_batches)" if cfg.prefetch_llm_batches else ""
     what = f"fill the buffer: {fill:,} model batches of {shape}{timed.note}"
     entries.append(Entry(BEFORE, what, fill * each))
     if estimated:
         number = until_step_1 - fill
-        what = f"estimate the activation scale: {estimation_batches(run):,} training batches, "
-        entries.append(Entry(BEFORE, f"{what}{number:,} model batches", number * each))
+        what = f"estimate the activation scale: {number:,} model batches at most"
+        if cfg.sae.normalize_activations == SCALED:
+            what += f", fewer when the standard error is below {ACCURACY:.1%}"
+        entries.append(Entry(BEFORE, what, number * each))
     number = max(whole - until_step_1, 0)
     entries.append(
         Entry(TRAINING, f"language model: {number:,} model batches{parallel}", number * each)
     )
-    return entries + _evaluations(run, trainer, model, tokens, first, limit, report)
-
-
-def _load(cfg: LanguageModelSAERunnerConfig[Any]) -> tuple[Any, Any]:
-    """Load the model and SAELens' activation store, without a download."""
-    try:
-        if not is_at_hand(cfg):
-            raise NotTimed(f"{cfg.model_name} is not on this machine")
-        shape = shape_of(cfg, look_up_model(cfg, online=False))
-    except NotChecked as reason:
-        raise NotTimed(str(reason)) from reason
-    needed, free = shape.parameters * shape.dtype.itemsize, available_bytes(cfg.llm_device)
-    if free is not None and needed > 0.9 * free:
-        raise NotTimed(
-            f"{cfg.model_name} needs {size_text(needed)}, and {cfg.llm_device} has "
-            f"{size_text(free)} free"
-        )
-    try:
-        model = load_model(
-            cfg.model_class_name,
-            cfg.model_name,
-            device=cfg.llm_device,
-            model_from_pretrained_kwargs=cfg.model_from_pretrained_kwargs,
-            hook_names=[cfg.hook_name],
-        )
-        check_hook(cfg, model)
-    except SettingsError:
-        raise
-    except Exception as error:  # errors of the loaders are of many types
-        raise NotTimed(short(error)) from error
-    try:
-        return model, make_store(cfg, model)
-    except SettingsError as error:  # the dataset may be out of reach here alone
-        raise NotTimed(str(error)) from error
+    return entries
 
 
 def _evaluations(
     run: LanguageModelRun,
-    trainer: SAETrainer[Any, Any],
-    model: Any,
-    tokens: Tensor,
+    sae: TrainingSAE[Any],
+    timed_model: TimedModel,
     first: int,
     limit: float,
     report: Report,
 ) -> list[Entry]:
-    cfg, sae = run.runner, trainer.sae
+    cfg = run.runner
     if cfg.n_eval_batches <= 0:
         return []
     sae.eval()
-    sae.cfg.metadata.hook_name = cfg.hook_name
-    sae.cfg.metadata.hook_head_index = cfg.hook_head_index
-    prompts = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
-    tokens = tokens.repeat(-(-prompts // len(tokens)), 1)[:prompts]
     number = evaluations_in_training(run, first)
+    prompts = cfg.eval_batch_size_prompts or cfg.store_batch_size_prompts
     shape = f"{cfg.n_eval_batches:,} batches of {prompts:,} x {cfg.context_size:,} tokens"
-
-    def evaluate(size: int) -> None:
-        language_model_figures(sae, model, HeldOutTokens.from_rows(_part_of(tokens, size)), cfg)
-        synchronize(cfg.llm_device or cfg.device)
-
     report("evaluation with the language model")
-    timed = time_work(evaluate, _token_sizes(tokens), (0.15 if number else 0.3) * limit)
-    seconds = cfg.n_eval_batches * timed.seconds
-    entries = [Entry(AFTER, f"evaluation: {shape}{timed.note}", seconds)]
+    timed = timed_model.time_evaluation(sae, (0.15 if number else 0.3) * limit).first
+    entries = [Entry(AFTER, f"evaluation: {shape}{timed.note}", timed.seconds)]
     if number:
         report("SAELens' evaluation in training")
+        tokens = timed_model.evaluated
         timed = time_work(
-            lambda size: _evaluate_as_saelens(sae, model, _part_of(tokens, size), cfg),
-            _token_sizes(tokens),
+            lambda size: _evaluate_as_saelens(sae, timed_model.model, part_of(tokens, size), cfg),
+            token_sizes(tokens),
             0.15 * limit,
         )
         seconds = number * cfg.n_eval_batches * timed.seconds
@@ -209,15 +149,3 @@ def _evaluate_as_saelens(
             exclude_special_tokens=cfg.exclude_special_tokens,
         )
     synchronize(cfg.llm_device or cfg.device)
-
-
-def _token_sizes(tokens: Tensor) -> list[int]:
-    """Return numbers of tokens to time: a part of one prompt, one prompt, all prompts."""
-    context = tokens.shape[1]
-    return sorted({min(16, context), context, tokens.numel()})
-
-
-def _part_of(tokens: Tensor, size: int) -> Tensor:
-    """Return part of the first prompt, or the first prompts, with `size` tokens in all."""
-    context = tokens.shape[1]
-    return tokens[:1, :size] if size <= context else tokens[: size // context]

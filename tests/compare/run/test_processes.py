@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae_lens_atm.compare.run.processes import Job, StepCounter, run_jobs
+from sae_lens_atm.compare.run.processes import Job, StepCounter, run_jobs, threads_per_job
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
@@ -67,12 +67,29 @@ def test_jobs_run_in_processes_of_their_own(tmp_path):
     assert sorted(events.phases) == [(n, Phase("waiting", 1, 2, "things")) for n in "abc"]
     written = [Path(tmp_path / name).read_text().split() for name in "abc"]
     assert len({pid for pid, _ in written} | {str(os.getpid())}) == 4
-    assert {threads for _, threads in written} == {str(max((os.cpu_count() or 1) // 2, 1))}
+    assert {threads for _, threads in written} == {str(threads_per_job(2))}
     assert events.steps == dict.fromkeys("abc", 7)
     assert events.calls[:2] == [("started", "a"), ("started", "b")]
     assert {call for call in events.calls if call[0] == "ended"} == {
         ("ended", name, None) for name in "abc"
     }
+
+
+def test_a_job_has_the_threads_that_are_asked_for(tmp_path):
+    run_jobs([Job("a", 7, partial(write, tmp_path / "a"))], 1, Events(), StopFlag(), threads=1)
+    assert Path(tmp_path / "a").read_text().split()[1] == "1"
+
+
+@pytest.mark.parametrize(
+    ("given", "at_once", "threads"),
+    [("", 1, 8), ("", 3, 2), ("", 20, 1), ("1", 1, 1), ("3", 1, 3), ("99", 2, 4), ("2,1", 1, 8)],
+)
+def test_jobs_divide_the_cores_as_far_as_omp_num_threads_allows(
+    given, at_once, threads, monkeypatch
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert threads_per_job(at_once) == threads
 
 
 def test_a_job_that_fails_leaves_the_others(tmp_path):

@@ -2,7 +2,12 @@ import pytest
 import torch
 
 from sae_lens_atm.training.checkpoints import newest_checkpoint, samples_of
-from sae_lens_atm.training.preflight import estimate, language_model_time, timing
+from sae_lens_atm.training.preflight import (
+    estimate,
+    language_model_time,
+    timed_model,
+    timing,
+)
 from sae_lens_atm.training.preflight.estimate import estimate_time
 from sae_lens_atm.training.preflight.timing import AFTER, BEFORE, TRAINING
 from sae_lens_atm.training.run import train
@@ -56,7 +61,10 @@ def test_a_run_on_a_language_model(language_model_yaml, tmp_path):
     assert what[0] == "load the language model and open the dataset"
     # Without mixing, a model batch of 4 x 16 tokens is a training batch.
     assert what[1].startswith("fill the buffer: 1 model batches of 4 x 16 tokens")
-    assert what[2] == "estimate the activation scale: 7 training batches, 7 model batches"
+    assert what[2] == (
+        "estimate the activation scale: 7 model batches at most, fewer when the standard error is "
+        "below 0.1%"
+    )
     assert "SAE: 40 steps, each with 64 tokens" in what
     assert any(text.startswith("language model: 39 model batches") for text in what)
     assert what[-1].startswith("evaluation: 3 batches of 4 x 16 tokens")
@@ -66,12 +74,14 @@ def test_a_run_on_a_language_model(language_model_yaml, tmp_path):
 
 def test_evaluations_for_wandb_are_counted(language_model_yaml, monkeypatch):
     monkeypatch.setattr(language_model_time, "time_work", lambda *_: timing.Timed(2.0, 1, 1))
+    evaluation = timed_model.EvaluationTime(timing.Timed(3.0, 1, 1), 1.0)
+    monkeypatch.setattr(timed_model.TimedModel, "time_evaluation", lambda *_: evaluation)
     more = ["logger.log_to_wandb=true", "logger.wandb_log_frequency=2"]
     more += ["logger.eval_every_n_wandb_logs=3"]
     entries = estimate_time(load_run(language_model_yaml, more), limit=LIMIT)
     (after,) = [entry for entry in entries if entry.phase == AFTER]
     (during,) = [entry for entry in entries if "6 evaluations" in entry.what]
-    assert (after.seconds, during.seconds) == (2, 6 * 2)
+    assert (after.seconds, during.seconds) == (3, 6 * 2)
 
 
 def test_a_model_that_is_not_here_is_named(language_model_yaml):
@@ -89,8 +99,8 @@ def test_a_dataset_that_cannot_be_read_is_named(language_model_yaml):
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(language_model_yaml, monkeypatch):
-    monkeypatch.setattr(language_model_time, "available_bytes", lambda _: 1000)
-    monkeypatch.setattr(language_model_time, "load_model", None)
+    monkeypatch.setattr(timed_model, "available_bytes", lambda _: 1000)
+    monkeypatch.setattr(timed_model, "load_language_model", None)
     entries = estimate_time(load_run(language_model_yaml), limit=LIMIT)
     (missing,) = [entry for entry in entries if entry.seconds is None]
     assert "free" in missing.reason
