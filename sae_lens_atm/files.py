@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -104,6 +104,27 @@ def locked(folder: Path, name: str = "output_path") -> Generator[None]:
         raise SettingsError(
             f"{name} is {folder}: another process is writing there, wait or choose another"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def turn(lock_file: Path, on_wait: Callable[[], None]) -> Generator[None]:
+    """Hold a lock, after no other process holds it any more.
+
+    Args:
+        lock_file: the file of the lock.
+        on_wait: is called every second while another process holds it. It may raise to stop.
+    """
+    lock = FileLock(lock_file)
+    while True:
+        try:
+            lock.acquire(timeout=1)
+            break
+        except Timeout:
+            on_wait()
     try:
         yield
     finally:

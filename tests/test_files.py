@@ -15,6 +15,7 @@ from sae_lens_atm.files import (
     saved_at_once,
     saving,
     to_json,
+    turn,
     write_json,
     write_manifest,
     write_text,
@@ -31,6 +32,20 @@ def test_text_is_replaced_at_once(tmp_path):
     write_text(path, "new ü")
     assert path.read_text(encoding="utf-8") == "new ü"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_one_after_the_other_and_waiting_can_be_stopped(tmp_path):
+    lock, waited = tmp_path / ".lock", []
+    with turn(lock, lambda: waited.append(1)):
+        pass
+    with turn(lock, lambda: waited.append(1)):  # it was released
+
+        def stop():
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), turn(lock, stop):
+            raise AssertionError
+    assert waited == []
 
 
 def test_files_move_together_and_the_last_one_completes_the_folder(tmp_path):

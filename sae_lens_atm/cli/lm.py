@@ -9,7 +9,8 @@ from sae_lens.load_model import load_model
 from sae_lens_atm.cli.progress import BatchesProgress
 from sae_lens_atm.cli.terminal import console
 from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig, make_spelling_lm
-from sae_lens_atm.evaluation.first_letters import SMALL_MODEL, Hook, look_at_first_letters
+from sae_lens_atm.evaluation.first_letters import SMALL_MODEL, look_at_first_letters
+from sae_lens_atm.evaluation.hooked_reading import Hook
 from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.schema import parse_fields
 

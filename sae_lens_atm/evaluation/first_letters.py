@@ -4,18 +4,18 @@ Words, prompts and probes are those of SAEBench 0.6.0, but every random choice i
 are computed by `metrics.first_letter`. `letter_store` keeps activations and probes on disk.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
-from sae_lens import SAE, LanguageModelSAERunnerConfig
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from sae_lens import SAE
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import Self
 
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.evaluation.hooked_reading import Hook, activations_at
 from sae_lens_atm.evaluation.letter_words import (
     LETTERS,
     PROMPTS_IN_BATCH,
@@ -39,21 +39,6 @@ _LONGEST_TEMPLATE = 30  # tokens
 
 SMALL_MODEL = FirstLetterConfig(probe_epochs=100, probe_lr=5e-2)
 """Settings for a model with few words and dimensions."""
-
-
-class Hook(NamedTuple):
-    """Where and how the activations of a model are read."""
-
-    name: str
-    head_index: int | None = None
-    model_kwargs: Mapping[str, Any] = {}
-    autocast: bool = False
-    """Whether the model computes in bfloat16 under autocast."""
-
-    @classmethod
-    def of(cls, run: LanguageModelSAERunnerConfig[Any]) -> Self:
-        """Return the hook of a run."""
-        return cls(run.hook_name, run.hook_head_index, run.model_kwargs, run.autocast_lm)
 
 
 class LetterActivations(NamedTuple):
@@ -136,8 +121,6 @@ def residual_stream(
         prompts: the prompts, from `letter_words.prompt`.
         on_batch: is called before each batch.
     """
-    device = next(model.parameters()).device
-    stop_at = extract_stop_at_layer_from_tlens_hook_name(hook.name)
     bos = model.tokenizer.bos_token_id
     after: int | None = None
     activations: list[Tensor] = []
@@ -147,23 +130,9 @@ def residual_stream(
         texts = list(prompts[start : start + PROMPTS_IN_BATCH])
         batch = model.tokenizer(texts, add_special_tokens=False)["input_ids"]
         after = after or _tokens_of_template(model.tokenizer, batch[0])
-        rows = [torch.tensor(row if bos is None else [bos, *row]) for row in batch]
-        # Padding follows the word, and attention is causal.
-        tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=hook.autocast):
-            _, cache = model.run_with_cache(
-                tokens,
-                names_filter=[hook.name],
-                stop_at_layer=stop_at,
-                prepend_bos=False,
-                **hook.model_kwargs,
-            )
-        stream: Tensor = cache[hook.name]
-        if hook.head_index is not None:
-            stream = stream[:, :, hook.head_index]
-        at = torch.tensor([len(row) - 1 - after for row in rows])
-        here = stream.flatten(2)[torch.arange(len(at)), at.to(stream.device)]
-        activations.append(here.float().cpu())
+        rows = [row if bos is None else [bos, *row] for row in batch]
+        here = activations_at(model, hook, rows, [len(row) - 1 - after for row in rows])
+        activations.append(here.float())
     return torch.cat(activations)
 
 

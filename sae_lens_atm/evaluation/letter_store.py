@@ -7,12 +7,10 @@ The keys are hashes of everything that determines the content. A folder is compl
 its manifest. A damaged one is made again.
 """
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from sae_lens import LanguageModelSAERunnerConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,12 +18,12 @@ from torch import Tensor
 from sae_lens_atm.data.model_identity import model_identity
 from sae_lens_atm.evaluation.first_letters import (
     FirstLetters,
-    Hook,
     LetterActivations,
     read_letter_activations,
     train_letter_probes,
     with_probes,
 )
+from sae_lens_atm.evaluation.hooked_reading import Hook
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig, Split
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.files import (
@@ -35,6 +33,7 @@ from sae_lens_atm.files import (
     manifest_mismatch,
     read_json,
     saved_at_once,
+    turn,
     write_json,
     write_manifest,
 )
@@ -73,7 +72,12 @@ def first_letters_of(
     key = _key_of(run, cfg)
     home = folder / FOLDER
     home.mkdir(parents=True, exist_ok=True)
-    with _turn(home / f".{key}.lock", on_batch):
+
+    def on_wait() -> None:
+        if on_batch is not None:
+            on_batch(0, 0)
+
+    with turn(home / f".{key}.lock", on_wait):
         found = _activations(home / f"activations-{key}", run, cfg, load, on_batch)
         probe = _probes(_probes_folder(home, key, cfg), found, cfg)
     return with_probes(found, probe, cfg).to(run.device)
@@ -143,20 +147,3 @@ def _store(folder: Path, tensors: dict[str, Tensor], words: dict[str, Any] | Non
         if words is not None:
             write_json(partial / _WORDS, words)
         write_manifest(partial)
-
-
-@contextmanager
-def _turn(lock_file: Path, on_batch: OnBatch | None) -> Generator[None]:
-    """Wait until no other process makes the same activations."""
-    lock = FileLock(lock_file)
-    while True:
-        try:
-            lock.acquire(timeout=1)
-            break
-        except Timeout:
-            if on_batch is not None:
-                on_batch(0, 0)
-    try:
-        yield
-    finally:
-        lock.release()

@@ -4,28 +4,27 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from sae_lens import LanguageModelSAERunnerConfig
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
+
+from sae_lens_atm.evaluation.hooked_reading import Hook, activations_at
 
 _TOKENS_IN_BATCH = 2048
 
 
-@torch.no_grad()
 def last_token_activations(
     model: Any,
-    run: LanguageModelSAERunnerConfig[Any],
+    hook: Hook,
     texts: Sequence[str],
     max_tokens: int,
     on_texts: Callable[[Sequence[int]], None],
 ) -> Tensor:
-    """Return the activations at the hook of a run, on the last token of each text.
+    """Return the activations at a hook, on the last token of each text.
 
     The model runs up to the hook. Texts of similar length make a batch.
 
     Args:
         model: the language model with its tokenizer.
-        run: hook and settings of the forward pass.
+        hook: where the activations are read.
         texts: the texts. Each gets a `<bos>`, as from TransformerLens' tokenizers.
         max_tokens: of a longer text, `<bos>` and the last tokens are read.
         on_texts: is called before each batch, with the places of its texts.
@@ -34,28 +33,12 @@ def last_token_activations(
         Shape ``(texts, d_in)``, on the CPU, in the dtype of the model.
     """
     rows = [*_rows(model.tokenizer, texts, min(max_tokens, _context_of(model)))]
-    stop_at = extract_stop_at_layer_from_tlens_hook_name(run.hook_name)
-    device = next(model.parameters()).device
     found: dict[int, Tensor] = {}
     for batch in _batches(rows):
         on_texts(batch)
-        tokens = torch.nn.utils.rnn.pad_sequence(  # after the text, and attention is causal
-            [torch.tensor(rows[i]) for i in batch], batch_first=True
-        )
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.autocast_lm):
-            _, cache = model.run_with_cache(
-                tokens.to(device),
-                names_filter=[run.hook_name],
-                stop_at_layer=stop_at,
-                prepend_bos=False,
-                **run.model_kwargs,
-            )
-        stream: Tensor = cache[run.hook_name]
-        if run.hook_head_index is not None:
-            stream = stream[:, :, run.hook_head_index]
-        last = torch.tensor([len(rows[i]) - 1 for i in batch], device=stream.device)
-        at_last = stream.flatten(2)[torch.arange(len(batch), device=stream.device), last]
-        found |= zip(batch, at_last.cpu(), strict=True)
+        of_batch = [rows[i] for i in batch]
+        last = activations_at(model, hook, of_batch, [len(row) - 1 for row in of_batch])
+        found |= zip(batch, last, strict=True)
     return torch.stack([found[i] for i in range(len(texts))])
 
 

@@ -7,14 +7,12 @@ The key is a hash of everything that determines the activations, except the list
 complete or absent. A damaged one is made again.
 """
 
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from sae_lens import LanguageModelSAERunnerConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -22,9 +20,10 @@ from torch import Tensor
 
 from sae_lens_atm.data.model_identity import model_identity
 from sae_lens_atm.data.probing_tasks import choose_tasks, installed_version, read_task
+from sae_lens_atm.evaluation.hooked_reading import Hook
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.task_activations import last_token_activations
-from sae_lens_atm.files import check_writable, hash_of, read_json, saving, write_json
+from sae_lens_atm.files import check_writable, hash_of, read_json, saving, turn, write_json
 from sae_lens_atm.metrics.sparse_probing import (
     MIN_SAMPLES,
     Labels,
@@ -127,7 +126,7 @@ class TaskStore:
             return
         check_writable("the folder of sae_probes", self._home)
         self._home.mkdir(parents=True, exist_ok=True)
-        with _turn(self._home / ".lock", on_batch):
+        with turn(self._home / ".lock", lambda: on_batch(0, 1)):
             missing = self.missing()  # another process may have computed it meanwhile
             if missing:
                 self._compute(missing, load(), on_batch)
@@ -141,6 +140,7 @@ class TaskStore:
             texts[name] = [task.texts[row] for row in (*train, *test)]
             labels[name] = task.labels[train], task.labels[test]
         longest = _CHARACTERS_IN_TOKEN * self.cfg.max_tokens
+        hook = Hook.of(self._run)
         every = sum(min(len(text), longest) for rows in texts.values() for text in rows)
         done = 0
         for name, (train_labels, test_labels) in labels.items():
@@ -151,7 +151,7 @@ class TaskStore:
                 on_batch(done, every)
                 done += sum(min(len(rows[place]), longest) for place in places)
 
-            x = last_token_activations(model, self._run, rows, self.cfg.max_tokens, on_texts)
+            x = last_token_activations(model, hook, rows, self.cfg.max_tokens, on_texts)
             tensors = {
                 "train": x[: len(train_labels)].contiguous(),
                 "train_labels": torch.from_numpy(train_labels),
@@ -198,19 +198,3 @@ def _is_whole(file: Path) -> bool:
             return True
     except (OSError, SafetensorError):
         return False
-
-
-@contextmanager
-def _turn(lock_file: Path, on_batch: OnBatch) -> Generator[None]:
-    """Wait until no other process computes the same activations."""
-    lock = FileLock(lock_file)
-    while True:
-        try:
-            lock.acquire(timeout=1)
-            break
-        except Timeout:
-            on_batch(0, 1)
-    try:
-        yield
-    finally:
-        lock.release()

@@ -8,7 +8,6 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation import first_letters
 from sae_lens_atm.evaluation.first_letters import (
     FirstLetterConfig,
-    Hook,
     figures_of,
     keep_largest,
     look_at_first_letters,
@@ -16,6 +15,7 @@ from sae_lens_atm.evaluation.first_letters import (
     residual_stream,
     scores_of,
 )
+from sae_lens_atm.evaluation.hooked_reading import Hook
 from sae_lens_atm.evaluation.letter_words import words_of
 from tests.data.spelling.lm import few_words, tiny_lm
 from tests.helpers import make_sae

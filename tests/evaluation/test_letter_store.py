@@ -9,7 +9,8 @@ from sae_lens.load_model import load_model
 from safetensors.torch import load_file
 
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.evaluation.first_letters import Hook, look_at_first_letters
+from sae_lens_atm.evaluation.first_letters import look_at_first_letters
+from sae_lens_atm.evaluation.hooked_reading import Hook
 from sae_lens_atm.evaluation.letter_store import are_stored, first_letters_of
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig

@@ -1,0 +1,57 @@
+"""Read the activations of a language model at a hook, at one position of each text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from sae_lens import LanguageModelSAERunnerConfig
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from torch import Tensor
+from typing_extensions import Self
+
+
+class Hook(NamedTuple):
+    """Where and how the activations of a model are read."""
+
+    name: str
+    head_index: int | None = None
+    model_kwargs: Mapping[str, Any] = {}
+    autocast: bool = False
+    """Whether the model computes in bfloat16 under autocast."""
+
+    @classmethod
+    def of(cls, run: LanguageModelSAERunnerConfig[Any]) -> Self:
+        """Return the hook of a run."""
+        return cls(run.hook_name, run.hook_head_index, run.model_kwargs, run.autocast_lm)
+
+
+@torch.no_grad()
+def activations_at(
+    model: Any, hook: Hook, rows: Sequence[Sequence[int]], places: Sequence[int]
+) -> Tensor:
+    """Return the activation of each row at one of its tokens, ``(rows, d_in)``, on the CPU.
+
+    The model runs up to the hook.
+
+    Args:
+        model: the language model.
+        hook: where the activations are read.
+        rows: the tokens of each text.
+        places: for each row, the place of a token.
+    """
+    device = next(model.parameters()).device
+    # Padding follows the text, and attention is causal.
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=hook.autocast):
+        _, cache = model.run_with_cache(
+            tokens.to(device),
+            names_filter=[hook.name],
+            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook.name),
+            prepend_bos=False,
+            **hook.model_kwargs,
+        )
+    stream: Tensor = cache[hook.name]
+    if hook.head_index is not None:
+        stream = stream[:, :, hook.head_index]
+    at = torch.tensor(places, device=stream.device)
+    return stream.flatten(2)[torch.arange(len(at), device=stream.device), at].cpu()
