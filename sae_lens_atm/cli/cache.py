@@ -18,11 +18,11 @@ from sae_lens_atm.data.activation_cache import CacheSettings
 from sae_lens_atm.data.cache_writer import (
     CachePlan,
     check_cache_folder,
-    damage,
     is_complete,
     plan_cache,
 )
 from sae_lens_atm.errors import Interrupted, SettingsError
+from sae_lens_atm.files import manifest_mismatch
 from sae_lens_atm.training.cached_run import cache_activations, open_cache
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.preflight.checks import check_devices
@@ -90,7 +90,7 @@ def _facts(run: LanguageModelRun, plan: CachePlan, folder: Path, done: int) -> d
 
 def _check(run: LanguageModelRun, folder: Path) -> None:
     open_cache(run)
-    problem = damage(folder)
+    problem = manifest_mismatch(folder)
     if problem is not None:
         exit_with(f"activations.cache {folder} is damaged: {problem}", 1)
     console.print(f"{folder}: all files match their checksums", highlight=False)

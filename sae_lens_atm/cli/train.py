@@ -28,7 +28,7 @@ from sae_lens_atm.training.preflight.timing import Entry, duration
 from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.resume import is_already_trained, resume_in_place
 from sae_lens_atm.training.run import Result, train_checked
-from sae_lens_atm.training.run_file import LanguageModelRun, Run, load_run
+from sae_lens_atm.training.run_file import LanguageModelRun, Run, load_run, training_steps
 
 
 def train_from_file(
@@ -80,7 +80,7 @@ def train_from_file(
     warn_if_busy(run.runner.device, torch.get_num_threads())
     with (
         resume_hint(run, command),
-        Progress(console, run.runner.total_training_steps) as progress,
+        Progress(console, training_steps(run)) as progress,
     ):
         result = train_checked(
             run,

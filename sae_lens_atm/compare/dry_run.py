@@ -17,11 +17,11 @@ from sae_lens_atm.compare.run.checks import check
 from sae_lens_atm.compare.run.processes import threads_per_job
 from sae_lens_atm.compare.run.stored_run import is_trained
 from sae_lens_atm.compare.run.synthetic import pool_of
-from sae_lens_atm.compare.run.tasks import make_jobs, steps_of
+from sae_lens_atm.compare.run.tasks import planned_jobs, steps_of
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.preflight.checks import check_devices
 from sae_lens_atm.training.preflight.timing import NotTimed, Report, duration, seconds_per_step
-from sae_lens_atm.training.run_file import SyntheticRun
+from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun, training_steps
 
 _SECONDS_PER_ENTRY = 2.0  # time limit for the steps of an entry
 
@@ -55,13 +55,13 @@ def dry_run(
 def describe_plan(comparison: Comparison, at_once: int) -> dict[str, Any]:
     """Check a comparison, and return its plan as names and values for a table."""
     checked = check(comparison)
-    *_, jobs = make_jobs(comparison)
+    jobs = [job for job in planned_jobs(comparison) if not job.needed]
     planned = comparison.planned
     facts = {
         "runs": f"{len(planned)}, {len(_to_train(comparison))} of them to train",
         "jobs": f"{len(jobs)}, {at_once} at once",
         "SAEs in a job": ""
-        if comparison.is_synthetic
+        if comparison.is_synthetic or cast(LanguageModelRun, planned[0].run).activations is not None
         else f"up to {max(Counter(p.group for p in planned).values())}, trained side by side",
         "entries": ", ".join(dict.fromkeys(p.entry for p in planned)),
         "L0": ", ".join(f"{l0:g}" for l0 in dict.fromkeys(p.l0 for p in planned)),
@@ -70,7 +70,7 @@ def describe_plan(comparison: Comparison, at_once: int) -> dict[str, Any]:
             str(seed) for seed in dict.fromkeys(p.model_seed for p in planned) if seed is not None
         ),
         "steps of a run": ", ".join(
-            f"{n:,}" for n in sorted({p.run.runner.total_training_steps for p in planned})
+            f"{n:,}" for n in sorted({training_steps(p.run) for p in planned})
         ),
         **checked,
         "output": comparison.output,

@@ -11,7 +11,7 @@ from sae_lens_atm.compare.plan.comparison_file import is_comparison, parse_compa
 from sae_lens_atm.compare.plan.planned_run import spelling_lm_folder
 from sae_lens_atm.compare.plan.sweep_file import as_comparison
 from sae_lens_atm.compare.run.batch_pool import batch_seed
-from sae_lens_atm.compare.run.letters import activations_folder
+from sae_lens_atm.compare.run.reading import activations_folder
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.data.spelling.model import make_spelling_lm
 from sae_lens_atm.errors import SettingsError

@@ -28,7 +28,6 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import (
     MANIFEST_FILENAME,
     hash_of,
-    manifest_mismatch,
     read_json,
     saving,
     write_json,
@@ -168,11 +167,6 @@ def whole_contexts(store: ActivationsStore) -> ActivationsStore:
     """Let a store return the activations of all positions."""
     store.seqpos_slice = (None,)
     return store
-
-
-def damage(folder: Path) -> str | None:
-    """Read every file of a cache, and return how it differs from its checksums, or None."""
-    return manifest_mismatch(folder)
 
 
 def _size_facts(plan: CachePlan, settings: CacheSettings) -> dict[str, Any]:

@@ -12,6 +12,7 @@ A run file names a SAELens runner and holds the fields of that runner, under SAE
                                  # LanguageModelSAERunnerConfig
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +65,17 @@ def batch_size_of(run: Run) -> int:
     if isinstance(run, SyntheticRun):
         return run.runner.batch_size
     return run.runner.train_batch_size_tokens
+
+
+def training_steps(run: Run) -> int:
+    """Return the number of training steps.
+
+    SAELens trains until all samples are served: the last batch may go beyond them. Its
+    `total_training_steps`, which sets the schedules, leaves that batch out.
+    """
+    cfg = run.runner
+    samples = cfg.training_samples if isinstance(run, SyntheticRun) else cfg.training_tokens
+    return math.ceil(samples / batch_size_of(run))
 
 
 # --- reading -------------------------------------------------------------------------------------

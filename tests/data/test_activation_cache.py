@@ -17,7 +17,6 @@ from sae_lens_atm.data.activation_cache import (
 )
 from sae_lens_atm.data.cache_writer import (
     check_cache_folder,
-    damage,
     plan_cache,
     whole_contexts,
     write_cache,
@@ -25,6 +24,7 @@ from sae_lens_atm.data.cache_writer import (
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.errors import CheckpointError, SaveError, SettingsError
 from sae_lens_atm.evaluation.language_model import make_store
+from sae_lens_atm.files import manifest_mismatch
 from sae_lens_atm.training.run_file import load_run
 from tests.conftest import CONTEXT
 
@@ -206,7 +206,7 @@ def test_a_damaged_cache_is_refused(cfg):
     content = bytearray(file.read_bytes())
     content[2000] ^= 1
     file.write_bytes(content)
-    assert "does not match its checksum" in damage(settings.folder)
+    assert "does not match its checksum" in manifest_mismatch(settings.folder)
     file.write_bytes(content[:-1])
     with pytest.raises(SettingsError, match=r"^activations\.cache cached is damaged .*bytes"):
         ActivationCache(settings.folder, cfg)
@@ -234,7 +234,7 @@ def test_a_stopped_cache_goes_on_and_equals_a_whole_one(cfg, batches_done):
     written(cfg, tokens=24 * CONTEXT, cache="stopped")
     for file in whole.folder.glob("*.arrow"):
         assert (settings.folder / file.name).read_bytes() == file.read_bytes()
-    assert damage(settings.folder) is None
+    assert manifest_mismatch(settings.folder) is None
 
 
 @pytest.mark.usefixtures("small_files")

@@ -184,6 +184,8 @@ def _with_model(shared: dict[str, Any], lm: SpellingLMConfig | None) -> dict[str
         "streaming": False,
         "context_size": lm.context_size,
     }
+    if "activations" in shared:
+        raise SettingsError("activations: not allowed beside spelling_lm, whose models are small")
     for key in model:
         if shared.get(key, model[key]) != model[key]:
             raise SettingsError(f"{key} cannot be set: spelling_lm sets it")

@@ -1,24 +1,44 @@
 """The first letters of the language models of a comparison, which its runs share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
+from sae_lens_atm.compare.run.processes import Job, OnProgress
+from sae_lens_atm.compare.run.reading import activations_folder, jobs_of_models, watched
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.evaluation.first_letters import FirstLetters
 from sae_lens_atm.evaluation.letter_store import are_stored, first_letters_of
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
+from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import LanguageModelRun
 
-PERCENT = 100
-"""Steps of the work, whose number of batches is not known before the vocabulary is read."""
+
+@dataclass(frozen=True)
+class _ReadWords:
+    planned: PlannedRun
+    folder: Path
+
+    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
+        on_batch = watched(on_progress, stop, "batches of prompts")
+        first_letters(self.planned, self.folder, on_batch=on_batch)
 
 
-def activations_folder(planned: PlannedRun, folder: Path) -> Path:
-    """Return where activations for evaluations are stored: with the cache, or the comparison."""
-    activations = cast(LanguageModelRun, planned.run).activations
-    return folder if activations is None else activations.folder
+def letter_jobs(left: Iterable[PlannedRun], folder: Path) -> list[Job]:
+    """Return a job for each language model whose first letters are needed and not stored.
+
+    Args:
+        left: the runs that are not evaluated yet.
+        folder: the folder of the comparison.
+    """
+    return jobs_of_models(
+        "first letters",
+        left,
+        lambda planned: not has_letters(planned, folder),
+        lambda planned: _ReadWords(planned, folder),
+    )
 
 
 def has_letters(planned: PlannedRun, folder: Path) -> bool:
@@ -46,17 +66,3 @@ def first_letters(
         return None
     load = load or (lambda: load_language_model(run))
     return first_letters_of(run, cfg, load, activations_folder(planned, folder), on_batch)
-
-
-def in_percent(report: Callable[[int], None]) -> OnBatch:
-    """Return a callback for batches that reports the progress in hundredths of the work."""
-    reported = 0
-
-    def on_batch(done: int, batches: int) -> None:
-        nonlocal reported
-        percent = PERCENT * done // max(batches, 1)
-        if percent > reported:
-            report(percent - reported)
-            reported = percent
-
-    return on_batch

@@ -8,10 +8,9 @@ from typing import Any, cast
 from sae_lens import SAE
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
-from sae_lens_atm.compare.run.letters import PERCENT, activations_folder, in_percent
 from sae_lens_atm.compare.run.processes import Job, OnProgress
+from sae_lens_atm.compare.run.reading import activations_folder, jobs_of_models, watched
 from sae_lens_atm.data.language_model import load_language_model
-from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.sae_probes import probe_sae
 from sae_lens_atm.evaluation.task_store import TaskStore
@@ -25,13 +24,7 @@ class _ReadTasks:
     folder: Path
 
     def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        report = in_percent(on_progress)
-
-        def on_batch(done: int, every: int) -> None:
-            report(done, every)
-            if stop.signal_number is not None:
-                raise Interrupted(None, stop.signal_number)
-
+        on_batch = watched(on_progress, stop, "characters")
         cfg = cast(LanguageModelRun, self.planned.run).runner
         task_store(self.planned, self.folder).fill(lambda: load_language_model(cfg), on_batch)
 
@@ -58,20 +51,11 @@ def probing_jobs(left: Iterable[PlannedRun], folder: Path) -> list[Job]:
         left: the runs that are not evaluated yet.
         folder: the folder of the comparison.
     """
-    firsts: dict[int | None, PlannedRun] = {}
-    for planned in left:
-        if planned.sae_probes is not None:
-            firsts.setdefault(planned.model_seed, planned)
-    return [
-        Job(
-            "probing tasks" if seed is None else f"probing tasks, model {seed}",
-            PERCENT,
-            _ReadTasks(planned, folder),
-            needed=True,
-        )
-        for seed, planned in firsts.items()
-        if task_store(planned, folder).missing()
-    ]
+
+    def is_needed(planned: PlannedRun) -> bool:
+        return planned.sae_probes is not None and bool(task_store(planned, folder).missing())
+
+    return jobs_of_models("probing tasks", left, is_needed, lambda p: _ReadTasks(p, folder))
 
 
 def add_probing(

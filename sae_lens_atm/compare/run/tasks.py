@@ -1,6 +1,5 @@
 """The jobs of a comparison that are left to do."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -16,9 +15,10 @@ from sae_lens_atm.compare.run.cached import (
     make_cache,
 )
 from sae_lens_atm.compare.run.language_model import train_group
-from sae_lens_atm.compare.run.letters import PERCENT, first_letters, has_letters, in_percent
+from sae_lens_atm.compare.run.letters import letter_jobs
 from sae_lens_atm.compare.run.probing import probing_jobs
 from sae_lens_atm.compare.run.processes import Job, OnProgress, StepCounter
+from sae_lens_atm.compare.run.reading import LOADING, stop_if_requested
 from sae_lens_atm.compare.run.stored_run import (
     is_evaluated,
     is_trained,
@@ -30,13 +30,10 @@ from sae_lens_atm.data.spelling.model import (
     is_spelling_lm,
     make_spelling_lm,
 )
-from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.cached_run import open_cache
 from sae_lens_atm.training.hooks import StopFlag
-from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun
-
-_LOADING = "loading the language model"
+from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun, training_steps
 
 
 @dataclass(frozen=True)
@@ -58,26 +55,9 @@ class _MakeLanguageModel:
 
         def on_step(_loss: float) -> None:
             counter.count()
-            _stop_if_requested(stop)
+            stop_if_requested(stop)
 
         make_spelling_lm(self.lm, self.folder, on_step)
-
-
-@dataclass(frozen=True)
-class _LookAtFirstLetters:
-    planned: PlannedRun
-    folder: Path
-
-    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        report = in_percent(on_progress)
-        on_progress(Phase(_LOADING))
-
-        def on_batch(done: int, batches: int) -> None:
-            report(done, batches)
-            on_progress(Phase("prompts", done, batches, "batches"))
-            _stop_if_requested(stop)
-
-        first_letters(self.planned, self.folder, on_batch=on_batch)
 
 
 @dataclass(frozen=True)
@@ -91,7 +71,7 @@ class _DrawPool:
         counter = StepCounter(on_progress)
         for _ in pool_of(self.planned, self.folder).draw(model, self.planned.seed):
             counter.count()
-            _stop_if_requested(stop)
+            stop_if_requested(stop)
 
 
 @dataclass(frozen=True)
@@ -115,14 +95,14 @@ class _MakeCache:
 
     def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         before = 0
-        on_progress(Phase(_LOADING))
+        on_progress(Phase(LOADING))
 
         def count(done: int, contexts: int) -> None:
             nonlocal before
             on_progress(done - before)
             before = done
             on_progress(Phase("caching", done, contexts, "contexts"))
-            _stop_if_requested(stop)
+            stop_if_requested(stop)
 
         make_cache(self.planned, count)
 
@@ -159,11 +139,6 @@ class _RunGroup:
         train_group(self.group, self.folder, self.points, on_step, stop, on_progress)
 
 
-def _stop_if_requested(stop: StopFlag) -> None:
-    if stop.signal_number is not None:
-        raise Interrupted(None, stop.signal_number)
-
-
 def make_jobs(comparison: Comparison) -> list[list[Job]]:
     """Return the jobs that are left to do, in lists that run one after the other.
 
@@ -181,7 +156,7 @@ def _cached_jobs(comparison: Comparison) -> list[list[Job]]:
     left = [p for p in comparison.planned if not is_evaluated(p, folder, with_map=False)]
     contexts = contexts_to_cache(comparison.planned) if left else 0
     cache = Job("cache", contexts, _MakeCache(tuple(comparison.planned)), needed=True)
-    jobs = [[cache] if contexts else [], _letter_jobs(left, folder) + probing_jobs(left, folder)]
+    jobs = [[cache] if contexts else [], letter_jobs(left, folder) + probing_jobs(left, folder)]
     for _, runs in groupby(left, key=lambda p: p.seed):  # complete results seed by seed
         group = list(runs)
         to_train = (p for p in group if not is_trained(p, folder))
@@ -227,24 +202,7 @@ def _language_model_jobs(comparison: Comparison) -> list[list[Job]]:
         if not is_spelling_lm(lm, homes[seed])
     ]
     left = [p for group in groups for p in group if not is_evaluated(p, folder, with_map=False)]
-    return [models, _letter_jobs(left, folder) + probing_jobs(left, folder), runs]
-
-
-def _letter_jobs(left: Iterable[PlannedRun], folder: Path) -> list[Job]:
-    """Return a job for each language model whose first letters are needed and not stored."""
-    firsts: dict[int | None, PlannedRun] = {}
-    for planned in left:
-        firsts.setdefault(planned.model_seed, planned)
-    return [
-        Job(
-            "first letters" if seed is None else f"first letters, model {seed}",
-            PERCENT,
-            _LookAtFirstLetters(planned, folder),
-            needed=True,
-        )
-        for seed, planned in firsts.items()
-        if not has_letters(planned, folder)
-    ]
+    return [models, letter_jobs(left, folder) + probing_jobs(left, folder), runs]
 
 
 def _synthetic_jobs(comparison: Comparison) -> list[list[Job]]:
@@ -279,7 +237,7 @@ def planned_jobs(comparison: Comparison) -> list[Job]:
 
 def steps_of(planned: PlannedRun) -> int:
     """Return the number of training steps of a run; 0 for an untrained control."""
-    return planned.run.runner.total_training_steps if planned.settings.trained else 0
+    return training_steps(planned.run) if planned.settings.trained else 0
 
 
 def needs_cosine_map(comparison: Comparison, planned: PlannedRun) -> bool:

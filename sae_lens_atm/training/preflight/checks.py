@@ -26,7 +26,13 @@ from sae_lens_atm.training.preflight.memory import (
     total_bytes,
 )
 from sae_lens_atm.training.ranks import check_shares
-from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun, batch_size_of
+from sae_lens_atm.training.run_file import (
+    LanguageModelRun,
+    Run,
+    SyntheticRun,
+    batch_size_of,
+    training_steps,
+)
 from sae_lens_atm.training.scale import ACCURACY
 
 
@@ -65,7 +71,7 @@ def check_run(
     needed = size.resident + size.parameters
     facts |= {
         "d_in, d_sae": f"{cfg.sae.d_in}, {cfg.sae.d_sae} ({parameters:,} parameters)",
-        "steps": f"{cfg.total_training_steps:,}, each with {batch:,} {unit_of(run)}",
+        "steps": f"{training_steps(run):,}, each with {batch:,} {unit_of(run)}",
         "memory": f"{size_text(needed)} for the SAE (weights, gradients, Adam, averages), "
         "without activations",
         "output": output,

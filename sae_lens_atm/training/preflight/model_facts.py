@@ -216,6 +216,8 @@ def _is_missing(name: str, error: BaseException) -> bool:
 
 
 def _without_weights(hooked: bool, config: PretrainedConfig) -> Any:
+    config = copy.copy(config)
+    config.pad_token_id = None  # transformers compares tokens with it, which fails on meta tensors
     with torch.device("meta"):
         if not hooked:
             return HookedProxyLM(AutoModelForCausalLM.from_config(config), cast(Any, None))

@@ -10,6 +10,7 @@ from sae_lens_atm.compare.run.language_model import train_group
 from sae_lens_atm.compare.run.probing import add_probing, probing_jobs, task_store
 from sae_lens_atm.data import probing_tasks
 from sae_lens_atm.errors import Interrupted, SettingsError
+from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
 from tests.probing_package import NAMES, install
 
@@ -81,9 +82,13 @@ def test_the_model_reads_the_tasks_in_a_job_of_its_own(comparison):
     labels = [job.label for job in planned_jobs(comparison)]
     assert labels == ["probing tasks", "seed 0"]
     (job,) = probing_jobs(comparison.planned, comparison.output)
-    steps = []
-    job.work(steps.append, StopFlag())
-    assert 0 < sum(steps) <= job.steps
+    reported = []
+    job.work(reported.append, StopFlag())
+    phases = [report for report in reported if isinstance(report, Phase)]
+    assert 0 < sum(report for report in reported if report not in phases) <= job.steps
+    assert phases[0].what == "loading the language model"
+    assert (phases[-1].what, phases[-1].unit) == ("reading", "characters")
+    assert 0 < phases[-1].done <= phases[-1].total
     assert [job.label for job in planned_jobs(comparison)] == ["seed 0"]
 
 

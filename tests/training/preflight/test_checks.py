@@ -29,6 +29,12 @@ def test_facts_of_a_run(synthetic_yaml):
     assert "before step 1" not in facts
 
 
+def test_the_last_batch_may_go_beyond_the_samples(synthetic_yaml):
+    run = load_run(synthetic_yaml, ["training_samples=2561"])
+    assert check_run(run)["steps"] == "41, each with 64 samples"
+    assert run.runner.total_training_steps == 40
+
+
 def test_the_memory_of_a_run_counts_its_averages():
     run = load_run(shipped_config("gemma-2-2b-l12-16k"))
     parameters, inputs = 2 * 2304 * 16384 + 16384 + 2304, 2304 * 16384

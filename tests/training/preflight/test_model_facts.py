@@ -3,12 +3,13 @@ import time
 import pytest
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.preflight import model_facts
 from sae_lens_atm.training.preflight.model_facts import (
     NotChecked,
+    check_hook_without_weights,
     is_at_hand,
     look_up_model,
     shape_of,
@@ -65,6 +66,19 @@ def test_the_dtype_is_that_of_the_loader(language_model_yaml, gemma_folder):
         given = cfg.model_from_pretrained_kwargs
         loaded = AutoModelForCausalLM.from_pretrained(gemma_folder, **given)
         assert shape_of(cfg, look_up_model(cfg, online=False)).dtype == loaded.dtype == dtype
+
+
+def test_the_hook_of_a_model_that_looks_for_padding(language_model_yaml, tmp_path):
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 64}
+    GPT2Config(**shape, pad_token_id=0).save_pretrained(tmp_path)
+    cfg = load_run(language_model_yaml, [f"model_name={tmp_path}"]).runner
+    cfg.hook_name = "transformer.h.1"
+    meta = look_up_model(cfg, online=False)
+    check_hook_without_weights(cfg, meta)
+    assert meta.config.pad_token_id == 0
+    cfg.hook_name = "transformer.h.2"
+    with pytest.raises(SettingsError, match=r"^hook_name"):
+        check_hook_without_weights(cfg, meta)
 
 
 def test_a_model_is_at_hand_in_a_folder_or_in_the_cache(language_model_yaml):
