@@ -73,8 +73,8 @@ def training_steps(run: Run) -> int:
     SAELens trains until all samples are served: the last batch may go beyond them. Its
     `total_training_steps`, which sets the schedules, leaves that batch out.
     """
-    cfg = run.runner
-    samples = cfg.training_samples if isinstance(run, SyntheticRun) else cfg.training_tokens
+    is_synthetic = isinstance(run, SyntheticRun)
+    samples = run.runner.training_samples if is_synthetic else run.runner.training_tokens
     return math.ceil(samples / batch_size_of(run))
 
 
