@@ -19,6 +19,7 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.model_from_hook import model_from_hook
 from sae_lens_atm.evaluation.next_token_loss import TOKENS
 from sae_lens_atm.evaluation.recovered_loss import HookPoint, OnBatch, SharedPasses
+from sae_lens_atm.evaluation.synthetic import decoder_figures
 
 # SAELens' names of the figures, and ours.
 _FIGURES = {
@@ -137,6 +138,7 @@ def language_model_figures(
     excluded = torch.tensor(_excluded(cfg, model), dtype=torch.long)
     counted = (~torch.isin(batch.cpu(), excluded) for batch in tokens.batches)
     figures["evaluated_samples"] = sum(int(batch.sum()) for batch in counted)
+    figures |= decoder_figures(sae, alive, None if shared is None else shared.inputs())
     return figures, alive
 
 

@@ -112,6 +112,12 @@ class SharedPasses:
             "kl_div_score": (kl_zeros - kl_reconstructed) / kl_zeros,
         }
 
+    def inputs(self) -> Tensor:
+        """Return the inputs of an SAE at the counted tokens of the first batch, after `scores`."""
+        batch, _ = self._passes[0]
+        inputs = self._hook.read(batch.full.activation)
+        return inputs[batch.counted.to(inputs.device)]
+
     def run_with_cache(self, *_: Any, **__: Any) -> tuple[None, dict[str, Tensor]]:
         """Return the activations at the hook in the next batch; the first follows the last.
 

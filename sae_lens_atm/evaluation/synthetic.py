@@ -16,7 +16,7 @@ from sae_lens.util import temporary_seed
 from torch import Tensor
 
 from sae_lens_atm.data.synthetic import children_of
-from sae_lens_atm.metrics import Absorption, AbsorptionScores
+from sae_lens_atm.metrics import Absorption, AbsorptionScores, NthDecoderProjection, decoder_cosine
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,23 @@ def decoder_of_activations(sae: SAE[Any]) -> Tensor:
 
 
 @torch.no_grad()
+def decoder_figures(sae: SAE[Any], alive: Tensor, x: Tensor | None) -> dict[str, float]:
+    """Return the figures of a decoder that tell whether the L0 is right.
+
+    Args:
+        sae: the SAE.
+        alive: which latents fire, shape ``(d_sae,)``.
+        x: inputs of the SAE, shape ``(samples, d_in)``. None leaves `decoder_projection` out.
+    """
+    figures = {"decoder_cosine": decoder_cosine(sae.W_dec, alive)}
+    if x is None:
+        return figures
+    projection = NthDecoderProjection(sae.W_dec, sae.b_dec)
+    projection.update(sae.run_time_activation_norm_fn_in(x.to(sae.device, sae.dtype)))
+    return figures | {"decoder_projection": projection.compute(alive)}
+
+
+@torch.no_grad()
 def evaluate_closely(
     sae: SAE[Any], model: SyntheticModel, samples: int, seed: int, batch_size: int = 4096
 ) -> Evaluation:
@@ -97,12 +114,14 @@ def evaluate_closely(
     fired = torch.zeros(sae.cfg.d_sae, device=sae.device)
     parents_fired = torch.zeros(len(parents), device=vectors.device)
     squared_error, cosine = 0.0, 0.0
+    first = torch.empty(0, sae.cfg.d_in)
     with temporary_seed(seed):
         for start in range(0, samples, batch_size):
             x, features = model.sample_with_features(min(batch_size, samples - start))
             features = features.to_dense()
             acts = sae.encode(x).to_dense()
             x_hat, acts = sae.decode(acts).float(), acts.float()
+            first = x if start == 0 else first
             l0.add_batch(acts)
             true_l0.add_batch(features)
             shrinkage.add_batch(x_hat, x)
@@ -130,6 +149,7 @@ def evaluate_closely(
         "dead_latents": int((~alive).sum()),
         "evaluated_samples": samples,
         "true_l0": true_l0.compute(),
+        **decoder_figures(sae, alive, first),
     }
     scores = None if absorption is None else absorption.compute()
     if scores is not None:

@@ -1,13 +1,17 @@
 """Metrics that SAELens does not have."""
 
 from sae_lens_atm.metrics.absorption import Absorption, AbsorptionScores, absorption
+from sae_lens_atm.metrics.decoder import DecoderCosine, NthDecoderProjection, decoder_cosine
 from sae_lens_atm.metrics.stability import Stability, StabilityScores, stability
 
 __all__ = [
     "Absorption",
     "AbsorptionScores",
+    "DecoderCosine",
+    "NthDecoderProjection",
     "Stability",
     "StabilityScores",
     "absorption",
+    "decoder_cosine",
     "stability",
 ]

@@ -87,6 +87,19 @@ FIGURES: dict[str, Figure] = {
         "Number of samples, or of tokens of a language model, in the evaluation.",
         0,
     ),
+    "decoder_cosine": Figure(
+        "c_dec",
+        0,
+        "Absolute cosine of two decoder rows, averaged over all pairs of latents that fire; over "
+        "L0s it is least near the true one.",
+        4,
+    ),
+    "decoder_projection": Figure(
+        "s_n_dec",
+        0,
+        "The n-th largest projection of a sample on the decoder rows of unit length, n being half "
+        "of the latents that fire; over L0s it is least near the true one.",
+    ),
     "mcc": Figure(
         "MCC",
         1,

@@ -11,6 +11,7 @@ from sae_lens_atm.evaluation.synthetic import (
     evaluate_closely,
     is_signed,
 )
+from sae_lens_atm.metrics import NthDecoderProjection, decoder_cosine
 from tests.helpers import make_sae, train
 
 SAMPLES, BATCH = 700, 256
@@ -73,6 +74,16 @@ def test_errors_by_hand(model, sae):
     assert figures["mse"] == pytest.approx((x - x_hat).square().sum(-1).mean().item(), rel=1e-5)
     cosine = torch.cosine_similarity(x, x_hat, dim=-1).mean().item()
     assert figures["cosine"] == pytest.approx(cosine, rel=1e-5)
+
+
+def test_figures_of_the_decoder(model, sae):
+    result = evaluate_closely(sae, model, SAMPLES, 5, BATCH)
+    with temporary_seed(5), torch.no_grad():
+        x, _ = model.sample_with_features(BATCH)
+    projection = NthDecoderProjection(sae.W_dec, sae.b_dec)
+    projection.update(x)
+    assert result.figures["decoder_projection"] == projection.compute(result.alive)
+    assert result.figures["decoder_cosine"] == decoder_cosine(sae.W_dec, result.alive)
 
 
 def test_only_the_seed_matters(model, sae):

@@ -48,6 +48,8 @@ class Curve(_Schema):
     """Latents that fire on no sample of the last `dead_feature_window` steps.
 
     For the figure of the same name the window is the evaluation."""
+    decoder_cosine: list[float | None] = []
+    """`c_dec` of the latents that fired in the last 100 steps. Empty in older files."""
     absorption_fraction: list[float | None] = []
     """Empty on data without a known hierarchy of features."""
     coefficient: list[float | None] = []

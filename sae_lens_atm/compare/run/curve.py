@@ -20,7 +20,7 @@ from sae_lens_atm.compare.report.results import Curve, Importance
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.synthetic import children_of
 from sae_lens_atm.evaluation.synthetic import decoder_of_activations, is_signed
-from sae_lens_atm.metrics import Absorption
+from sae_lens_atm.metrics import Absorption, decoder_cosine
 from sae_lens_atm.metrics.absorption import LEARNED_COSINE
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 from sae_lens_atm.sae.forward_pass import mean_l0
@@ -29,6 +29,8 @@ from sae_lens_atm.training.supervise import Hook, Step
 
 HISTORY = "history.pt"
 """The recorder's file in a checkpoint."""
+ALIVE_WINDOW = 100
+"""Steps in which a latent must fire to count in `decoder_cosine` of a curve."""
 EV_TOLERANCE = 0.005
 """A larger change of explained variance in the last tenth of training means not converged."""
 DEAD_TOLERANCE = 0.02
@@ -130,6 +132,7 @@ class CurveRecorder(Hook):
             **held_out.evaluate(sae, self._trainer.activation_scaler),
             "l0": float(mean_l0(output.feature_acts)),
             "dead_latents": float(self._trainer.dead_neurons.sum()),
+            "decoder_cosine": decoder_cosine(sae.W_dec, self._fired_lately()),
         }
         if self._controller is not None:
             figures["coefficient"] = self._controller.value
@@ -141,6 +144,9 @@ class CurveRecorder(Hook):
             self._thresholds.append(mask.threshold.item())
         if sae.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(sae.device)
+
+    def _fired_lately(self) -> Tensor:
+        return self._trainer.n_forward_passes_since_fired < ALIVE_WINDOW
 
     def _measure_memory(self) -> None:
         device = self._trainer.sae.device
