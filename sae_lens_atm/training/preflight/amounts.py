@@ -1,5 +1,6 @@
 """How much work a run does before, during and after training, counted from its settings."""
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ from sae_lens_atm.training.run_file import LanguageModelRun, Run
 SCALED = "expected_average_only_in"
 ESTIMATING = (SCALED, "covariance_whitening")
 """Values of `normalize_activations` for which SAELens reads batches before step 1."""
+_COUNTED = 100_000
 
 
 def estimation_batches(run: Run) -> int:
@@ -46,7 +48,8 @@ def llm_batches(served: float, buffer: int, batch: int, llm_batch: float, mixing
     """Return how many batches the language model computes to serve a number of tokens.
 
     SAELens' `mixing_buffer` collects at least `buffer` tokens, keeps the share `mixing` of the
-    buffer for the next round, and serves the rest in whole training batches.
+    buffer for the next round, and serves the rest in whole training batches. After `_COUNTED`
+    batches, the rest is one batch for every `llm_batch` tokens, as it is on average.
 
     Args:
         served: tokens to serve.
@@ -56,12 +59,12 @@ def llm_batches(served: float, buffer: int, batch: int, llm_batch: float, mixing
         mixing: share of the buffer that is kept.
     """
     stored, given, count = 0.0, 0, 0
-    while given < served:
+    while given < served and count < _COUNTED:
         stored, count = stored + llm_batch, count + 1
         if stored >= buffer:
             tokens = max(1, int(stored - int(buffer * mixing)) // batch) * batch
             stored, given = stored - tokens, given + tokens
-    return count
+    return count + max(math.ceil((served - given - stored) / llm_batch), 0)
 
 
 def llm_batches_of(

@@ -6,6 +6,7 @@ from sae_lens import BatchTopKTrainingSAEConfig
 from sae_lens.training.mixing_buffer import mixing_buffer
 
 from sae_lens_atm import ATMTrainingSAEConfig
+from sae_lens_atm.training.preflight import amounts
 from sae_lens_atm.training.preflight.amounts import (
     checkpoints_left,
     estimation_batches,
@@ -56,6 +57,15 @@ def test_model_batches_in_closed_form():
     # 8 batches fill the buffer, and half of it is refilled for each further half.
     assert llm_batches(10 * 256, 512, 64, 64, 0.5) == 8 + 9 * 4
     assert llm_batches(0, 512, 64, 64, 0.5) == 0
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.5])
+def test_batches_of_a_very_long_run(mixing, monkeypatch):
+    found = llm_batches(2**53, 512, 64, 48, mixing)  # at once
+    assert found == pytest.approx(2**53 / 48, rel=1e-4)
+    exact = llm_batches(90_000, 512, 64, 48, mixing)
+    monkeypatch.setattr(amounts, "_COUNTED", 100)
+    assert llm_batches(90_000, 512, 64, 48, mixing) == pytest.approx(exact, abs=512 / 48)
 
 
 def test_excluded_tokens_take_more_model_batches(language_model_yaml):
