@@ -186,6 +186,38 @@ def sweep(
         sweep_file(config, overrides or [], jobs, quick, only_plan, ray, threads)
 
 
+def find_l0(
+    config: Annotated[
+        str, typer.Argument(help="A run or comparison file, or the name of a shipped one.")
+    ],
+    overrides: Overrides = None,
+    l0: Annotated[
+        str | None,
+        typer.Option("--l0", help="LOW,HIGH. By default from d_sae / 1024 to half of d_in."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    longest: Annotated[
+        float,
+        typer.Option(help="Longest training, in units of the file's, if the answer still moves."),
+    ] = 2.0,
+    jobs: Jobs = 1,
+    only_plan: Annotated[
+        bool, typer.Option("--dry-run", help="Check the file, print the plan, and stop.")
+    ] = False,
+    threads: Threads = None,
+) -> None:
+    """Find the L0 at which decoder rows are least similar, which is near the true L0.
+
+    Needs no labels. Trains SAEs at many L0s. The same command resumes after an interruption.
+    """
+    with clear_errors():
+        check_config(config, overrides or [])
+        load_plugins()
+        from sae_lens_atm.cli.find_l0 import find_l0_of_file
+
+        find_l0_of_file(config, overrides or [], l0, seeds, longest, jobs, only_plan, threads)
+
+
 def report(
     results: Annotated[Path, typer.Argument(help="The results.json of a comparison or sweep.")],
     output: Annotated[

@@ -28,6 +28,7 @@ from sae_lens_atm.data.synthetic import HierarchyModelConfig
 from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.sae.removed import drop_removed
+from sae_lens_atm.training.found_l0 import with_found_k
 from sae_lens_atm.training.limits import check_limits, check_sae, check_schedule
 from sae_lens_atm.training.schema import build, did_you_mean, schema_of, validate
 from sae_lens_atm.yaml_files import apply_overrides, read_yaml
@@ -110,6 +111,7 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
     runner = content.get("runner")
     if runner not in RUNNERS:
         raise SettingsError(f"runner must be one of {', '.join(RUNNERS)}, got {shown(runner)}")
+    content = with_found_k(content, str(content.get("output_path") or default_output))
     sae = _parse_sae(content.get("sae"))
     fields = {key: value for key, value in content.items() if key not in ("runner", "sae")}
     values = validate(_schemas()[runner], fields)

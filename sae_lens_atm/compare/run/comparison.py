@@ -2,6 +2,7 @@
 
 import platform
 import shutil
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from sae_lens_atm.compare.report.summary import make_rows, make_tests, spread
 from sae_lens_atm.compare.run.batch_pool import synthetic_model
 from sae_lens_atm.compare.run.checks import check
 from sae_lens_atm.compare.run.curve import still_moving
-from sae_lens_atm.compare.run.processes import JobEvents, cpu_name, run_jobs
+from sae_lens_atm.compare.run.processes import Job, JobEvents, cpu_name, run_jobs
 from sae_lens_atm.compare.run.ray import run_jobs_on_ray
 from sae_lens_atm.compare.run.stored_run import (
     FIGURES,
@@ -77,18 +78,36 @@ def compare(
         for planned in comparison.planned:
             check_devices(planned.run)
     stop = stop or StopFlag()
-    failed: dict[str, str] = {}
     gpus = int(bool(gpu_settings(comparison.planned[0].run)))
+
+    def run(jobs: Sequence[Job]) -> dict[str, str]:
+        if cluster is None:
+            return run_jobs(jobs, at_once, events, stop, threads)
+        return run_jobs_on_ray(jobs, cluster, gpus, events, stop) if jobs else {}
+
     with stop.on_signals(), locked(comparison.output):
-        for jobs in make_jobs(comparison):
-            if cluster is None:
-                failed |= run_jobs(jobs, at_once, events, stop, threads)
-            elif jobs:
-                failed |= run_jobs_on_ray(jobs, cluster, gpus, events, stop)
-            if any(job.needed and job.label in failed for job in jobs):
-                break
+        failed = run_lists(make_jobs(comparison), run)
         shutil.rmtree(comparison.output / "pools", ignore_errors=True)
         return summarise(comparison, failed)
+
+
+def run_lists(
+    lists: Sequence[Sequence[Job]], run: Callable[[Sequence[Job]], dict[str, str]]
+) -> dict[str, str]:
+    """Run lists of jobs one after the other, and return the errors of those that failed, by label.
+
+    After a failed job that others need, the lists after its own do not run.
+
+    Args:
+        lists: the lists, as `make_jobs` returns them.
+        run: runs the jobs of a list, and returns the errors of those that failed, by label.
+    """
+    failed: dict[str, str] = {}
+    for jobs in lists:
+        failed |= run(jobs)
+        if any(job.needed and job.label in failed for job in jobs):
+            break
+    return failed
 
 
 def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:

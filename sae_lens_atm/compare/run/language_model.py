@@ -36,6 +36,7 @@ def train_group(
     on_step: OnStep,
     stop: StopFlag,
     on_phase: OnPhase = unseen,
+    evaluate: bool = True,
 ) -> None:
     """Train and evaluate the runs of one seed that are not saved yet.
 
@@ -46,6 +47,7 @@ def train_group(
         on_step: is called after each step of each SAE.
         stop: flag to stop training and evaluation.
         on_phase: is called with the progress of the work before and after training.
+        evaluate: whether to evaluate.
 
     Raises:
         Interrupted: `stop` requested it. The next call resumes. The activations that waited in
@@ -106,7 +108,8 @@ def train_group(
         write_json(home / TRAINING, facts)
     if runner is not None:
         shutil.rmtree(runner.saved_state.parent, ignore_errors=True)
-    evaluate_group(group, folder, model, held_out, stop, on_phase)
+    if evaluate:
+        evaluate_group(group, folder, model, held_out, stop, on_phase)
 
 
 def _group_key(names: Iterable[str]) -> str:

@@ -133,30 +133,46 @@ class _RunGroup:
     group: tuple[PlannedRun, ...]
     folder: Path
     points: int
+    evaluate: bool
 
     def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
         on_step = StepCounter(on_progress).on_step
-        train_group(self.group, self.folder, self.points, on_step, stop, on_progress)
+        train_group(self.group, self.folder, self.points, on_step, stop, on_progress, self.evaluate)
 
 
-def make_jobs(comparison: Comparison) -> list[list[Job]]:
+def make_jobs(comparison: Comparison, evaluate: bool = True) -> list[list[Job]]:
     """Return the jobs that are left to do, in lists that run one after the other.
 
     On synthetic data: making the model, drawing batches, then one job for each run. On a language
     model: making the models, reading their first letters and probing tasks, then one job for each
     group of runs that share activations. On cached activations: the cache, the first letters and
     probing tasks, then for each seed one job for each run, and their evaluation.
+
+    Args:
+        comparison: the plan.
+        evaluate: whether SAEs on a language model are evaluated, too. On synthetic data all are.
     """
-    synthetic = comparison.is_synthetic
-    return _synthetic_jobs(comparison) if synthetic else _language_model_jobs(comparison)
+    if comparison.is_synthetic:
+        return _synthetic_jobs(comparison)
+    if cast(LanguageModelRun, comparison.planned[0].run).activations is not None:
+        return _cached_jobs(comparison, evaluate)
+    return _language_model_jobs(comparison, evaluate)
 
 
-def _cached_jobs(comparison: Comparison) -> list[list[Job]]:
+def _is_done(planned: PlannedRun, folder: Path, evaluate: bool) -> bool:
+    return is_evaluated(planned, folder, False) if evaluate else is_trained(planned, folder)
+
+
+def _reading_jobs(left: list[PlannedRun], folder: Path, evaluate: bool) -> list[Job]:
+    return letter_jobs(left, folder) + probing_jobs(left, folder) if evaluate else []
+
+
+def _cached_jobs(comparison: Comparison, evaluate: bool) -> list[list[Job]]:
     folder = comparison.output
-    left = [p for p in comparison.planned if not is_evaluated(p, folder, with_map=False)]
+    left = [p for p in comparison.planned if not _is_done(p, folder, evaluate)]
     contexts = contexts_to_cache(comparison.planned) if left else 0
     cache = Job("cache", contexts, _MakeCache(tuple(comparison.planned)), needed=True)
-    jobs = [[cache] if contexts else [], letter_jobs(left, folder) + probing_jobs(left, folder)]
+    jobs = [[cache] if contexts else [], _reading_jobs(left, folder, evaluate)]
     for _, runs in groupby(left, key=lambda p: p.seed):  # complete results seed by seed
         group = list(runs)
         to_train = (p for p in group if not is_trained(p, folder))
@@ -166,6 +182,8 @@ def _cached_jobs(comparison: Comparison) -> list[list[Job]]:
                 for p in to_train
             ]
         )
+        if not evaluate:
+            continue
         levels = dict.fromkeys(p.l0 for p in group)
         jobs.append(
             [
@@ -180,19 +198,17 @@ def _cached_jobs(comparison: Comparison) -> list[list[Job]]:
     return jobs
 
 
-def _language_model_jobs(comparison: Comparison) -> list[list[Job]]:
-    if cast(LanguageModelRun, comparison.planned[0].run).activations is not None:
-        return _cached_jobs(comparison)
+def _language_model_jobs(comparison: Comparison, evaluate: bool) -> list[list[Job]]:
     folder, points = comparison.output, comparison.curve_points
     groups = [list(g) for _, g in groupby(comparison.planned, key=lambda p: p.group)]
     runs = [
         Job(
             group[0].group,
             sum(steps_of(p) for p in group if not is_trained(p, folder)),
-            _RunGroup(tuple(group), folder, points),
+            _RunGroup(tuple(group), folder, points, evaluate),
         )
         for group in groups
-        if not all(is_evaluated(p, folder, with_map=False) for p in group)
+        if not all(_is_done(p, folder, evaluate) for p in group)
     ]
     lms = {p.lm.seed: p.lm for p in comparison.planned if p.lm is not None} if runs else {}
     homes = {seed: spelling_lm_folder(folder, lm) for seed, lm in lms.items()}
@@ -201,8 +217,8 @@ def _language_model_jobs(comparison: Comparison) -> list[list[Job]]:
         for seed, lm in lms.items()
         if not is_spelling_lm(lm, homes[seed])
     ]
-    left = [p for group in groups for p in group if not is_evaluated(p, folder, with_map=False)]
-    return [models, letter_jobs(left, folder) + probing_jobs(left, folder), runs]
+    left = [p for group in groups for p in group if not _is_done(p, folder, evaluate)]
+    return [models, _reading_jobs(left, folder, evaluate), runs]
 
 
 def _synthetic_jobs(comparison: Comparison) -> list[list[Job]]:

@@ -1,0 +1,76 @@
+"""The work of `find-l0`."""
+
+from collections.abc import Sequence
+
+from sae_lens_atm.cli.progress import RunsProgress
+from sae_lens_atm.cli.terminal import config_path, console, facts_table
+from sae_lens_atm.cli.threads import warn_if_busy
+from sae_lens_atm.compare.find_l0 import Searches, find_l0, load_searches
+from sae_lens_atm.compare.find_l0.report import PICTURE, answers_table, draw, problem_lines
+from sae_lens_atm.compare.run.processes import Job, threads_per_job
+from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.training.found_l0 import FILENAME
+
+
+def range_of(text: str | None) -> tuple[float, float] | None:
+    """Return the numbers in `LOW,HIGH`.
+
+    Raises:
+        SettingsError: the text is something else.
+    """
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(f"--l0 must be LOW,HIGH, for example 8,256, got {text!r}") from None
+    return low, high
+
+
+def find_l0_of_file(
+    config: str,
+    overrides: list[str],
+    l0: str | None,
+    seeds: int,
+    longest: float,
+    jobs: int,
+    only_plan: bool,
+    threads: int | None,
+) -> None:
+    """Search for the L0 of each architecture of a file, and print and draw the answers."""
+    searches = load_searches(config_path(config), overrides, range(seeds), range_of(l0), longest)
+    if only_plan:
+        console.print(facts_table(_plan(searches)))
+        return
+    first = searches.searches[0].comparison(1, [1], [0])
+    warn_if_busy(first.planned[0].run.runner.device, threads or threads_per_job(jobs))
+
+    def on_round(name: str, to_do: Sequence[Job]) -> RunsProgress:
+        if to_do:
+            console.print(f"{name}: {len(to_do)} jobs", highlight=False, markup=False)
+        return RunsProgress(console, len(to_do), sum(job.steps for job in to_do))
+
+    found = find_l0(searches, jobs, on_round, threads=threads)
+    console.print(answers_table(found))
+    for line in problem_lines(found):
+        console.print(f"not sure: {line}", highlight=False, markup=False)
+    draw(found, searches.output / PICTURE)
+    console.print(
+        f"{searches.output / FILENAME} and {PICTURE} written. With `k: found` under `sae`, the run "
+        "file trains at this L0.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _plan(searches: Searches) -> dict[str, str]:
+    limits = searches.searches[0].limits
+    return {
+        "architectures": ", ".join(one.entry for one in searches.searches),
+        "L0": f"{limits.low:g} to {limits.high:g}",
+        "seeds": ", ".join(map(str, searches.searches[0].seeds)),
+        "rounds": "1/4, 1/2 and 1 of the training"
+        + (f", up to {limits.longest:g} if the answer moves" if limits.longest > 1 else ""),
+        "output": str(searches.output),
+    }

@@ -1,0 +1,149 @@
+"""The minimum of a curve over L0s: which L0s to try, where the minimum is, and its error.
+
+All distances are ratios: the mathematics is that of ``u = log(L0)``.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+from scipy import stats
+
+FINEST = 1.25
+"""Ratio of neighbouring L0s around the minimum."""
+CONFIDENCE = 0.95
+
+
+def grid(low: float, high: float, ratio: float, whole: bool = False) -> list[float]:
+    """Return L0s from `low` to `high` at equal ratios.
+
+    Args:
+        low: the smallest L0.
+        high: the largest L0.
+        ratio: the largest ratio of neighbours.
+        whole: whether an L0 must be a whole number.
+    """
+    steps = max(math.ceil(math.log(high / low, ratio) - 1e-9), 1)
+    return distinct((low * (high / low) ** (i / steps) for i in range(steps + 1)), whole)
+
+
+def window(center: float, low: float, high: float, whole: bool = False) -> list[float]:
+    """Return five L0s around `center`, at ratios of `FINEST`, between `low` and `high`.
+
+    Args:
+        center: the L0 in the middle.
+        low: the smallest L0.
+        high: the largest L0.
+        whole: whether an L0 must be a whole number. There may then be fewer.
+    """
+    around = (min(max(center * FINEST**i, low), high) for i in range(-2, 3))
+    return distinct(around, whole)
+
+
+def distinct(l0s: Iterable[float], whole: bool) -> list[float]:
+    """Return L0s in rising order, each once, rounded to three digits or to whole numbers."""
+    rounded = (max(round(l0), 1) if whole else float(f"{l0:.3g}") for l0 in l0s)
+    return sorted({float(l0) for l0 in rounded})
+
+
+def lowest(curve: Mapping[float, float]) -> float:
+    """Return the L0 with the least value."""
+    return min(curve, key=lambda l0: (curve[l0], l0))
+
+
+def is_at_edge(curve: Mapping[float, float]) -> bool:
+    """Return whether the least value is that of the smallest or the largest L0."""
+    return lowest(curve) in (min(curve), max(curve))
+
+
+def between(curve: Mapping[float, float], whole: bool = False) -> list[float]:
+    """Return the L0s halfway from the lowest to its neighbours, where these are apart.
+
+    Args:
+        curve: the value at each L0 tried.
+        whole: whether an L0 must be a whole number.
+
+    Returns:
+        Geometric means with neighbours that are further away than `FINEST`.
+    """
+    l0s = sorted(curve)
+    place = l0s.index(lowest(curve))
+    near = l0s[max(place - 1, 0) : place + 2]
+    halfway = (math.sqrt(a * b) for a, b in pairwise(near) if b > FINEST * a)
+    return [l0 for l0 in distinct(halfway, whole) if l0 not in curve]
+
+
+def vertex(curve: Mapping[float, float]) -> float:
+    """Return the L0 of the minimum: of the parabola through the lowest point and its neighbours.
+
+    The parabola is in ``log(L0)``. At the edge of the curve it is the lowest L0 itself.
+    """
+    best = lowest(curve)
+    if is_at_edge(curve):
+        return best
+    l0s = sorted(curve)
+    place = l0s.index(best)
+    left, right = l0s[place - 1], l0s[place + 1]
+    a, b = math.log(left / best), math.log(right / best)
+    up, down = curve[left] - curve[best], curve[right] - curve[best]
+    # f(u) = p u^2 + q u with f(a) = up and f(b) = down has its minimum at -q / (2 p).
+    p = (up / a - down / b) / (a - b)
+    q = up / a - p * a
+    return best * math.exp(-q / (2 * p)) if p > 0 else best
+
+
+def mean_curve(values: Mapping[float, Mapping[int, float]]) -> dict[float, float]:
+    """Return the mean over seeds at each L0. L0s without values are left out."""
+    return {l0: float(np.mean(list(v.values()))) for l0, v in values.items() if v}
+
+
+def interval(values: Mapping[float, Mapping[int, float]]) -> tuple[float, float]:
+    """Return a 95% interval of the minimum: of the jackknife over seeds.
+
+    With one seed the error is unknown. The interval then reaches to the neighbours of the lowest.
+
+    Args:
+        values: for each L0 the value of each seed.
+    """
+    curve = mean_curve(values)
+    seeds = sorted(set.intersection(*({*by_seed} for by_seed in values.values())))
+    if len(seeds) < 2:
+        l0s = sorted(curve)
+        place = l0s.index(lowest(curve))
+        return l0s[max(place - 1, 0)], l0s[min(place + 1, len(l0s) - 1)]
+    left_out = [math.log(vertex(mean_curve(_without(values, seed)))) for seed in seeds]
+    n, middle = len(seeds), math.log(vertex(curve))
+    error = math.sqrt((n - 1) / n * sum((u - np.mean(left_out)) ** 2 for u in left_out))
+    reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    return math.exp(middle - reach), math.exp(middle + reach)
+
+
+def _without(
+    values: Mapping[float, Mapping[int, float]], seed: int
+) -> dict[float, dict[int, float]]:
+    return {l0: {s: v for s, v in by_seed.items() if s != seed} for l0, by_seed in values.items()}
+
+
+def flat_sides(values: Mapping[float, Mapping[int, float]]) -> list[str]:
+    """Return the sides, "below" and "above", on which the curve does not clearly rise.
+
+    It rises if the value at the end, less that at the minimum, is more than two standard errors of
+    this difference over seeds. With one seed it rises if the difference is positive. A side on
+    which nothing was tried is left out.
+
+    Args:
+        values: for each L0 the value of each seed.
+    """
+    best, ends = lowest(mean_curve(values)), {"below": min(values), "above": max(values)}
+    return [
+        side for side, l0 in ends.items() if l0 != best and not _is_above(values[l0], values[best])
+    ]
+
+
+def _is_above(high: Mapping[int, float], low: Mapping[int, float]) -> bool:
+    rises: Sequence[float] = [high[seed] - low[seed] for seed in high.keys() & low.keys()]
+    if not rises:
+        return False
+    error = float(np.std(rises, ddof=1)) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
+    return float(np.mean(rises)) > 2 * error

@@ -1,0 +1,195 @@
+"""The search for the L0 at which a curve over L0s is least, at several lengths of training.
+
+1. A grid of L0s, a quarter of the training, one seed. It is refined around the lowest value.
+2. Five L0s around that minimum, half of the training, all seeds. They move on while the lowest is
+   at an end.
+3. The same around the new minimum, the whole training. If the answers of 2 and 3 differ, the same
+   at twice the length.
+
+The answer is the minimum of the last round. What makes it unsure is told with it.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+from sae_lens_atm.compare.find_l0.minimum import (
+    FINEST,
+    between,
+    distinct,
+    flat_sides,
+    grid,
+    interval,
+    is_at_edge,
+    lowest,
+    mean_curve,
+    vertex,
+    window,
+)
+
+GRID_RATIO = 2.0
+FIRST, SECOND = 0.25, 0.5
+"""Lengths of the first two rounds, in units of the run's training."""
+AGREEMENT = 1.15
+"""Two answers within this ratio are the same."""
+
+
+class Measured(NamedTuple):
+    """One trained SAE."""
+
+    value: float
+    moving: bool
+    """Whether it still changed at the end of its training."""
+
+
+Measure = Callable[[float, Sequence[float], Sequence[int]], Mapping[tuple[float, int], Measured]]
+"""Trains SAEs. Arguments: the length in units of the run's training, the L0s, the seeds. Returns
+what was measured, by L0 and seed."""
+
+
+class Round(BaseModel):
+    """What was measured at one length of training."""
+
+    model_config = ConfigDict(extra="forbid")
+    length: float
+    """In units of the run's training."""
+    l0: float
+    """Where the mean over seeds is least."""
+    values: dict[float, dict[int, float]]
+    """For each L0 the value of each seed."""
+    moving: int
+    """Number of SAEs that still changed at the end of their training."""
+
+
+class FoundL0(BaseModel):
+    """The answer of a search."""
+
+    model_config = ConfigDict(extra="forbid")
+    l0: float
+    low: float
+    high: float
+    """A 95% interval, within the L0s that are allowed: the jackknife over seeds."""
+    problems: list[str]
+    """Why the answer is unsure; empty if nothing speaks against it."""
+    rounds: list[Round]
+
+
+class Limits(NamedTuple):
+    """The L0s that are allowed, and the longest training."""
+
+    low: float
+    high: float
+    whole: bool = False
+    """Whether an L0 must be a whole number."""
+    longest: float = 2.0
+    """In units of the run's training."""
+
+
+def search(measure: Measure, seeds: Sequence[int], limits: Limits) -> FoundL0:
+    """Find the L0 at which the measured figure is least.
+
+    Args:
+        measure: trains SAEs and measures them.
+        seeds: seeds of the last rounds. The first round takes the first of them.
+        limits: the L0s that are allowed, and the longest training.
+    """
+    rounds = [_first_round(measure, seeds[:1], limits)]
+    length = SECOND
+    while True:
+        rounds.append(_round_around(rounds[-1].l0, measure, length, seeds, limits))
+        is_long = length >= 1
+        if (is_long and _agree(rounds[-2].l0, rounds[-1].l0)) or 2 * length > limits.longest:
+            break
+        length *= 2
+    last = rounds[-1]
+    low, high = (min(max(end, limits.low), limits.high) for end in interval(last.values))
+    return FoundL0(
+        l0=last.l0, low=low, high=high, problems=_problems(rounds, low, high, limits), rounds=rounds
+    )
+
+
+def _first_round(measure: Measure, seeds: Sequence[int], limits: Limits) -> Round:
+    found: dict[tuple[float, int], Measured] = {}
+    to_try = grid(limits.low, limits.high, GRID_RATIO, limits.whole)
+    while to_try:
+        found |= measure(FIRST, to_try, seeds)
+        to_try = between(mean_curve(_by_l0(found)), limits.whole)
+    return _as_round(FIRST, found)
+
+
+def _round_around(
+    center: float, measure: Measure, length: float, seeds: Sequence[int], limits: Limits
+) -> Round:
+    found: dict[tuple[float, int], Measured] = {}
+    to_try = window(center, limits.low, limits.high, limits.whole)
+    while to_try:
+        found |= measure(length, to_try, seeds)
+        to_try = _beyond(mean_curve(_by_l0(found)), limits)
+    return _as_round(length, found)
+
+
+def _beyond(curve: dict[float, float], limits: Limits) -> list[float]:
+    """Return the next two L0s on the side of the lowest value, if that is at an end."""
+    best = lowest(curve)
+    if not is_at_edge(curve):
+        return []
+    factor = FINEST if best == max(curve) else 1 / FINEST
+    further = (min(max(best * factor**i, limits.low), limits.high) for i in (1, 2))
+    return [l0 for l0 in distinct(further, limits.whole) if l0 not in curve]
+
+
+def _by_l0(found: Mapping[tuple[float, int], Measured]) -> dict[float, dict[int, float]]:
+    values: dict[float, dict[int, float]] = {}
+    for (l0, seed), measured in sorted(found.items()):
+        values.setdefault(l0, {})[seed] = measured.value
+    return values
+
+
+def _as_round(length: float, found: Mapping[tuple[float, int], Measured]) -> Round:
+    values = _by_l0(found)
+    return Round(
+        length=length,
+        l0=vertex(mean_curve(values)),
+        values=values,
+        moving=sum(measured.moving for measured in found.values()),
+    )
+
+
+def _agree(a: float, b: float) -> bool:
+    return max(a, b) <= AGREEMENT * min(a, b)
+
+
+def _problems(rounds: Sequence[Round], low: float, high: float, limits: Limits) -> list[str]:
+    """Return why the answer of the last round is unsure."""
+    before, last = rounds[-2:]
+    curve = mean_curve(last.values)
+    problems: list[str] = []
+    if is_at_edge(curve):
+        end = "smallest" if lowest(curve) == min(curve) else "largest"
+        problems.append(
+            f"the minimum is at the {end} L0 tried, {last.l0:g}: allow others with --l0 LOW,HIGH"
+            if last.l0 in (limits.low, limits.high)
+            else f"the minimum is at the {end} L0 tried, {last.l0:g}"
+        )
+    problems += [
+        f"the curve is flat {side} the minimum: its rise is within two standard errors"
+        for side in flat_sides(last.values)
+    ]
+    if not _agree(before.l0, last.l0):
+        problems.append(
+            f"the answer moves with training: {before.l0:.3g} at {before.length:g} times the "
+            f"training, {last.l0:.3g} at {last.length:g} times"
+        )
+    seeds = max(len(by_seed) for by_seed in last.values.values())
+    if seeds < 2:
+        problems.append("one seed: the error is unknown")
+    elif not _agree(low, last.l0) or not _agree(last.l0, high):
+        problems.append(f"the seeds disagree: the interval is {low:.3g} to {high:.3g}")
+    saes = sum(len(by_seed) for by_seed in last.values.values())
+    if last.moving > saes / 2:
+        problems.append(
+            f"explained variance or dead latents of {last.moving} of {saes} SAEs still changed in "
+            "the last tenth of training: train longer"
+        )
+    return problems

@@ -1,0 +1,108 @@
+import math
+
+import pytest
+
+from sae_lens_atm.compare.find_l0.search import FoundL0, Limits, Measured, search
+
+WIDE = Limits(1, 64)
+
+
+class Bench:
+    """Measures a known curve, and notes what was trained."""
+
+    def __init__(self, best, noise=0.0, moving=False, depth=0.01):
+        self.best = best if callable(best) else lambda _length: best
+        self.noise, self.moving, self.depth = noise, moving, depth
+        self.calls = []
+
+    def __call__(self, length, l0s, seeds):
+        self.calls.append((length, list(l0s), list(seeds)))
+        return {
+            (l0, seed): Measured(self.value(length, l0, seed), self.moving)
+            for l0 in l0s
+            for seed in seeds
+        }
+
+    def value(self, length, l0, seed):
+        shift = self.noise * (seed - 1)
+        return 0.05 + self.depth * math.log(l0 / self.best(length) * math.exp(shift)) ** 2
+
+    @property
+    def lengths(self):
+        return [length for length, _, _ in self.calls]
+
+
+@pytest.mark.parametrize("best", [1.7, 4.2, 11, 30])
+def test_a_known_minimum_is_found(best):
+    bench = Bench(best, noise=0.02)
+    found = search(bench, [0, 1, 2], WIDE)
+    assert found.l0 == pytest.approx(best, rel=0.01)
+    assert found.low < best < found.high < 1.2 * best
+    assert found.problems == []
+    assert sorted(set(bench.lengths)) == [0.25, 0.5, 1]
+    assert [one.length for one in found.rounds] == [0.25, 0.5, 1]
+
+
+def test_the_first_round_is_a_refined_grid_of_one_seed():
+    bench = Bench(4.2)
+    search(bench, [5, 6], WIDE)
+    assert bench.calls[0] == (0.25, [1, 2, 4, 8, 16, 32, 64], [5])
+    assert bench.calls[1] == (0.25, [2.83, 5.66], [5])
+    assert bench.calls[-1] == (1, pytest.approx([2.69, 3.36, 4.2, 5.25, 6.56], abs=0.01), [5, 6])
+
+
+def test_whole_numbers_stay_whole():
+    bench = Bench(5.2)
+    found = search(bench, [0, 1], Limits(1, 32, whole=True))
+    assert all(l0 == round(l0) for _, l0s, _ in bench.calls for l0 in l0s)
+    assert found.l0 == pytest.approx(5.2, rel=0.02)
+
+
+def test_the_window_follows_the_minimum():
+    bench = Bench({0.25: 4, 0.5: 10, 1: 11}.get)
+    found = search(bench, [0, 1], WIDE)
+    assert found.l0 == pytest.approx(11, rel=0.02)
+    assert bench.lengths.count(0.5) > 1
+    assert found.problems == []
+
+
+def test_an_answer_that_moves_is_searched_for_longer_and_told():
+    bench = Bench(lambda length: 4 * 1.5 ** math.log2(length / 0.25))
+    found = search(bench, [0, 1], WIDE)
+    assert [one.length for one in found.rounds] == [0.25, 0.5, 1, 2]
+    (problem,) = found.problems
+    assert problem == ("the answer moves with training: 9 at 1 times the training, 13.5 at 2 times")
+    assert search(bench, [0, 1], WIDE._replace(longest=1)).rounds[-1].length == 1
+
+
+def test_it_stops_where_the_answer_stays():
+    bench = Bench({0.25: 4, 0.5: 6, 1: 9, 2: 9.2}.get)
+    found = search(bench, [0, 1], WIDE._replace(longest=8))
+    assert [one.length for one in found.rounds] == [0.25, 0.5, 1, 2]
+    assert found.problems == []
+
+
+@pytest.mark.parametrize(
+    ("bench", "seeds", "message"),
+    [
+        (Bench(0.5), [0, 1], "the minimum is at the smallest L0 tried, 1: allow others with --l0"),
+        (Bench(500), [0, 1], "the minimum is at the largest L0 tried, 64: allow others with --l0"),
+        (Bench(4), [0], "one seed: the error is unknown"),
+        (Bench(4, noise=0.3), [0, 1, 2], "the seeds disagree: the interval is"),
+        (Bench(4, moving=True), [0, 1], "still changed in the last tenth of training"),
+        (Bench(4, depth=0.0), [0, 1], "the curve is flat above"),
+    ],
+)
+def test_what_makes_an_answer_unsure_is_told(bench, seeds, message):
+    found = search(bench, seeds, WIDE)
+    assert any(message in problem for problem in found.problems), found.problems
+
+
+def test_the_interval_stays_within_the_limits():
+    found = search(Bench(4, noise=0.3), [0, 1], Limits(3, 6))
+    assert (found.low, found.high) == (3, 6)
+
+
+def test_an_answer_survives_a_file():
+    found = search(Bench(4.2, noise=0.02), [0, 1, 2], WIDE)
+    assert FoundL0.model_validate_json(found.model_dump_json()) == found

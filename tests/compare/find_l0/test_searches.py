@@ -1,0 +1,144 @@
+import json
+
+import pytest
+
+from sae_lens_atm.compare.find_l0 import find_l0, load_searches
+from sae_lens_atm.compare.find_l0.searches import scaled
+from sae_lens_atm.compare.run.stored_run import FIGURES, TRAINING
+from sae_lens_atm.compare.run.tasks import make_jobs
+from sae_lens_atm.errors import Interrupted, SettingsError
+from sae_lens_atm.training.found_l0 import FILENAME
+from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.run_file import load_run
+
+
+class Silent:
+    """Shows no progress."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def started(self, job): ...
+    def advanced(self, job, steps): ...
+    def is_in(self, job, phase): ...
+    def ended(self, job, error): ...
+
+
+class Rounds:
+    """Notes the rounds of a search, and their jobs."""
+
+    def __init__(self, stop=None):
+        self.seen, self.stop = [], stop
+
+    def __call__(self, name, jobs):
+        self.seen.append((name, [job.label for job in jobs]))
+        if self.stop is not None and len(self.seen) == 2:
+            self.stop.request()
+        return Silent()
+
+
+def test_a_shorter_training_by_hand():
+    content = {
+        "training_samples": 1000,
+        "batch_size": 10,
+        "lr": 0.1,
+        "lr_warm_up_steps": 10,
+        "lr_decay_steps": 30,
+        "sae": {"d_in": 8, "mask_warm_up_steps": 20},
+        "architectures": {
+            "gated": {"sae": {"l1_warm_up_steps": 40, "l1_coefficient": 2}},
+            "atm": {"sae": {"schedule_steps": 100}, "run": {"lr_decay_steps": 20}},
+        },
+    }
+    assert scaled(content, 0.25) == {
+        "training_samples": 250,
+        "batch_size": 10,
+        "lr": 0.1,
+        "lr_warm_up_steps": 2,
+        "lr_decay_steps": 8,
+        "sae": {"d_in": 8, "mask_warm_up_steps": 5},
+        "architectures": {
+            "gated": {"sae": {"l1_warm_up_steps": 10, "l1_coefficient": 2}},
+            "atm": {"sae": {"schedule_steps": 25}, "run": {"lr_decay_steps": 5}},
+        },
+    }
+    assert scaled({"training_tokens": 3, "architectures": {}}, 0.1)["training_tokens"] == 1
+
+
+def test_the_searches_of_a_comparison(comparison_yaml):
+    searches = load_searches(comparison_yaml)
+    assert [one.entry for one in searches.searches] == ["atm", "topk", "jumprelu"]
+    assert [one.limits.whole for one in searches.searches] == [False, True, False]
+    assert searches.searches[0].limits[:2] == (1, 8)  # half of d_in
+    assert str(searches.output) == "out-l0"
+    planned = searches.searches[1].comparison(0.5, [2, 3], [7]).planned
+    assert [(p.entry, p.l0, p.seed) for p in planned] == [("topk", 2, 7), ("topk", 3, 7)]
+    assert planned[0].run.runner.training_samples == 1280
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"l0": (4, 2)}, "--l0 must be LOW,HIGH with 1 <= LOW < HIGH"),
+        ({"l0": (0.5, 2)}, "--l0 must be"),
+        ({"l0": (2, 99)}, r"<= d_sae \(32\), got 2,99"),
+        ({"longest": 0.5}, "--longest must be 1 or more, got 0.5"),
+        ({"overrides": ["sae.d_sea=3"]}, "sae.d_sea: unknown key"),
+        ({"overrides": ["sweep={}"]}, "find-l0 takes a run file or a comparison file"),
+        ({"overrides": ["spelling_lm={}"]}, "spelling_lm: find-l0 takes one"),
+    ],
+)
+def test_mistakes_are_one_line(comparison_yaml, options, message):
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_searches(comparison_yaml, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_search_trains_resumes_and_fills_in_k(synthetic_yaml):
+    text = synthetic_yaml.read_text().replace("k: 2, schedule_steps: 40,", "k: found,")
+    synthetic_yaml.write_text(text)
+    with pytest.raises(SettingsError, match=r"^sae.k is 'found', but out-l0/found_l0.json cannot"):
+        load_run(synthetic_yaml)
+    searches = load_searches(synthetic_yaml, seeds=[0], l0=(2, 3), longest=1)
+    stop = StopFlag()
+    stopped = Rounds(stop)
+    with pytest.raises(Interrupted):
+        find_l0(searches, 2, stopped, stop, threads=1)
+    rounds = Rounds()
+    found = find_l0(searches, 2, rounds, threads=1)["atm"]
+    first_name, first_jobs = rounds.seen[0]
+    assert (first_name, first_jobs) == ("atm, 0.25 of the training", [])  # stored by the first call
+    assert "one seed: the error is unknown" in found.problems
+    again = Rounds()
+    assert find_l0(searches, 2, again, threads=1)["atm"] == found
+    assert all(jobs == [] for _, jobs in again.seen)
+    # every value is c_dec of the trained SAE
+    last = found.rounds[-1]
+    for l0, by_seed in last.values.items():
+        (planned,) = searches.searches[0].comparison(1, [l0], [0]).planned
+        stored = json.loads((searches.output / planned.folder / TRAINING).read_text())
+        assert by_seed[0] == stored["curve"]["decoder_cosine"][-1]
+    # the run file trains at the answer
+    run = load_run(synthetic_yaml)
+    assert run.runner.sae.k == round(found.l0)
+    assert run.runner.sae.schedule_steps == 40
+    other = load_run(synthetic_yaml, [f"sae.k=out-l0/{FILENAME}", "output_path=elsewhere"])
+    assert other.runner.sae.k == run.runner.sae.k
+    with pytest.raises(SettingsError, match="is of another architecture, width"):
+        load_run(synthetic_yaml, ["sae.d_sae=33"])
+
+
+def test_saes_on_a_language_model_are_trained_and_not_evaluated(language_model_comparison_yaml):
+    searches = load_searches(language_model_comparison_yaml, ["architectures={topk: {}}"])
+    comparison = searches.searches[0].comparison(1, [4], [0])
+    lists = make_jobs(comparison, evaluate=False)
+    ((job,),) = [jobs for jobs in lists if jobs]
+    job.work(lambda _: None, StopFlag())
+    home = comparison.output / comparison.planned[0].folder
+    assert (home / TRAINING).exists()
+    assert not (home / FIGURES).exists()
+    assert not any(make_jobs(comparison, evaluate=False))
+    assert any(make_jobs(comparison))
