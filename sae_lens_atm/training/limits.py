@@ -5,12 +5,16 @@ from typing import Any
 
 import torch
 from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
+from sae_lens.util import DTYPE_MAP
 
 from sae_lens_atm.errors import SettingsError, one_line, shown
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 from sae_lens_atm.training.schema import did_you_mean
 
-_LR_SCHEDULERS = ("constant", "cosineannealing", "cosineannealingwarmrestarts")
+_CHOICES = {
+    "lr_scheduler_name": ("constant", "cosineannealing", "cosineannealingwarmrestarts"),
+    "dtype": tuple(DTYPE_MAP),  # of the activations of a language model
+}
 _DEVICES = ("device", "llm_device", "act_store_device", "sae.device")
 _Limit = tuple[float, float, str]
 
@@ -92,12 +96,8 @@ def check_limits(values: dict[str, Any]) -> None:
     """
     found = [_limit_broken(name, _value(values, name), limit) for name, limit in _LIMITS.items()]
     found += [_device_broken(name, _value(values, name)) for name in _DEVICES]
-    scheduler = values.get("lr_scheduler_name", "constant")
-    if scheduler not in _LR_SCHEDULERS:
-        found.append(
-            f"lr_scheduler_name must be one of {', '.join(_LR_SCHEDULERS)}, got {scheduler!r}"
-            + did_you_mean(scheduler, _LR_SCHEDULERS)
-        )
+    found.append(_slice_broken(values.get("seqpos_slice"), values.get("context_size", 128)))
+    found += [_choice_broken(name, values.get(name), allowed) for name, allowed in _CHOICES.items()]
     lines = [line for line in found if line]
     if lines:
         raise SettingsError("\n".join(lines))
@@ -114,6 +114,25 @@ def _limit_broken(name: str, value: Any, limit: _Limit) -> str:
     low, high, allowed = limit
     is_inside = not isinstance(value, int | float) or low <= value <= high
     return "" if is_inside else f"{name} must be {allowed}, got {shown(value)}"
+
+
+def _slice_broken(positions: list[int | None] | None, context: int) -> str:
+    try:
+        is_empty = positions is not None and not len(range(context)[slice(*positions)])
+    except (TypeError, ValueError):  # too many numbers, or a step of 0
+        is_empty = True
+    return (
+        f"seqpos_slice must leave a position of context_size = {context}, got {positions}"
+        if is_empty
+        else ""
+    )
+
+
+def _choice_broken(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
+    if value is None or value in allowed:
+        return ""
+    near = did_you_mean(value, allowed)
+    return f"{name} must be one of {', '.join(allowed)}, got {value!r}{near}"
 
 
 def _device_broken(name: str, value: str | None) -> str:

@@ -144,12 +144,13 @@ def check_data(run: LanguageModelRun, exists: bool = True) -> None:
         raise SettingsError("dataset_path: missing, a language-model run needs a dataset")
     if exists:
         check_dataset_exists(cfg)
-    buffer = cfg.n_batches_in_buffer * cfg.context_size
-    if buffer < cfg.train_batch_size_tokens:
-        least = -(-cfg.train_batch_size_tokens // cfg.context_size)
+    positions = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    if cfg.n_batches_in_buffer * positions < cfg.train_batch_size_tokens:
+        least = -(-cfg.train_batch_size_tokens // positions)
+        counted = "context_size" if positions == cfg.context_size else "positions in seqpos_slice"
         raise SettingsError(
             f"n_batches_in_buffer must be {least} or more, got {cfg.n_batches_in_buffer}: times "
-            f"context_size = {cfg.context_size} it must reach train_batch_size_tokens = "
+            f"{counted} = {positions} it must reach train_batch_size_tokens = "
             f"{cfg.train_batch_size_tokens}"
         )
     if exists:
@@ -194,7 +195,10 @@ def check_memory(run: Run, resident: int) -> None:
     causes = f"sae.d_sae = {cfg.sae.d_sae:,} and a batch of {batch:,}"
     if isinstance(run, LanguageModelRun):
         needed += store_bytes(run.runner)
-        causes += f" with n_batches_in_buffer = {run.runner.n_batches_in_buffer:,}"
+        causes += (
+            f" with n_batches_in_buffer = {run.runner.n_batches_in_buffer:,} and "
+            f"store_batch_size_prompts = {run.runner.store_batch_size_prompts:,}"
+        )
     elif not isinstance(run.runner.synthetic_model, str):
         features = run.runner.synthetic_model.num_features
         needed += synthetic_bytes(features, cfg.sae.d_in, batch_size_of(run))

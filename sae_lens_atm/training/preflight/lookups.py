@@ -85,12 +85,22 @@ def check_model(cfg: LanguageModelSAERunnerConfig[Any], online: bool) -> dict[st
         meta = look_up_model(cfg, online)
         check_hook_without_weights(cfg, meta)
         shape = shape_of(cfg, meta)
+        _check_separator(cfg, shape.vocabulary)
     except NotChecked as reason:
         return {"checked": f"not checked: the model ({reason})"}
     return {
         "checked": f"hook and d_in, from {meta.source}: {_describe(shape)}",
         "memory": memory_needed(cfg, shape),
     }
+
+
+def _check_separator(cfg: LanguageModelSAERunnerConfig[Any], vocabulary: int) -> None:
+    token = cfg.sequence_separator_token
+    if isinstance(token, int) and not 0 <= token < vocabulary:
+        raise SettingsError(
+            f"sequence_separator_token must be a token of the model, 0 to {vocabulary - 1}, got "
+            f"{token}"
+        )
 
 
 def check_dataset(cfg: LanguageModelSAERunnerConfig[Any], online: bool) -> dict[str, str]:

@@ -65,7 +65,8 @@ def test_saelens_cached_activations_must_be_there(language_model_yaml):
 
 def test_a_large_buffer_is_named(language_model_yaml):
     run = load_run(language_model_yaml, ["n_batches_in_buffer=1e12"])
-    assert "with n_batches_in_buffer = 1,000,000,000,000 need" in error_of(check_run, run)
+    message = error_of(check_run, run)
+    assert "with n_batches_in_buffer = 1,000,000,000,000 and store_batch" in message
 
 
 def test_only_a_dry_run_looks_up_the_model(language_model_yaml, monkeypatch):
@@ -103,10 +104,29 @@ def test_an_output_path_that_cannot_be_written(synthetic_yaml, path):
 def test_data_that_saelens_would_refuse_later(language_model_yaml):
     small = load_run(language_model_yaml, ["n_batches_in_buffer=3"])
     assert error_of(check_run, small).startswith("n_batches_in_buffer must be 4 or more, got 3")
+    few = load_run(language_model_yaml, ["seqpos_slice=[0, 4]"])
+    assert error_of(check_run, few) == (
+        "n_batches_in_buffer must be 16 or more, got 4: times positions in seqpos_slice = 4 it "
+        "must reach train_batch_size_tokens = 64"
+    )
+    strange = load_run(language_model_yaml, ["sequence_separator_token=1000000"])
+    assert error_of(check_run, strange).startswith("sequence_separator_token must be a token of")
     nowhere = load_run(language_model_yaml, ["dataset_path=/nonexistent/data"])
     assert error_of(check_run, nowhere).endswith("'/nonexistent/data': no such folder")
     none = load_run(language_model_yaml, ["dataset_path=''"])
     assert error_of(check_run, none).startswith("dataset_path: missing")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    {
+        "dtype=float12": "dtype must be one of float32, float64",
+        "seqpos_slice=[8, 0]": "seqpos_slice must leave a position of context_size = 16, got (8, 0)",
+        "seqpos_slice=[0, 8, 0]": "seqpos_slice must leave a position",
+    }.items(),
+)
+def test_values_of_a_language_model_run(language_model_yaml, override, message):
+    assert error_of(load_run, language_model_yaml, [override]).startswith(message)
 
 
 @pytest.mark.parametrize("check", [check_run, train])
