@@ -31,6 +31,10 @@ class Baseline(NamedTuple):
 
 
 EVERY = {
+    "balanced_matryoshka": Baseline({"k": 3}, "jumprelu", {"matryoshka_balance": -1}),
+    "hierarchical_topk": Baseline(
+        {"k": 3, "max_k": 5}, "topk", {"max_k": 2, "use_sparse_activations": True}
+    ),
     "ortsae": Baseline(
         {"k": 3, "ort_chunk_size": 10},
         "jumprelu",
