@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from sae_lens import BatchTopKTrainingSAEConfig, TrainingSAEConfig
+from sae_lens import TrainingSAEConfig
 from step_time import BASE, BATCHES, SHAPES, Contender, Shape, make_batches, make_trainer, timed
 
 from sae_lens_atm.baselines import BASELINES, training_class
@@ -35,8 +35,7 @@ def config(name: str, shape: Shape) -> TrainingSAEConfig:
 
 def measure(shape: Shape, names: list[str], repeats: int) -> dict[str, dict[str, float]]:
     """Return the time of a step of each architecture, relative to SAELens' `batchtopk`."""
-    size = {"d_in": shape.d_in, "d_sae": shape.d_sae, "k": shape.k}
-    configs = {BASE: BatchTopKTrainingSAEConfig(**size)} | {n: config(n, shape) for n in names}
+    configs = {name: config(name, shape) for name in (BASE, *names)}
     trainers = {
         name: make_trainer(Contender(cfg), shape, "cpu", autocast=False, compiled=False)
         for name, cfg in configs.items()

@@ -14,7 +14,7 @@ The paper leaves open the auxiliary loss: here SAELens' own, on the error of all
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens import (
@@ -25,6 +25,7 @@ from sae_lens import (
     register_sae_training_class,
 )
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.topk_sae import TopK
 from torch import Tensor
 from torch.autograd import Function
 from typing_extensions import Self, override
@@ -73,7 +74,7 @@ class HierarchicalTopKTrainingSAE(TopKTrainingSAE):
 
     @override
     def train(self, mode: bool = True) -> Self:
-        self.activation_fn.k = self.cfg.budgets if mode else self.cfg.k
+        cast(TopK, self.activation_fn).k = self.cfg.budgets if mode else self.cfg.k
         return super().train(mode)
 
     @override

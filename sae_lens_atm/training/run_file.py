@@ -132,7 +132,7 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
         run = _language_model_run(values, checkpoints, seed, max_bad_batches)
     cfg = run.runner
     check_schedule(cfg)
-    if isinstance(sae, ATMTrainingSAEConfig) and "schedule_steps" not in content["sae"]:
+    if hasattr(sae, "schedule_steps") and "schedule_steps" not in content["sae"]:
         sae.schedule_steps = cfg.total_training_steps
     return run
 

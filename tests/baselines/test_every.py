@@ -35,10 +35,34 @@ EVERY = {
     "hierarchical_topk": Baseline(
         {"k": 3, "max_k": 5}, "topk", {"max_k": 2, "use_sparse_activations": True}
     ),
+    "kronsae": Baseline(
+        {"k": 3},
+        "kronsae",
+        {
+            "kron_m": 0,
+            "kron_n": 5,
+            "rescale_acts_by_decoder_norm": False,
+            "normalize_activations": "covariance_whitening",
+        },
+    ),
     "ortsae": Baseline(
         {"k": 3, "ort_chunk_size": 10},
         "jumprelu",
         {"ort_coefficient": -1, "ort_chunk_size": 2, "ort_interval": 0},
+    ),
+    "top_afa": Baseline(
+        {}, "top_afa", {"afa_coefficient": -1, "rescale_acts_by_decoder_norm": False}
+    ),
+    "tree_sae": Baseline(
+        {"k": 3, "tree_widths": [8, 24], "schedule_steps": 300},
+        "tree_sae",
+        {
+            "k": 1,
+            "tree_widths": [8, 23],
+            "tree_k": [3, 1],
+            "rescale_acts_by_decoder_norm": False,
+            "dtype": "bfloat16",
+        },
     ),
 }
 STOCK = {"jumprelu", "topk", "standard", "gated", "matching_pursuit"}
