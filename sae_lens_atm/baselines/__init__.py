@@ -10,7 +10,15 @@ from typing import Any
 from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
-BASELINES = ("balanced_matryoshka", "hierarchical_topk", "kronsae", "ortsae", "top_afa", "tree_sae")
+BASELINES = (
+    "balanced_matryoshka",
+    "hierarchical_topk",
+    "kronsae",
+    "lista_matryoshka",
+    "ortsae",
+    "top_afa",
+    "tree_sae",
+)
 
 
 def training_class(

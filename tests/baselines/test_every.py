@@ -45,6 +45,18 @@ EVERY = {
             "normalize_activations": "covariance_whitening",
         },
     ),
+    "lista_matryoshka": Baseline(
+        {"k": 3, "schedule_steps": 300},
+        "lista_matryoshka",
+        {
+            "refinements": -1,
+            "eta": 0,
+            "matryoshka_widths": [4, 2],
+            "term_tilt": -1,
+            "initial_k": 0.5,
+            "rescale_acts_by_decoder_norm": False,
+        },
+    ),
     "ortsae": Baseline(
         {"k": 3, "ort_chunk_size": 10},
         "jumprelu",
@@ -158,9 +170,10 @@ def test_a_saved_sae_is_as_promised_and_gives_the_same_output(name, trained, tmp
     x = data(10_001)
     again = SAE.load_from_disk(tmp_path)
     torch.testing.assert_close(again(x), loaded(x))
-    if not hasattr(sae, "topk_threshold"):  # SAELens' BatchTopK selects within the batch
-        torch.testing.assert_close(loaded.encode(x), sae.encode(x), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(loaded(x), sae(x), rtol=1e-4, atol=1e-4)
+    if EVERY[name].saved_as != "jumprelu":  # SAELens' BatchTopK selects within the batch
+        same = torch.isclose(loaded.encode(x), sae.encode(x), rtol=1e-4, atol=1e-5).all(1)
+        assert int(same.sum()) >= len(x) - 1  # rounding can change a choice at its border
+        torch.testing.assert_close(loaded(x)[same], sae(x)[same], rtol=1e-4, atol=1e-4)
         return
     acts = sae.encode_with_hidden_pre(x)[1]
     expected = acts * (acts > sae.topk_threshold)
