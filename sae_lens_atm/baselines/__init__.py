@@ -11,6 +11,7 @@ from sae_lens import SAE, SAEConfig, TrainingSAE, TrainingSAEConfig
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
 BASELINES = (
+    "archetypal",
     "balanced_matryoshka",
     "hierarchical_topk",
     "kronsae",

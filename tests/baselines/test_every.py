@@ -31,6 +31,15 @@ class Baseline(NamedTuple):
 
 
 EVERY = {
+    "archetypal": Baseline(
+        {"k": 3, "archetypal_points": 40},
+        "topk",
+        {
+            "archetypal_points": 0,
+            "archetypal_delta": -1,
+            "normalize_activations": "covariance_whitening",
+        },
+    ),
     "balanced_matryoshka": Baseline({"k": 3}, "jumprelu", {"matryoshka_balance": -1}),
     "hierarchical_topk": Baseline(
         {"k": 3, "max_k": 5}, "topk", {"max_k": 2, "use_sparse_activations": True}
