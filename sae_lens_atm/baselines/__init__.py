@@ -14,6 +14,7 @@ BASELINES = (
     "archetypal",
     "balanced_matryoshka",
     "hierarchical_topk",
+    "itda",
     "kronsae",
     "lista_matryoshka",
     "ortsae",

@@ -44,6 +44,11 @@ EVERY = {
     "hierarchical_topk": Baseline(
         {"k": 3, "max_k": 5}, "topk", {"max_k": 2, "use_sparse_activations": True}
     ),
+    "itda": Baseline(
+        {"k": 3},
+        "itda",
+        {"itda_threshold": -1, "normalize_activations": "covariance_whitening"},
+    ),
     "kronsae": Baseline(
         {"k": 3},
         "kronsae",
