@@ -57,12 +57,13 @@ def measure(shape: Shape, names: list[str], repeats: int) -> dict[str, dict[str,
     return found
 
 
-def table(found: dict[str, dict[str, float]]) -> str:
-    lines = ["| | time | quartiles |", "|---|--:|--:|"]
+def table(found: dict[str, Any]) -> str:
+    """Format the figures as a Markdown table."""
     rows = [
-        f"| {n} | {f['time']:.2f} | {f['low']:.2f} to {f['high']:.2f} |" for n, f in found.items()
+        f"| {name} | {row['time']:.2f} | {row['low']:.2f} to {row['high']:.2f} |"
+        for name, row in found["steps"].items()
     ]
-    return "\n".join([*lines, *rows])
+    return "\n".join(["| | time | quartiles |", "|---|--:|--:|", *rows])
 
 
 def main(
@@ -73,11 +74,11 @@ def main(
 ) -> None:
     """Measure the time of a step, as a ratio to SAELens' batchtopk."""
     torch.set_num_threads(1)
-    found = measure(SHAPES[shape], list(only or BASELINES), repeats)
+    steps = measure(SHAPES[shape], list(only or BASELINES), repeats)
+    found = {"shape": shape, "repeats": repeats, "torch": torch.__version__, "steps": steps}
     print(table(found))
     if write:
-        content = {"shape": shape, "repeats": repeats, "torch": torch.__version__, "steps": found}
-        RESULT.write_text(json.dumps(content, indent=1) + "\n")
+        RESULT.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

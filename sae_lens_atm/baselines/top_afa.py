@@ -84,14 +84,18 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
         super().__post_init__()
 
 
-def norm_matched(acts: Tensor, norm: Tensor) -> Tensor:
+def norm_matched(acts: Tensor, norm: Tensor, first: int = _FIRST_COUNT) -> tuple[Tensor, int]:
     """Keep the largest activations of each sample, so many that their norm is closest to `norm`.
 
     Args:
         acts: activations, 0 or more, ``(..., d_sae)``.
         norm: norm of each input, ``(...)``.
+        first: number of activations of a sample to sort at first. It has no effect on the result.
+
+    Returns:
+        The activations; and the number that had to be sorted.
     """
-    count, target = min(_FIRST_COUNT, acts.shape[-1]), norm.unsqueeze(-1)
+    count, target = min(first, acts.shape[-1]), norm.unsqueeze(-1)
     while True:
         values, indices = acts.topk(count, dim=-1)
         norms = values.detach().square().cumsum(-1).sqrt()
@@ -101,7 +105,7 @@ def norm_matched(acts: Tensor, norm: Tensor) -> Tensor:
         count = min(2 * count, acts.shape[-1])
     last = (norms - target).abs().argmin(-1, keepdim=True)
     kept = values * (torch.arange(count, device=acts.device) <= last)
-    return torch.zeros_like(acts).scatter(-1, indices, kept)
+    return torch.zeros_like(acts).scatter(-1, indices, kept), count
 
 
 class TopAFASAE(StandardSAE):
@@ -113,13 +117,14 @@ class TopAFASAE(StandardSAE):
     def encode(self, x: Tensor) -> Tensor:
         centred = self.process_sae_in(x)
         pre = self.hook_sae_acts_pre(centred @ self.W_enc + self.b_enc)
-        return self.hook_sae_acts_post(norm_matched(pre.relu(), centred.norm(dim=-1)))
+        return self.hook_sae_acts_post(norm_matched(pre.relu(), centred.norm(dim=-1))[0])
 
 
 class TopAFATrainingSAE(TopKTrainingSAE):
     """A top-AFA SAE in training."""
 
     cfg: TopAFATrainingSAEConfig  # pyright: ignore
+    _sorted: int = _FIRST_COUNT
 
     @override
     def get_activation_fn(self) -> Callable[[Tensor], Tensor]:
@@ -130,7 +135,8 @@ class TopAFATrainingSAE(TopKTrainingSAE):
         centred = self.process_sae_in(x)
         pre = self.hook_sae_acts_pre(centred @ self.W_enc)  # b_enc stays 0
         pre = pre * self.W_dec.norm(dim=-1)
-        acts = norm_matched(self.activation_fn(pre), centred.norm(dim=-1))
+        norms = centred.norm(dim=-1)
+        acts, self._sorted = norm_matched(self.activation_fn(pre), norms, self._sorted)
         return self.hook_sae_acts_post(acts), pre
 
     @override

@@ -18,7 +18,8 @@ def test_as_many_latents_as_reach_the_norm():
     # In falling order the norms are 12, sqrt(160) = 12.65, 13, sqrt(170) = 13.04.
     norm = torch.tensor([2.0, 12.6, 12.9, 13.01, 50.0])
     expected = [[0, 0, 0, 12], [4, 0, 0, 12], [4, 0, 3, 12], [4, 0, 3, 12], [4, 1, 3, 12]]
-    assert norm_matched(acts, norm).tolist() == expected
+    assert norm_matched(acts, norm)[0].tolist() == expected
+    assert norm_matched(acts, norm, 1)[0].tolist() == expected
 
 
 def test_latents_of_orthogonal_rows_are_all_found():
@@ -27,7 +28,7 @@ def test_latents_of_orthogonal_rows_are_all_found():
     rows = torch.linalg.qr(torch.randn(8, 8)).Q
     x = z @ rows
     noisy = (x @ rows.T).clamp(min=0)
-    torch.testing.assert_close(norm_matched(noisy, x.norm(dim=1)), z, atol=1e-5, rtol=0)
+    torch.testing.assert_close(norm_matched(noisy, x.norm(dim=1))[0], z, atol=1e-5, rtol=0)
 
 
 def slow(acts, norm):
@@ -44,7 +45,7 @@ def slow(acts, norm):
 def test_the_selection_is_that_of_the_slow_version(scale):
     acts = torch.randn(40, 300, dtype=torch.float64).relu()
     norm = scale * torch.rand(40, dtype=torch.float64) * 10
-    torch.testing.assert_close(norm_matched(acts, norm), slow(acts, norm))
+    torch.testing.assert_close(norm_matched(acts, norm)[0], slow(acts, norm))
 
 
 def test_the_loss_compares_the_norms():
