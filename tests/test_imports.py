@@ -14,7 +14,7 @@ LAYERS = [
     "errors",
     "files yaml_files torchrun",
     "method metrics",
-    "sae data",
+    "sae data baselines",
     "evaluation",
     "training",
     "hub",

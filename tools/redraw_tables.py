@@ -122,6 +122,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "spelling": spelling,
     "glossary": glossary,
     "steps": script("step_time", "table"),
+    "baselines": script("baselines", "table"),
     "sentence": script("step_time", "sentence"),
     "evaluation": script("evaluation_cost", "table"),
     "growth": script("step_time", "growth_table"),

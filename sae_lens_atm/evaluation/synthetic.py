@@ -16,7 +16,13 @@ from sae_lens.util import temporary_seed
 from torch import Tensor
 
 from sae_lens_atm.data.synthetic import children_of
-from sae_lens_atm.metrics import Absorption, AbsorptionScores, NthDecoderProjection, decoder_cosine
+from sae_lens_atm.metrics import (
+    Absorption,
+    AbsorptionScores,
+    NthDecoderProjection,
+    decoder_cosine,
+    description_length,
+)
 
 
 @dataclass(frozen=True)
@@ -72,20 +78,39 @@ def decoder_of_activations(sae: SAE[Any]) -> Tensor:
 
 
 @torch.no_grad()
-def decoder_figures(sae: SAE[Any], alive: Tensor, x: Tensor | None) -> dict[str, float]:
-    """Return the figures of a decoder that tell whether the L0 is right.
+def decoder_figures(
+    sae: SAE[Any], alive: Tensor, x: Tensor | None, acts: Tensor | None = None
+) -> dict[str, float]:
+    """Return figures that depend on the L0, and are least at some L0 or rise with it.
 
     Args:
         sae: the SAE.
         alive: which latents fire, shape ``(d_sae,)``.
-        x: inputs of the SAE, shape ``(samples, d_in)``. None leaves `decoder_projection` out.
+        x: inputs of the SAE, shape ``(samples, d_in)``. None leaves out the figures that need them.
+        acts: activations of ``x``, if they are known.
     """
     figures = {"decoder_cosine": decoder_cosine(sae.W_dec, alive)}
     if x is None:
         return figures
     projection = NthDecoderProjection(sae.W_dec, sae.b_dec)
     projection.update(sae.run_time_activation_norm_fn_in(x.to(sae.device, sae.dtype)))
-    return figures | {"decoder_projection": projection.compute(alive)}
+    figures["decoder_projection"] = projection.compute(alive)
+    if sae.cfg.reshape_activations == "none":
+        figures["description_length"] = code_figure(sae, x.to(sae.device, sae.dtype), acts)
+    return figures
+
+
+def code_figure(sae: SAE[Any], x: Tensor, acts: Tensor | None = None) -> float:
+    """Return the description length of samples, in bits a sample."""
+    acts = sae.encode(x).to_dense() if acts is None else acts.to(sae.dtype)
+    normalises = sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale")
+
+    def decode(rounded: Tensor) -> Tensor:
+        if normalises:  # decoding needs, and forgets, the norms of the last samples encoded
+            sae.encode(x)
+        return sae.decode(rounded)
+
+    return description_length(acts, x, decode)
 
 
 @torch.no_grad()
@@ -114,14 +139,15 @@ def evaluate_closely(
     fired = torch.zeros(sae.cfg.d_sae, device=sae.device)
     parents_fired = torch.zeros(len(parents), device=vectors.device)
     squared_error, cosine = 0.0, 0.0
-    first = torch.empty(0, sae.cfg.d_in)
+    first, first_acts = torch.empty(0, sae.cfg.d_in), torch.empty(0, sae.cfg.d_sae)
     with temporary_seed(seed):
         for start in range(0, samples, batch_size):
             x, features = model.sample_with_features(min(batch_size, samples - start))
             features = features.to_dense()
             acts = sae.encode(x).to_dense()
             x_hat, acts = sae.decode(acts).float(), acts.float()
-            first = x if start == 0 else first
+            if start == 0:
+                first, first_acts = x, acts
             l0.add_batch(acts)
             true_l0.add_batch(features)
             shrinkage.add_batch(x_hat, x)
@@ -149,7 +175,7 @@ def evaluate_closely(
         "dead_latents": int((~alive).sum()),
         "evaluated_samples": samples,
         "true_l0": true_l0.compute(),
-        **decoder_figures(sae, alive, first),
+        **decoder_figures(sae, alive, first, first_acts),
     }
     scores = None if absorption is None else absorption.compute()
     if scores is not None:

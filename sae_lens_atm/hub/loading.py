@@ -8,6 +8,7 @@ from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
+from sae_lens_atm.baselines import inference_class
 from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.hub.errors import explained
 from sae_lens_atm.training.checkpoints import is_broken
@@ -65,7 +66,7 @@ def check_architecture(reference: str, file: Path) -> None:
     """
     content = json.loads(file.read_text(encoding="utf-8"))
     architecture = content.get("architecture") if isinstance(content, dict) else None
-    if not isinstance(architecture, str) or architecture not in SAE_CLASS_REGISTRY:
+    if not isinstance(architecture, str) or inference_class(architecture) is None:
         names = sorted(SAE_CLASS_REGISTRY)
         raise SettingsError(
             f"cannot load {reference}: architecture in {SAE_CFG_FILENAME} must be one of "

@@ -2,6 +2,7 @@
 
 from sae_lens_atm.metrics.absorption import Absorption, AbsorptionScores, absorption
 from sae_lens_atm.metrics.decoder import DecoderCosine, NthDecoderProjection, decoder_cosine
+from sae_lens_atm.metrics.description_length import description_length
 from sae_lens_atm.metrics.stability import Stability, StabilityScores, stability
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "StabilityScores",
     "absorption",
     "decoder_cosine",
+    "description_length",
     "stability",
 ]

@@ -100,6 +100,13 @@ FIGURES: dict[str, Figure] = {
         "The n-th largest projection of a sample on the decoder rows of unit length, n being half "
         "of the latents that fire; over L0s it is least near the true one.",
     ),
+    "description_length": Figure(
+        "bits",
+        0,
+        "Description length: bits that the activations of a sample take, with each latent coded on "
+        "its own and activations rounded as coarsely as reconstruction allows.",
+        1,
+    ),
     "mcc": Figure(
         "MCC",
         1,

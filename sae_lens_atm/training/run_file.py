@@ -20,9 +20,9 @@ from typing import Any, cast
 
 from pydantic import BaseModel
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunnerConfig
 
+from sae_lens_atm.baselines import training_class, training_names
 from sae_lens_atm.data.activation_cache import CacheSettings
 from sae_lens_atm.data.synthetic import HierarchyModelConfig
 from sae_lens_atm.errors import SettingsError, shown
@@ -132,7 +132,7 @@ def parse_run(content: dict[str, Any], default_output: str = "runs/run") -> Run:
         run = _language_model_run(values, checkpoints, seed, max_bad_batches)
     cfg = run.runner
     check_schedule(cfg)
-    if isinstance(sae, ATMTrainingSAEConfig) and "schedule_steps" not in content["sae"]:
+    if hasattr(sae, "schedule_steps") and "schedule_steps" not in content["sae"]:
         sae.schedule_steps = cfg.total_training_steps
     return run
 
@@ -184,13 +184,14 @@ def _parse_sae(content: Any) -> Any:
         raise SettingsError(f"sae must be a mapping with an architecture, got {shown(content)}")
     values = cast(dict[str, Any], content)
     architecture = values.get("architecture")
-    if not isinstance(architecture, str) or architecture not in SAE_TRAINING_CLASS_REGISTRY:
-        names, got = sorted(SAE_TRAINING_CLASS_REGISTRY), shown(architecture)
+    registered = training_class(architecture) if isinstance(architecture, str) else None
+    if registered is None:
+        names, got = training_names(), shown(architecture)
         raise SettingsError(
             f"sae.architecture must be one of {', '.join(names)}, got {got}"
             + did_you_mean(got, names)
         )
-    config_class = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
+    config_class = registered[1]
     values = {key: value for key, value in values.items() if key != "architecture"}
     if issubclass(config_class, ATMTrainingSAEConfig):
         values = without_removed(values, "sae.")

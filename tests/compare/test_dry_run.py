@@ -11,6 +11,7 @@ from sae_lens_atm.yaml_files import shipped_config
 COMPARISONS = (
     "demo",
     "compare-sister-a",
+    "compare-sister-a-peers",
     "compare-sister-b",
     "compare-spelling-lm",
     "compare-gemma-2-2b-l12-16k",

@@ -6,12 +6,13 @@ from sae_lens.util import temporary_seed
 
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
 from sae_lens_atm.evaluation.synthetic import (
+    code_figure,
     decoder_of_activations,
     evaluate,
     evaluate_closely,
     is_signed,
 )
-from sae_lens_atm.metrics import NthDecoderProjection, decoder_cosine
+from sae_lens_atm.metrics import NthDecoderProjection, decoder_cosine, description_length
 from tests.helpers import make_sae, train
 
 SAMPLES, BATCH = 700, 256
@@ -84,6 +85,20 @@ def test_figures_of_the_decoder(model, sae):
     projection.update(x)
     assert result.figures["decoder_projection"] == projection.compute(result.alive)
     assert result.figures["decoder_cosine"] == decoder_cosine(sae.W_dec, result.alive)
+    bits = description_length(sae.encode(x), x, sae.decode)
+    assert result.figures["description_length"] == pytest.approx(bits)
+
+
+def test_the_description_length_of_an_sae_that_normalises_its_input():
+    cfg = {
+        "architecture": "standard",
+        "d_in": 8,
+        "d_sae": 16,
+        "normalize_activations": "layer_norm",
+    }
+    one = SAE.from_dict(cfg)
+    x = torch.randn(100, 8)
+    assert code_figure(one, x) > 0
 
 
 def test_only_the_seed_matters(model, sae):

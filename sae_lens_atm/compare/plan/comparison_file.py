@@ -28,6 +28,7 @@ from typing import Any, TypeVar, cast
 
 from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
 
+from sae_lens_atm.baselines import training_class
 from sae_lens_atm.compare.plan.comparison_settings import (
     OWN_KEYS,
     SAME_FOR_ALL,
@@ -208,7 +209,7 @@ def _plan_entry(
                 f"architectures.{name}.run.{key} cannot differ between entries: set it at the top "
                 "level"
             )
-    registered = SAE_TRAINING_CLASS_REGISTRY.get(architecture)
+    registered = training_class(architecture)
     direct = direct_l0_field(registered[1], entry.l0_parameter) if registered else None
     sae: dict[str, Any] = {**(shared.get("sae") or {}), **entry.sae, "architecture": architecture}
     if registered is not None:

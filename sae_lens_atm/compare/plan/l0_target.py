@@ -1,7 +1,7 @@
 """The L0 of every SAE in a comparison.
 
 Some architectures have a config field that is the L0. For the others an `L0Controller` adjusts a
-coefficient during training until the L0 is the target.
+coefficient during training until the L0 is the target. A few find their L0 themselves.
 """
 
 from dataclasses import fields, replace
@@ -18,6 +18,8 @@ DIRECT_FIELDS = ("k", "max_iterations")
 """Config fields that are the L0: of the TopK family, and of matching pursuit."""
 CONDITIONAL_FIELDS = ("target_l0",)
 """Config fields that are the L0 only with some other settings: of JumpReLU's quadratic loss."""
+FINDS_L0 = "finds_l0"
+"""Class attribute of configs of architectures whose L0 follows from the data."""
 
 
 class L0Parameter(NamedTuple):
@@ -49,7 +51,8 @@ def find_l0_parameter(cfg: TrainingSAEConfig, requested: str | None = None) -> L
     """Return the parameter that sets the L0 of an architecture.
 
     It is the requested parameter. Without a request it is the only coefficient of the loss. A loss
-    without coefficients leaves the config field that is the L0.
+    without coefficients leaves the config field that is the L0. Nothing sets the L0 of an
+    architecture that finds it itself.
 
     Args:
         cfg: training config of the SAE.
@@ -68,6 +71,8 @@ def find_l0_parameter(cfg: TrainingSAEConfig, requested: str | None = None) -> L
             return L0Parameter(requested, False)
         if requested in coefficients or requested in numbers:
             return L0Parameter(requested, True)
+    elif getattr(cfg, FINDS_L0, False):
+        return L0Parameter("found by the method", False)
     elif len(coefficients) == 1:
         return L0Parameter(coefficients[0], True)
     elif direct is not None and not coefficients:

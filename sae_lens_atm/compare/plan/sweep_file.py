@@ -19,8 +19,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from sae_lens.registry import SAE_TRAINING_CLASS_REGISTRY
-
+from sae_lens_atm.baselines import training_class, training_names
 from sae_lens_atm.compare.plan.comparison_file import (
     Comparison,
     is_comparison,
@@ -128,10 +127,10 @@ def as_comparison(content: Values) -> Values:
     sae = content.get("sae")
     architecture = cast(Values, sae).get("architecture") if isinstance(sae, dict) else None
     name = architecture if isinstance(architecture, str) else ""
-    registered = SAE_TRAINING_CLASS_REGISTRY.get(name)
+    registered = training_class(name)
     if registered is None:
         raise SettingsError(
-            f"sae.architecture must be one of {', '.join(sorted(SAE_TRAINING_CLASS_REGISTRY))}, "
+            f"sae.architecture must be one of {', '.join(training_names())}, "
             f"got {shown(architecture)}"
         )
     result = {key: value for key, value in content.items() if key != "seed"}
@@ -147,7 +146,7 @@ def as_comparison(content: Values) -> Values:
 
 def _axes_of(name: str, entry: Values, axes: Axes) -> Axes:
     """Return the swept fields that an architecture has."""
-    registered = SAE_TRAINING_CLASS_REGISTRY.get(str(entry.get("architecture") or name))
+    registered = training_class(str(entry.get("architecture") or name))
     if registered is None:  # `parse_comparison` reports it
         return axes
     l0_field = direct_l0_field(registered[1], entry.get("l0_parameter"))
