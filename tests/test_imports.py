@@ -12,7 +12,7 @@ PACKAGE = Path(sae_lens_atm.__file__).parent
 # Each folder may import itself and the folders of the lines above its own.
 LAYERS = [
     "errors",
-    "files yaml_files torchrun",
+    "files yaml_files torchrun page",
     "method metrics",
     "sae data",
     "evaluation",
