@@ -18,7 +18,7 @@ LAYERS = [
     "evaluation",
     "training",
     "hub",
-    "compare saebench",
+    "compare saebench explore",
     "cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
