@@ -1,10 +1,12 @@
 """The content of the page: figures, pairs and contexts of SAEs, as many as the file may hold."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from sae_lens import SAE
 
 from sae_lens_atm.errors import SettingsError
@@ -60,8 +62,8 @@ class Material(NamedTuple):
     """What the SAEs read, for the page."""
 
     words: Words
-    contexts: Mapping[str, Any]
-    """The tokens of the contexts, for the scripts."""
+    contexts: Callable[[NDArray[Any]], Mapping[str, Any]]
+    """Returns the contexts of the places that are shown, for the scripts."""
     strings: Strings
     texts: list[str]
     """The texts of the tokens in `strings`."""
@@ -116,12 +118,13 @@ def write_page(
     size = 0.0
     for amount in _AMOUNTS:
         on_phase(Phase("writing the page"))
+        saes = [_shown(one, material, amount) for one in described]
         data = {
             "strings": material.texts,
             "rows": described[0].reading.rows,
             "dense": DENSE,
-            "contexts": material.contexts,
-            "saes": [_shown(one, material, amount) for one in described],
+            "contexts": material.contexts(_places(saes)),
+            "saes": saes,
         }
         html = page_html(names[0], facts, material.notices, material.words, names, data)
         size = len(html.encode()) / 1e6
@@ -149,6 +152,11 @@ def _shown(one: Described, material: Material, amount: Amount) -> dict[str, Any]
         "pair_examples": find_pair_examples(one.reading, one.pairs, size, amount),
         "parents_from": one.parents_from,
     }
+
+
+def _places(saes: Sequence[Mapping[str, Any]]) -> NDArray[Any]:
+    windows = [w for sae in saes for w in (sae["examples"].windows, sae["pair_examples"].child)]
+    return np.concatenate([w.places for w in windows])
 
 
 def _facts(subjects: Sequence[Subject], described: Sequence[Described]) -> dict[str, str]:

@@ -1,8 +1,9 @@
 """Make the page on which a person looks at the latents of an SAE."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,22 +11,29 @@ from sae_lens import SAE
 from scipy.sparse import csr_matrix
 
 from sae_lens_atm.data.language_model import load_language_model
-from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.explore.checks import check_sae
 from sae_lens_atm.explore.content import Described, Material, Subject, describe, write_page
 from sae_lens_atm.explore.examples import WINDOW
 from sae_lens_atm.explore.found_parents import found_in_training
 from sae_lens_atm.explore.promoted import Promoted, promoted_tokens
-from sae_lens_atm.explore.reading import LONGEST, read_tokens
+from sae_lens_atm.explore.reading import LONGEST, Reading, read_tokens
+from sae_lens_atm.explore.samples import (
+    feature_names,
+    joined,
+    nearest_features,
+    sample_contexts,
+    samples_of,
+)
 from sae_lens_atm.explore.strings import Strings
 from sae_lens_atm.explore.text import text_of, tokens_of
-from sae_lens_atm.explore.wording import TEXT
+from sae_lens_atm.explore.wording import SAMPLES, TEXT
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.training.before_first_step import OnPhase, Phase, unseen
 from sae_lens_atm.training.cached_run import open_cache
 from sae_lens_atm.training.preflight.checks import check_dataset_exists, check_devices
 from sae_lens_atm.training.preflight.lookups import check_files
-from sae_lens_atm.training.run_file import LanguageModelRun, Run
+from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun
+from sae_lens_atm.training.synthetic_run import build_synthetic_model
 
 TOKENS = 200_000
 MEGABYTES = 20.0
@@ -46,7 +54,7 @@ def explore(
         sae: an SAE, a folder, or ``REPO:SAE_ID`` on the Hub.
         run: the data: the run of a configuration file, see `load_run`.
         output: the HTML file.
-        tokens: about how many tokens are read.
+        tokens: about how many tokens or samples are read.
         megabytes: largest size of the file. A smaller page shows fewer contexts.
         on_phase: is called often with what is done. It may raise an error to stop.
 
@@ -54,11 +62,10 @@ def explore(
         SettingsError: the SAE cannot be loaded, was trained on other activations than the run's, or
             the page does not fit into `megabytes`.
     """
-    if not isinstance(run, LanguageModelRun):
-        raise SettingsError("runner must be 'language_model', got 'synthetic'")
     check_devices(run)
     subjects = [_subject(sae, run)]
-    described, material = _on_text(subjects, run, tokens, on_phase)
+    on_data = _on_text if isinstance(run, LanguageModelRun) else _on_samples
+    described, material = on_data(subjects, cast(Any, run), tokens, on_phase)
     return write_page(subjects, described, material, Path(output), megabytes, on_phase)
 
 
@@ -112,16 +119,11 @@ def _on_text(
             "whose unembedding is known."
         )
     reading = readings[0]
+    notices += _about_reading(readings, tokens.rows, "tokens")
     if reading.left_out:
         notices.append(
             f"{reading.left_out:,} tokens are left out. Their activations are more than "
             f"{LONGEST:g} times as long as the median one, as at the first tokens of some contexts."
-        )
-    if any(one.is_signed for one in readings):
-        notices.append("The SAE has activations below 0. They are left out on this page.")
-    if reading.rows + reading.left_out < tokens.rows:
-        notices.append(
-            f"Only {reading.rows:,} of {tokens.rows:,} tokens were read, as many latents fire."
         )
     shown = (part for one in described for part in (one.latents.tokens, *_tokens_in(one.promoted)))
     strings = Strings([flat, *shown])
@@ -136,7 +138,47 @@ def _on_text(
         "tokens": f"{reading.rows:,}, of {Path(cfg.dataset_path).name}",
     }
     size = tokens.ids.shape[1]
-    return described, Material(TEXT, contexts, strings, texts, size, facts, notices)
+    return described, Material(
+        TEXT, partial(_all_of, contexts), strings, texts, size, facts, notices
+    )
+
+
+def _all_of(contexts: Mapping[str, Any], _places: NDArray[Any]) -> Mapping[str, Any]:
+    return contexts
+
+
+def _on_samples(
+    subjects: Sequence[Subject], run: SyntheticRun, number: int, on_phase: OnPhase
+) -> tuple[list[Described], Material]:
+    model = build_synthetic_model(run)
+    samples = samples_of(model, number)
+    saes = [subject.sae for subject in subjects]
+    readings = read_tokens(saes, samples.tokens, on_phase, longest=None)
+    features = joined(samples.features)
+    described: list[Described] = []
+    for subject, reading in zip(subjects, readings, strict=True):
+        near = nearest_features(model, reading.decoder)
+        described.append(describe(subject, reading, features.sign().T, near, SAMPLES, on_phase))
+    facts = {
+        "data": f"synthetic, {features.shape[1]:,} features",
+        "samples": f"{readings[0].rows:,}",
+    }
+    names = feature_names(model)
+    strings = Strings([np.arange(len(names))])
+    notices = _about_reading(readings, number, "samples")
+    contexts = partial(sample_contexts, features)
+    return described, Material(SAMPLES, contexts, strings, names, 1, facts, notices)
+
+
+def _about_reading(readings: Sequence[Reading], wanted: int, units: str) -> list[str]:
+    reading, notices = readings[0], list[str]()
+    if any(one.is_signed for one in readings):
+        notices.append("The SAE has activations below 0. They are left out on this page.")
+    if reading.rows + reading.left_out < wanted:
+        notices.append(
+            f"Only {reading.rows:,} of {wanted:,} {units} were read, as many latents fire."
+        )
+    return notices
 
 
 def _tokens_in(promoted: Promoted | None) -> tuple[NDArray[np.uint32], ...]:

@@ -59,6 +59,7 @@ def page_html(
         names=names,
         sections=_SECTIONS,
         unit=words.unit,
+        thing=words.top.split()[-1].removesuffix("s"),
         absorbed_share=ABSORBED_SHARE,
         meanings=text,
         data=packed,

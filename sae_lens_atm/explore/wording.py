@@ -12,6 +12,8 @@ class Words(NamedTuple):
 
     unit: str
     units: str
+    top: str
+    """The column of what a latent fires on."""
     contexts: str
     """What the contexts show."""
     promoted: str
@@ -21,10 +23,21 @@ class Words(NamedTuple):
 TEXT = Words(
     unit="token",
     units="tokens",
+    top="top tokens",
     contexts="The framed token is the one in question, and the number is the activation there. "
     f"Colour shows the activations of the latent on up to {WINDOW} tokens on each side.",
     promoted="Tokens it promotes",
     suppressed="Tokens it suppresses",
+)
+
+SAMPLES = Words(
+    unit="sample",
+    units="samples",
+    top="top features",
+    contexts="Each line is a sample with its true features, the largest first. Feature 3.1 is the "
+    "second child of the root 3. The number before it is the activation of the latent.",
+    promoted="Nearest true features",
+    suppressed="Opposite true features",
 )
 
 
@@ -38,7 +51,7 @@ def meanings(words: Words) -> dict[str, str]:
         "mean activation": f"The mean activation over the {units} on which the latent fires.",
         "contribution": "How much the squared error of the reconstruction would grow without the "
         "latent, as a share of the variance of the SAE's inputs.",
-        "top tokens": "Those with the largest sums of the latent's activations, divided by the "
+        words.top: "Those with the largest sums of the latent's activations, divided by the "
         "square root of the number of times that they occur.",
         "state": f"Dead: the latent fires on none of the {units} that were read. Dense: it fires "
         f"on more than {DENSE:.0%} of them.",
@@ -54,7 +67,9 @@ def meanings(words: Words) -> dict[str, str]:
         "adds the parent's direction.",
         "absorbed share": f"The share of the child's {units} on which it absorbs the parent.",
         "nearest rows": "The latents whose decoder rows have the largest cosine with this one.",
-        "promoted tokens": "The decoder row, with length 1, times the gains of the last "
+        "promoted tokens": "Cosines of the decoder row with the true features."
+        if words is SAMPLES
+        else "The decoder row, with length 1, times the gains of the last "
         "normalisation and the unembedding. Layers between are left out. The numbers are changes "
         "of the logit, above the mean of all tokens.",
     }

@@ -96,5 +96,7 @@ def write_sample(path, reading=None, name="my-sae", found=None, promoted=True, m
     strings = Strings([flat, tokens, tokens + 20])
     texts = [ODD if token == 3 else f" word{token}" for token in strings.used.tolist()]
     contexts = {"tokens": strings.small_index(flat), "size": SIZE, "around": WINDOW}
-    material = Material(TEXT, contexts, strings, texts, SIZE, {"model": "none"}, ["A notice."])
+    material = Material(
+        TEXT, lambda _: contexts, strings, texts, SIZE, {"model": "none"}, ["A notice."]
+    )
     return write_page([subject], [described], material, Path(path), megabytes, lambda _: None)

@@ -66,3 +66,16 @@ def test_the_command(trained, language_model_yaml, tmp_path):
     result = run_command("explore", trained, "--on", language_model_yaml, "--set", other)
     assert result.exit_code == 2
     assert "error: hook_name of out must be" in result.output
+
+
+def test_an_sae_of_synthetic_data(synthetic_yaml, tmp_path):
+    run = load_run(synthetic_yaml)
+    train(run)
+    html, data = saved(explore("out", run, tmp_path / "page.html", 3000))
+    (sae,) = data["saes"]
+    assert data["rows"] == 3000
+    assert "0.2" in data["strings"]
+    assert sae["latents"]["near"].shape == (32, 8)
+    assert "synthetic, 20 features" in html
+    shown = {*sae["examples"]["windows"]["places"].tolist()}
+    assert shown <= {*data["contexts"]["rows"].tolist()}

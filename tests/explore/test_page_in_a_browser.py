@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from sae_lens_atm.explore import explore
 from sae_lens_atm.explore.found_parents import FoundParents
+from sae_lens_atm.training.run import train
+from sae_lens_atm.training.run_file import load_run
 from tests.browser import open_browser, show, wait_until_drawn
 from tests.explore.sample import (
     CHILD,
@@ -229,6 +232,19 @@ def test_an_sae_without_pairs_says_so(page, tmp_path):
     assert text(page, "#no-pairs") == "There are no parents and children to show."
     assert text(page, "#tree") == ""
     assert "promotes" not in text(page, "#card")
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_samples_show_their_true_features(page, synthetic_yaml, tmp_path):
+    run = load_run(synthetic_yaml)
+    train(run)
+    show(page, explore("out", run, tmp_path / "page.html", 3000).as_uri())
+    assert "top features" in text(page, "#table thead")
+    names = page.execute_script(
+        "return [...document.querySelectorAll('#card .contexts .token')].map((t) => t.innerText)"
+    )
+    assert names
+    assert all(name.startswith("lone ") or set(name) <= set("0123.") for name in names)
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 

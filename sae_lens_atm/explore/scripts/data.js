@@ -77,6 +77,7 @@ function levelsIn(windows, index) {
 // A context around a place. `child` and `parent` are the activations there, by offset.
 function context(place, child, parent = new Map(), value = null) {
   const item = element("li", {}, value === null ? null : element("span", { class: "value" }, number(value)));
+  if (data.contexts.rows) return sample(item, place, child, parent, value === null);
   const { tokens, size, around } = data.contexts;
   const first = Math.floor(place / size) * size;
   const [low, high] = [Math.max(first, place - around), Math.min(first + size, place + around + 1)];
@@ -89,6 +90,22 @@ function context(place, child, parent = new Map(), value = null) {
     if (c !== undefined || p !== undefined) span.title = [c !== undefined ? `${percent(c)} of the maximum` : "", p !== undefined ? `parent: ${percent(p)} of its maximum` : ""].filter(Boolean).join("; ");
     item.append(span);
   }
+  return item;
+}
+
+// A sample of synthetic data: its true features, and for a pair what fires on it.
+function sample(item, place, child, parent, isPair) {
+  const { rows, starts, tokens, levels } = data.contexts;
+  let [low, high] = [0, rows.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (rows[middle] < place) low = middle + 1;
+    else high = middle;
+  }
+  if (isPair) for (const [name, at] of [["child", child.get(0)], ["parent", parent.get(0)]])
+    item.append(swatch(name), element("span", { class: "value" }, `${name} ${at === undefined ? "silent" : percent(at)}`));
+  for (let i = starts[low]; i < starts[low + 1]; i++)
+    item.append(element("span", { class: "token", title: `${percent(levels[i] / 255)} of the largest magnitude` }, data.strings[tokens[i]]), " ");
   return item;
 }
 

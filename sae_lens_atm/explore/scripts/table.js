@@ -9,7 +9,7 @@ const view = { order: [], key: "importance", sign: -1, texts: null };
 
 const COLUMNS = [
   { key: "index", name: "latent", width: "5rem", value: (j) => j, text: (j) => String(j) },
-  { key: "tokens", name: "top tokens", width: "20rem", left: true, value: (j) => data.strings[sae.latents.tokens[j * sae.latents.tokens.width]] ?? "", text: (j) => tokensOf(j) },
+  { key: "tokens", name: "top", width: "20rem", left: true, value: (j) => data.strings[sae.latents.tokens[j * sae.latents.tokens.width]] ?? "", text: (j) => tokensOf(j) },
   { key: "importance", name: "importance", value: (j) => sae.latents.importance[j], text: (j) => number(sae.latents.importance[j]) },
   { key: "frequency", name: "frequency", value: (j) => sae.latents.frequency[j], text: (j) => percent(sae.latents.frequency[j]) },
   { key: "mean", name: "mean activation", value: (j) => sae.latents.mean[j], text: (j) => number(sae.latents.mean[j]) },
@@ -37,7 +37,8 @@ function stateOf(latent) {
 function setUpTable() {
   filter.append(...Object.keys(FILTERS).map((name) => element("option", {}, name)));
   for (const column of COLUMNS) {
-    const button = element("button", { type: "button", title: data.meanings[column.name] ?? null, onclick: () => sortBy(column.key) }, column.name);
+    const name = column.key === "tokens" ? data.words.top : column.name;
+    const button = element("button", { type: "button", title: data.meanings[name] ?? null, onclick: () => sortBy(column.key) }, name);
     const cell = element("th", { scope: "col", "data-key": column.key, class: column.left ? "text" : null, style: column.width ? `width: ${column.width}` : null }, button);
     head.append(cell);
   }
