@@ -10,7 +10,7 @@ from sae_lens_atm.cli.progress import PhaseLines
 from sae_lens_atm.cli.terminal import config_path, console
 from sae_lens_atm.cli.threads import use_threads
 from sae_lens_atm.compare.evaluate_saved import data_of
-from sae_lens_atm.explore import explore
+from sae_lens_atm.explore import LetterSource, explore
 from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.quiet import silence_saelens
 
@@ -29,6 +29,9 @@ def explore_on_file(
     silence_saelens()
     hub_logging.set_verbosity_error()  # its client logs every retry; the last error is enough
     data = data_of(str(config_path(config)), overrides)
+    letters = None
+    if data.first_letters is not None:
+        letters = LetterSource(data.first_letters, data.folder)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
     lines = PhaseLines(console)
     with RichProgress(*columns, console=console, disable=not console.is_terminal) as bar:
@@ -39,5 +42,5 @@ def explore_on_file(
                 bar.reset(task, description=phase.what)
             bar.update(task, completed=phase.done, total=phase.total or None)
 
-        path = explore(sae, data.run, output, tokens, megabytes, on_phase)
+        path = explore(sae, data.run, output, tokens, megabytes, letters, on_phase)
     console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", highlight=False)

@@ -19,6 +19,7 @@ from sae_lens_atm.explore.hierarchy import (
     implied_pairs,
 )
 from sae_lens_atm.explore.latents import DENSE, Latents, describe_latents
+from sae_lens_atm.explore.letters import Letter
 from sae_lens_atm.explore.page import page_html
 from sae_lens_atm.explore.promoted import Promoted
 from sae_lens_atm.explore.reading import Reading, Sparse
@@ -56,6 +57,7 @@ class Described(NamedTuple):
     promoted: Promoted | None
     pairs: Pairs
     parents_from: str
+    letters: list[Letter] | None = None
 
 
 class Material(NamedTuple):
@@ -151,6 +153,7 @@ def _shown(one: Described, material: Material, amount: Amount) -> dict[str, Any]
         "pairs": one.pairs,
         "pair_examples": find_pair_examples(one.reading, one.pairs, size, amount),
         "parents_from": one.parents_from,
+        "letters": one.letters,
     }
 
 

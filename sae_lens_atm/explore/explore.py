@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from sae_lens_atm.explore.checks import check_sae
 from sae_lens_atm.explore.content import Described, Material, Subject, describe, write_page
 from sae_lens_atm.explore.examples import WINDOW
 from sae_lens_atm.explore.found_parents import found_in_training
+from sae_lens_atm.explore.letters import LetterSource, describe_letters, read_letters
 from sae_lens_atm.explore.promoted import Promoted, promoted_tokens
 from sae_lens_atm.explore.reading import LONGEST, Reading, read_tokens
 from sae_lens_atm.explore.samples import (
@@ -46,6 +47,7 @@ def explore(
     output: str | Path,
     tokens: int = TOKENS,
     megabytes: float = MEGABYTES,
+    letters: LetterSource | None = None,
     on_phase: OnPhase = unseen,
 ) -> Path:
     """Write the page of an SAE, and return its path.
@@ -56,6 +58,7 @@ def explore(
         output: the HTML file.
         tokens: about how many tokens or samples are read.
         megabytes: largest size of the file. A smaller page shows fewer contexts.
+        letters: also show first letters, with these settings. Only for a language model.
         on_phase: is called often with what is done. It may raise an error to stop.
 
     Raises:
@@ -64,8 +67,10 @@ def explore(
     """
     check_devices(run)
     subjects = [_subject(sae, run)]
-    on_data = _on_text if isinstance(run, LanguageModelRun) else _on_samples
-    described, material = on_data(subjects, cast(Any, run), tokens, on_phase)
+    if isinstance(run, LanguageModelRun):
+        described, material = _on_text(subjects, run, tokens, letters, on_phase)
+    else:
+        described, material = _on_samples(subjects, run, tokens, on_phase)
     return write_page(subjects, described, material, Path(output), megabytes, on_phase)
 
 
@@ -91,7 +96,11 @@ def _checked(subject: Subject, run: Run) -> Subject:
 
 
 def _on_text(
-    subjects: Sequence[Subject], run: LanguageModelRun, number: int, on_phase: OnPhase
+    subjects: Sequence[Subject],
+    run: LanguageModelRun,
+    number: int,
+    letters: LetterSource | None,
+    on_phase: OnPhase,
 ) -> tuple[list[Described], Material]:
     cfg = run.runner
     if run.activations is None:
@@ -113,6 +122,12 @@ def _on_text(
         ones = (np.ones(len(seen), np.float32), (seen, np.arange(len(seen))))
         occurs = csr_matrix(ones, (int(flat.max()) + 1, len(seen)))
         described.append(describe(subject, reading, occurs, promoted, TEXT, on_phase))
+    if letters is not None:
+        words = read_letters(run, letters, lambda: model, on_phase)
+        described = [
+            one._replace(letters=describe_letters(subject.sae, words))
+            for subject, one in zip(subjects, described, strict=True)
+        ]
     if described[0].promoted is None:
         notices.append(
             "Promoted tokens are not shown: the SAE does not read the residual stream of a model "

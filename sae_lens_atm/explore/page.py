@@ -12,7 +12,7 @@ from sae_lens_atm.explore.wording import Words, meanings
 from sae_lens_atm.metrics.absorption import ABSORBED_SHARE
 from sae_lens_atm.page import theme_css, theme_script
 
-_SCRIPTS = ("data", "table", "latent", "tree", "main")
+_SCRIPTS = ("data", "table", "latent", "tree", "letters", "main")
 _SECTIONS = (
     ("latents", "All latents"),
     ("latent", "One latent"),
@@ -39,6 +39,8 @@ def page_html(
         names: the names of the SAEs.
         data: what the scripts show.
     """
+    has_letters = any(sae["letters"] is not None for sae in data["saes"])
+    extra = [("letters", "First letters")] if has_letters else []
     environment = Environment(
         loader=PackageLoader("sae_lens_atm.explore", ""),
         autoescape=True,
@@ -57,7 +59,7 @@ def page_html(
         facts={**facts, "size": f"{len(packed) / 1e6:.1f} MB of data in this file"},
         notices=notices,
         names=names,
-        sections=_SECTIONS,
+        sections=[*_SECTIONS[:-1], *extra, _SECTIONS[-1]],
         unit=words.unit,
         thing=words.top.split()[-1].removesuffix("s"),
         absorbed_share=ABSORBED_SHARE,

@@ -81,7 +81,9 @@ def family():
     return reading_of(acts, decoder)
 
 
-def write_sample(path, reading=None, name="my-sae", found=None, promoted=True, megabytes=20):
+def write_sample(
+    path, reading=None, name="my-sae", found=None, promoted=True, megabytes=20, letters=None
+):
     """Write a page of a reading. Token 3 is `ODD`, the others are words."""
     reading = family() if reading is None else reading
     sae = linear_sae(reading.decoder)
@@ -93,6 +95,7 @@ def write_sample(path, reading=None, name="my-sae", found=None, promoted=True, m
     of_rows = Promoted(tokens, logits, tokens + 20, -logits) if promoted else None
     subject = Subject(name, sae, found)
     described = describe(subject, reading, occurs, of_rows, TEXT, lambda _: None)
+    described = described._replace(letters=letters)
     strings = Strings([flat, tokens, tokens + 20])
     texts = [ODD if token == 3 else f" word{token}" for token in strings.used.tolist()]
     contexts = {"tokens": strings.small_index(flat), "size": SIZE, "around": WINDOW}

@@ -8,6 +8,7 @@ import torch
 
 from sae_lens_atm.explore import explore
 from sae_lens_atm.explore.found_parents import FoundParents
+from sae_lens_atm.explore.letters import Letter, MissedWord
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run
 from tests.browser import open_browser, show, wait_until_drawn
@@ -232,6 +233,38 @@ def test_an_sae_without_pairs_says_so(page, tmp_path):
     assert text(page, "#no-pairs") == "There are no parents and children to show."
     assert text(page, "#tree") == ""
     assert "promotes" not in text(page, "#card")
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_letters_show_which_latent_absorbed_a_word(page, tmp_path):
+    assert not page.execute_script("return document.getElementById('letters').checkVisibility()")
+    missed = [
+        MissedWord(ODD, CHILD, 0.6, absorbed=True),
+        MissedWord("also", 7, 0.2, absorbed=False),
+    ]
+    letters = [
+        Letter("a", 0.9, [PARENT, 6], 10, 2, 1, 0.3, missed),
+        Letter("b", 0.8, [9], 5, 0, 0, 0.0, []),
+    ]
+    show(page, write_sample(tmp_path / "page.html", letters=letters).as_uri())
+    assert text(page, "#letters-table tbody tr").split() == [
+        "a",
+        "latent",
+        "0",
+        "latent",
+        "6",
+        "10",
+        "2",
+        "1",
+    ]
+    lines = text(page, "#letter tbody").splitlines()
+    assert lines[0].split("\t")[0] == ODD
+    assert "60%" in lines[0]
+    assert lines[0].endswith("absorbed")
+    focus(page, "#letters-table tbody tr:nth-child(2) th button").send_keys(ENTER)
+    assert text(page, "#letter h3") == "The letter B: missed words"
+    focus(page, "#letters-table tbody td button").send_keys(ENTER)
+    assert text(page, "#card h3").startswith(f"Latent {PARENT}")
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 

@@ -8,6 +8,7 @@ function show(index) {
   view.texts = null;
   arrange();
   drawTree();
+  drawLetters();
   select(view.order.find((j) => !stateOf(j)) ?? 0);
 }
 
