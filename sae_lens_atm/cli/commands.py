@@ -264,6 +264,9 @@ def explore(
         typer.Option(help="A run, comparison or sweep file, or the name of a shipped one."),
     ],
     overrides: Overrides = None,
+    beside: Annotated[
+        str | None, typer.Option(help="Another SAE of the same activations, to compare with.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("explore.html"),
     tokens: Annotated[
         int, typer.Option(min=1, help="About how many tokens or samples are read.")
@@ -283,7 +286,7 @@ def explore(
         load_plugins()
         from sae_lens_atm.cli.explore import explore_on_file
 
-        explore_on_file(sae, on, overrides or [], output, tokens, max_size, threads)
+        explore_on_file(sae, on, overrides or [], output, tokens, max_size, beside, threads)
 
 
 def inspect(sae: Reference) -> None:

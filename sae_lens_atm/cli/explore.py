@@ -22,9 +22,10 @@ def explore_on_file(
     output: Path,
     tokens: int,
     megabytes: float,
+    beside: str | None = None,
     threads: int | None = None,
 ) -> None:
-    """Write the page of an SAE on the data of a configuration file."""
+    """Write the page of an SAE, or of two, on the data of a configuration file."""
     use_threads(threads)
     silence_saelens()
     hub_logging.set_verbosity_error()  # its client logs every retry; the last error is enough
@@ -42,5 +43,5 @@ def explore_on_file(
                 bar.reset(task, description=phase.what)
             bar.update(task, completed=phase.done, total=phase.total or None)
 
-        path = explore(sae, data.run, output, tokens, megabytes, letters, on_phase)
+        path = explore(sae, data.run, output, tokens, megabytes, letters, beside, on_phase)
     console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", highlight=False)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from sae_lens import SAE
 
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.explore.beside import SAME, match
 from sae_lens_atm.explore.examples import Amount, find_examples
 from sae_lens_atm.explore.found_parents import FoundParents
 from sae_lens_atm.explore.hierarchy import (
@@ -121,14 +122,20 @@ def write_page(
     for amount in _AMOUNTS:
         on_phase(Phase("writing the page"))
         saes = [_shown(one, material, amount) for one in described]
+        if len(described) > 1:
+            _add_matches(saes, described, material.context_size)
         data = {
             "strings": material.texts,
             "rows": described[0].reading.rows,
             "dense": DENSE,
+            "names": names,
+            "same": SAME,
             "contexts": material.contexts(_places(saes)),
             "saes": saes,
         }
-        html = page_html(names[0], facts, material.notices, material.words, names, data)
+        html = page_html(
+            " beside ".join(names), facts, material.notices, material.words, names, data
+        )
         size = len(html.encode()) / 1e6
         if size <= megabytes:
             return write_text(output, html)
@@ -154,7 +161,16 @@ def _shown(one: Described, material: Material, amount: Amount) -> dict[str, Any]
         "pair_examples": find_pair_examples(one.reading, one.pairs, size, amount),
         "parents_from": one.parents_from,
         "letters": one.letters,
+        "matches": None,
     }
+
+
+def _add_matches(
+    saes: Sequence[dict[str, Any]], described: Sequence[Described], context_size: int
+) -> None:
+    for shown, one, other in zip(saes, described, reversed(described), strict=True):
+        examples = shown["examples"]
+        shown["matches"] = match(one.reading, other.reading, examples, context_size)
 
 
 def _places(saes: Sequence[Mapping[str, Any]]) -> NDArray[Any]:

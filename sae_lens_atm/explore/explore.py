@@ -48,6 +48,7 @@ def explore(
     tokens: int = TOKENS,
     megabytes: float = MEGABYTES,
     letters: LetterSource | None = None,
+    beside: str | SAE[Any] | None = None,
     on_phase: OnPhase = unseen,
 ) -> Path:
     """Write the page of an SAE, and return its path.
@@ -59,6 +60,7 @@ def explore(
         tokens: about how many tokens or samples are read.
         megabytes: largest size of the file. A smaller page shows fewer contexts.
         letters: also show first letters, with these settings. Only for a language model.
+        beside: another SAE of the same activations, to compare with.
         on_phase: is called often with what is done. It may raise an error to stop.
 
     Raises:
@@ -66,7 +68,11 @@ def explore(
             the page does not fit into `megabytes`.
     """
     check_devices(run)
-    subjects = [_subject(sae, run)]
+    subjects = [_subject(one, run) for one in (sae, beside) if one is not None]
+    if len(subjects) > 1 and subjects[0].name == subjects[1].name:
+        subjects = [
+            one._replace(name=f"{one.name} ({at})") for one, at in zip(subjects, "AB", strict=True)
+        ]
     if isinstance(run, LanguageModelRun):
         described, material = _on_text(subjects, run, tokens, letters, on_phase)
     else:

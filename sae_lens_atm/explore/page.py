@@ -7,12 +7,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sae_lens_atm.explore.beside import SAME
 from sae_lens_atm.explore.packing import pack
 from sae_lens_atm.explore.wording import Words, meanings
 from sae_lens_atm.metrics.absorption import ABSORBED_SHARE
 from sae_lens_atm.page import theme_css, theme_script
 
-_SCRIPTS = ("data", "table", "latent", "tree", "letters", "main")
+_SCRIPTS = ("data", "table", "latent", "tree", "letters", "beside", "main")
 _SECTIONS = (
     ("latents", "All latents"),
     ("latent", "One latent"),
@@ -41,6 +42,7 @@ def page_html(
     """
     has_letters = any(sae["letters"] is not None for sae in data["saes"])
     extra = [("letters", "First letters")] if has_letters else []
+    extra += [("beside", "Side by side")] if len(names) > 1 else []
     environment = Environment(
         loader=PackageLoader("sae_lens_atm.explore", ""),
         autoescape=True,
@@ -49,6 +51,8 @@ def page_html(
         lstrip_blocks=True,
     )
     text = meanings(words)
+    if len(names) == 1:
+        del text["match"]
     packed = pack({**data, "words": words, "meanings": text})
     return environment.get_template("page.html.j2").render(
         theme_css=theme_css,
@@ -63,6 +67,7 @@ def page_html(
         unit=words.unit,
         thing=words.top.split()[-1].removesuffix("s"),
         absorbed_share=ABSORBED_SHARE,
+        same=SAME,
         meanings=text,
         data=packed,
     )

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from sae_lens_atm.explore.beside import SAME
 from sae_lens_atm.explore.examples import WINDOW
 from sae_lens_atm.explore.hierarchy import MIN_COSINE, MIN_LIFT, TAU
 from sae_lens_atm.explore.latents import DENSE
@@ -66,6 +67,8 @@ def meanings(words: Words) -> dict[str, str]:
         "cosine": "The cosine of the decoder rows of child and parent. With a large one, the child "
         "adds the parent's direction.",
         "absorbed share": f"The share of the child's {units} on which it absorbs the parent.",
+        "match": "The largest cosine of the decoder row with the decoder rows of the other SAE's "
+        f"latents that fire. From {SAME:g} on, both SAEs count as having the latent.",
         "nearest rows": "The latents whose decoder rows have the largest cosine with this one.",
         "promoted tokens": "Cosines of the decoder row with the true features."
         if words is SAMPLES

@@ -82,24 +82,34 @@ def family():
 
 
 def write_sample(
-    path, reading=None, name="my-sae", found=None, promoted=True, megabytes=20, letters=None
+    path,
+    reading=None,
+    name="my-sae",
+    found=None,
+    promoted=True,
+    megabytes=20,
+    letters=None,
+    beside=None,
 ):
-    """Write a page of a reading. Token 3 is `ODD`, the others are words."""
-    reading = family() if reading is None else reading
-    sae = linear_sae(reading.decoder)
-    flat = (np.arange(reading.rows) * 7 % 50).astype(np.int32)
-    ones = (np.ones(len(flat), np.float32), (flat, np.arange(len(flat))))
-    occurs = csr_matrix(ones, (50, len(flat)))
-    tokens = np.tile(np.arange(3, 11, dtype=np.uint32), (len(reading.decoder), 1))
-    logits = np.tile(np.linspace(2, 1, 8, dtype=np.float32), (len(reading.decoder), 1))
-    of_rows = Promoted(tokens, logits, tokens + 20, -logits) if promoted else None
-    subject = Subject(name, sae, found)
-    described = describe(subject, reading, occurs, of_rows, TEXT, lambda _: None)
-    described = described._replace(letters=letters)
+    """Write a page of a reading, or of two. Token 3 is `ODD`, the others are words."""
+    readings = [family() if reading is None else reading, *([] if beside is None else [beside])]
+    rows = readings[0].rows
+    flat = (np.arange(rows) * 7 % 50).astype(np.int32)
+    occurs = csr_matrix((np.ones(rows, np.float32), (flat, np.arange(rows))), (50, rows))
+    tokens = np.arange(3, 11, dtype=np.uint32)
+    subjects, described = [], []
+    for place, one in enumerate(readings):
+        shape = (len(one.decoder), 1)
+        logits = np.tile(np.linspace(2, 1, 8, dtype=np.float32), shape)
+        of_rows = Promoted(np.tile(tokens, shape), logits, np.tile(tokens + 20, shape), -logits)
+        subject = Subject(name if place == 0 else "other", linear_sae(one.decoder), found)
+        subjects.append(subject)
+        shown = of_rows if promoted else None
+        content = describe(subject, one, occurs, shown, TEXT, lambda _: None)
+        described.append(content._replace(letters=letters))
     strings = Strings([flat, tokens, tokens + 20])
     texts = [ODD if token == 3 else f" word{token}" for token in strings.used.tolist()]
     contexts = {"tokens": strings.small_index(flat), "size": SIZE, "around": WINDOW}
-    material = Material(
-        TEXT, lambda _: contexts, strings, texts, SIZE, {"model": "none"}, ["A notice."]
-    )
-    return write_page([subject], [described], material, Path(path), megabytes, lambda _: None)
+    facts, notices = {"model": "none"}, ["A notice."]
+    material = Material(TEXT, lambda _: contexts, strings, texts, SIZE, facts, notices)
+    return write_page(subjects, described, material, Path(path), megabytes, lambda _: None)

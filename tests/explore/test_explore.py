@@ -79,3 +79,13 @@ def test_an_sae_of_synthetic_data(synthetic_yaml, tmp_path):
     assert "synthetic, 20 features" in html
     shown = {*sae["examples"]["windows"]["places"].tolist()}
     assert shown <= {*data["contexts"]["rows"].tolist()}
+
+
+def test_two_saes(trained, language_model_yaml, tmp_path):
+    run = load_run(language_model_yaml)
+    html, data = saved(explore(trained, run, tmp_path / "page.html", 320, beside=trained))
+    assert data["names"] == ["out (A)", "out (B)"]
+    one, _ = data["saes"]
+    fires = one["latents"]["frequency"] > 0
+    assert one["matches"]["latent"][fires].tolist() == fires.nonzero()[0].tolist()
+    assert "<h1>out (A) beside out (B)</h1>" in html

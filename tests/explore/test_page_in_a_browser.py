@@ -19,6 +19,7 @@ from tests.explore.sample import (
     GRANDCHILD,
     ODD,
     PARENT,
+    family,
     reading_of,
     write_sample,
 )
@@ -265,6 +266,33 @@ def test_letters_show_which_latent_absorbed_a_word(page, tmp_path):
     assert text(page, "#letter h3") == "The letter B: missed words"
     focus(page, "#letters-table tbody td button").send_keys(ENTER)
     assert text(page, "#card h3").startswith(f"Latent {PARENT}")
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_two_saes_are_side_by_side(page, tmp_path):
+    other = family()
+    order = torch.tensor([*range(1, 12), 0])  # its latent j is our latent j + 1
+    other = reading_of(other.acts.toarray()[:, order], other.decoder[order])
+    other.decoder[7] = -torch.eye(12)[8]  # our latent 8 is in no row of the other
+    show(page, write_sample(tmp_path / "page.html", beside=other).as_uri())
+    choose(page, "#filter", "latents without a match")
+    assert latents(page) == [8]
+    choose(page, "#filter", "all latents")
+    page.execute_script(f"document.getElementById('row-{PARENT}').click()")
+    assert "Match in other" in text(page, "#card")
+    both = page.execute_script(
+        "return [...document.querySelectorAll('#card .contexts .at')].map("
+        "(at) => 'child' in at.dataset && 'parent' in at.dataset)"
+    )
+    assert set(both) == {True}  # the match fires where the latent does
+    only, _ = page.execute_script(
+        "return [...document.querySelectorAll('#beside-lists > div')].map((d) => d.innerText)"
+    )
+    assert "1 of the 11 latents that fire have no match in other" in only
+    choose(page, "#sae", "1")
+    page.execute_script("document.querySelector('#beside-lists button').click()")
+    assert page.execute_script("return document.getElementById('sae').value") == "0"
+    assert text(page, "#card h3").strip() == "Latent 8"
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 

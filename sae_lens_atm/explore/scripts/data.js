@@ -78,6 +78,7 @@ function levelsIn(windows, index) {
 function context(place, child, parent = new Map(), value = null) {
   const item = element("li", {}, value === null ? null : element("span", { class: "value" }, number(value)));
   if (data.contexts.rows) return sample(item, place, child, parent, value === null);
+  const isPair = value === null;
   const { tokens, size, around } = data.contexts;
   const first = Math.floor(place / size) * size;
   const [low, high] = [Math.max(first, place - around), Math.min(first + size, place + around + 1)];
@@ -87,7 +88,7 @@ function context(place, child, parent = new Map(), value = null) {
     if (c !== undefined) { span.dataset.child = ""; span.style.setProperty("--c", c); }
     if (p !== undefined) { span.dataset.parent = ""; span.style.setProperty("--p", p); }
     if (at === place) span.className = "at";
-    if (c !== undefined || p !== undefined) span.title = [c !== undefined ? `${percent(c)} of the maximum` : "", p !== undefined ? `parent: ${percent(p)} of its maximum` : ""].filter(Boolean).join("; ");
+    if (c !== undefined || p !== undefined) span.title = [c !== undefined ? `${percent(c)} of the maximum` : "", p !== undefined ? `${isPair ? "parent" : "match"}: ${percent(p)} of its maximum` : ""].filter(Boolean).join("; ");
     item.append(span);
   }
   return item;

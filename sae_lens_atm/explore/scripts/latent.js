@@ -45,6 +45,7 @@ function drawCard() {
     element("div", { class: "columns" },
       relatives("Parents", sae.parentsOf[j], sae.pairs?.parent),
       relatives("Children", sae.childrenOf[j], sae.pairs?.child),
+      matchOf(j),
       element("div", {}, element("h4", { title: data.meanings["nearest rows"] }, "Nearest decoder rows"), list(row(latents.near, j).map((k, i) => [latentLink(k), tokensOf(k, 3), latents.near_cosine[j * latents.near.width + i].toFixed(2)]))),
       promoted ? element("div", {}, element("h4", { title: data.meanings["promoted tokens"] }, data.words.promoted), list(row(promoted.tokens, j).map((t, i) => [token(t), "", signed(promoted.logits[j * promoted.tokens.width + i])]))) : null,
       promoted ? element("div", {}, element("h4", { title: data.meanings["promoted tokens"] }, data.words.suppressed), list(row(promoted.lowest_tokens, j).map((t, i) => [token(t), "", signed(promoted.lowest_logits[j * promoted.tokens.width + i])]))) : null,
@@ -101,7 +102,7 @@ function contextsOf(latent) {
   for (let i = starts[latent]; i < starts[latent + 1]; i++) {
     if (!found.has(groups[i])) found.set(groups[i], []);
     const levels = levelsIn(windows, i);
-    found.get(groups[i]).push(context(windows.places[i], levels, undefined, (levels.get(0) ?? 0) * sae.latents.maximum[latent]));
+    found.get(groups[i]).push(context(windows.places[i], levels, sae.matches ? levelsIn(sae.matches.windows, i) : undefined, (levels.get(0) ?? 0) * sae.latents.maximum[latent]));
   }
   const name = (group) => group === 0 ? "Strongest" : `Activations from ${20 * (group - 1)}% to ${20 * group}%`;
   const order = [...found.keys()].sort((a, b) => (a === 0 ? -1 : b === 0 ? 1 : b - a));

@@ -24,6 +24,7 @@ readData().then((read) => {
   setUpTable();
   setUpTree();
   show(0);
+  besideSummary();
   history.replaceState(null, "", asked || location.pathname);
   followAddress();
   addEventListener("hashchange", followAddress);

@@ -7,9 +7,9 @@ const search = document.getElementById("search");
 const filter = document.getElementById("filter");
 const view = { order: [], key: "importance", sign: -1, texts: null };
 
-const COLUMNS = [
+let COLUMNS = [
   { key: "index", name: "latent", width: "5rem", value: (j) => j, text: (j) => String(j) },
-  { key: "tokens", name: "top", width: "20rem", left: true, value: (j) => data.strings[sae.latents.tokens[j * sae.latents.tokens.width]] ?? "", text: (j) => tokensOf(j) },
+  { key: "tokens", name: "top", width: "17rem", left: true, value: (j) => data.strings[sae.latents.tokens[j * sae.latents.tokens.width]] ?? "", text: (j) => tokensOf(j) },
   { key: "importance", name: "importance", value: (j) => sae.latents.importance[j], text: (j) => number(sae.latents.importance[j]) },
   { key: "frequency", name: "frequency", value: (j) => sae.latents.frequency[j], text: (j) => percent(sae.latents.frequency[j]) },
   { key: "mean", name: "mean activation", value: (j) => sae.latents.mean[j], text: (j) => number(sae.latents.mean[j]) },
@@ -17,6 +17,7 @@ const COLUMNS = [
   { key: "parents", name: "parents", width: "5rem", value: (j) => sae.parentsOf[j].length, text: (j) => String(sae.parentsOf[j].length) },
   { key: "children", name: "children", width: "5rem", value: (j) => sae.childrenOf[j].length, text: (j) => String(sae.childrenOf[j].length) },
   { key: "absorbed", name: "absorbed", value: (j) => sae.lost[j], text: (j) => (sae.lost[j] ? sae.lost[j].toLocaleString("en") : "0") },
+  { key: "match", name: "match", width: "5rem", only: () => data.saes.length > 1, value: (j) => sae.matches.cosine[j], text: (j) => sae.matches.cosine[j].toFixed(2) },
   { key: "state", name: "state", width: "5rem", left: true, value: (j) => stateOf(j), text: (j) => (stateOf(j) ? element("span", { class: "tag" }, stateOf(j)) : "") },
 ];
 const FILTERS = {
@@ -35,6 +36,8 @@ function stateOf(latent) {
 }
 
 function setUpTable() {
+  COLUMNS = COLUMNS.filter((column) => column.only?.() ?? true);
+  if (data.saes.length > 1) FILTERS["latents without a match"] = (j) => sae.latents.frequency[j] > 0 && sae.matches.cosine[j] < data.same;
   filter.append(...Object.keys(FILTERS).map((name) => element("option", {}, name)));
   for (const column of COLUMNS) {
     const name = column.key === "tokens" ? data.words.top : column.name;
