@@ -12,13 +12,13 @@ PACKAGE = Path(sae_lens_atm.__file__).parent
 # Each folder may import itself and the folders of the lines above its own.
 LAYERS = [
     "errors",
-    "files yaml_files torchrun",
+    "files yaml_files torchrun page",
     "method metrics",
     "sae data baselines",
     "evaluation",
     "training",
     "hub",
-    "compare saebench",
+    "compare saebench explore",
     "cli",
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -257,6 +257,38 @@ def evaluate(
 # --- saved SAEs ----------------------------------------------------------------------------------
 
 
+def explore(
+    sae: Reference,
+    on: Annotated[
+        str,
+        typer.Option(help="A run, comparison or sweep file, or the name of a shipped one."),
+    ],
+    overrides: Overrides = None,
+    beside: Annotated[
+        str | None, typer.Option(help="Another SAE of the same activations, to compare with.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="The HTML file.")] = Path("explore.html"),
+    tokens: Annotated[
+        int, typer.Option(min=1, help="About how many tokens or samples are read.")
+    ] = 200_000,
+    max_size: Annotated[
+        float, typer.Option(min=0, help="Largest size of the file in MB. It decides the contexts.")
+    ] = 20.0,
+    threads: Threads = None,
+) -> None:
+    """Write a page on which a person looks at the latents of an SAE and at their hierarchy.
+
+    It is one HTML file, which opens anywhere and needs no network.
+    """
+    with clear_errors():
+        check_config(on, overrides or [])
+        check_writable_file("--output", output)
+        load_plugins()
+        from sae_lens_atm.cli.explore import explore_on_file
+
+        explore_on_file(sae, on, overrides or [], output, tokens, max_size, beside, threads)
+
+
 def inspect(sae: Reference) -> None:
     """Show an SAE: its architecture, training settings and importance."""
     with clear_errors():

@@ -24,12 +24,12 @@ from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.metrics.figures import ARROWS
 from sae_lens_atm.metrics.figures import figure as figure_info
 from sae_lens_atm.metrics.word_figures import Interval
-from sae_lens_atm.sae.forward_pass import mean_l0
 from sae_lens_atm.training.before_first_step import Phase
+from sae_lens_atm.training.history import step_figures
+from sae_lens_atm.training.preflight.timing import duration
 
 _REFRESH = 20  # steps between two readings, each of which waits for the device
-_LINES = 10  # lines for a whole run in a log file
-_SECONDS = 5.0  # between two lines on a phase in a log file
+_SECONDS = 5.0  # between two lines on a phase or on training in a log file
 
 
 class PhaseLines:
@@ -62,7 +62,9 @@ class PhaseLines:
 
 
 class Progress:
-    """Shows loss, L0, masked fraction and remaining time of a training run.
+    """Shows the figures and the remaining time of a training run.
+
+    They are those of its history. A log file gets a line every few seconds.
 
     Args:
         console: where to print.
@@ -83,6 +85,8 @@ class Progress:
         )
         self._task = self._bar.add_task("before step 1", total=steps, figures="")
         self._lines, self._in_phase = PhaseLines(console), False
+        self._printed = 0.0
+        self._begun: tuple[float, int] | None = None  # time and number of the first step
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -104,17 +108,42 @@ class Progress:
         if self._in_phase:
             self._in_phase = False
             self._bar.reset(self._task, description="training", total=self._steps, completed=step)
-        every = _REFRESH if self._console.is_terminal else max(self._steps // _LINES, 1)
-        if step % every and step != self._steps:
+        now = time.monotonic()
+        if self._begun is None:
+            self._begun = (now, step)
+        is_last = step == self._steps
+        if self._console.is_terminal:
+            is_due = step % _REFRESH == 0
+        else:
+            is_due = now - self._printed >= _SECONDS or step == self._begun[1]
+        if not is_due and not is_last:
             return
-        l0 = mean_l0(output.feature_acts)
-        figures = f"loss {output.loss.item():.4g}  L0 {l0.item():.1f}"
-        masked = output.metrics.get("masked_fraction")
-        if callable(masked):
-            figures += f"  masked {float(masked()):.0%}"
+        figures = shown_figures(step_figures(trainer, output))
         self._bar.update(self._task, description="training", completed=step, figures=figures)
         if not self._console.is_terminal:
-            self._console.print(f"step {step}/{self._steps}  {figures}")
+            self._printed = now
+            left = self._time_left(step, now)
+            self._console.print(f"step {step}/{self._steps}  {figures}{left}", highlight=False)
+
+    def _time_left(self, step: int, now: float) -> str:
+        start, first = self._begun or (now, step)
+        if step in (first, self._steps):
+            return ""
+        seconds = (now - start) / (step - first) * (self._steps - step)
+        return f"  about {duration(seconds)} left"
+
+
+def shown_figures(figures: Mapping[str, float]) -> str:
+    """Return the figures of a training step in one line."""
+    parts = [
+        f"loss {figures['loss']:.4g}",
+        f"EV {figures['explained_variance']:.3f}",
+        f"L0 {figures['l0']:.1f}",
+        f"dead {figures['dead_latents']:.0f}",
+    ]
+    if "masked_fraction" in figures:
+        parts.append(f"masked {figures['masked_fraction']:.0%}")
+    return "  ".join(parts)
 
 
 class RunsProgress:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import wandb
 from sae_lens import SAE, SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
@@ -53,7 +54,7 @@ def _explained_variance(x: Tensor, reconstruction: Tensor) -> Tensor:
 
 
 class History(Hook):
-    """Writes a row of figures for at most `ROWS` of the steps, while training.
+    """Writes a row of figures for at most `ROWS` of the steps, while training; also to wandb.
 
     A checkpoint holds the rows up to its step. A resumed run continues behind them, so that its
     history is the one of a run without stops.
@@ -86,6 +87,8 @@ class History(Hook):
         figures = step_figures(trainer, output)
         row = {"step": step, "samples": trainer.n_training_samples, "dead_latents": 0, **figures}
         row["dead_latents"] = int(figures["dead_latents"])
+        if trainer.cfg.logger.log_to_wandb and wandb.run is not None:
+            wandb.log(figures, step=trainer.n_training_steps)  # SAELens' own number of the step
         values = {name: value if math.isfinite(value) else None for name, value in row.items()}
         try:
             with self._path.open("a", encoding="utf-8") as file:

@@ -15,6 +15,7 @@ from sae_lens_atm.torchrun import rank
 from sae_lens_atm.training.before_first_step import OnPhase, unseen
 from sae_lens_atm.training.cached_run import prepare_cached
 from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
+from sae_lens_atm.training.curves_page import write_curves
 from sae_lens_atm.training.fit import RunContext
 from sae_lens_atm.training.history import LastBatch
 from sae_lens_atm.training.hooks import OnStep, StopFlag
@@ -106,8 +107,12 @@ def train_checked(
             prepared = prepare_cached(run, context)
         else:
             prepared = prepare_language_model(run, context)
-        with stop.on_signals():  # also while the result is saved
-            sae, skipped = prepared.fit()
+        try:
+            with stop.on_signals():  # also while the result is saved
+                sae, skipped = prepared.fit()
+        finally:  # a run that was stopped has curves, too
+            if context.writes:
+                write_curves(output, {"architecture": run.runner.sae.architecture()})
         sae.eval()
         figures, saved_l0 = dict[str, float](), float("nan")
         if context.writes:

@@ -22,27 +22,41 @@ def text_of(console):
 
 def output(metrics):
     acts = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 3.0]])
-    return SimpleNamespace(loss=torch.tensor(0.25), feature_acts=acts, metrics=metrics)
+    x = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    return SimpleNamespace(
+        loss=torch.tensor(0.25), feature_acts=acts, metrics=metrics, sae_in=x, sae_out=x / 2
+    )
+
+
+def trainer_at(step):
+    return SimpleNamespace(n_training_steps=step, dead_neurons=torch.tensor([True, False]))
 
 
 def train(progress, steps, metrics):
     with progress:
         for step in range(steps):
-            progress.on_step(SimpleNamespace(n_training_steps=step), output(metrics))
+            progress.on_step(trainer_at(step), output(metrics))
 
 
-def test_a_log_gets_ten_lines():
+FIGURES = ["loss", "0.25", "EV", "0.500", "L0", "1.5", "dead", "1"]
+
+
+def test_a_log_gets_a_line_every_few_seconds(monkeypatch):
+    clock = itertools.count(0, 2)  # a step takes 2 seconds
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     log = console()
-    train(Progress(log, 40), 40, {"masked_fraction": lambda: torch.tensor(0.25)})
-    lines = text_of(log).splitlines()
-    assert len(lines) == 10
-    assert lines[-1].split() == ["step", "40/40", "loss", "0.25", "L0", "1.5", "masked", "25%"]
+    train(Progress(log, 10), 10, {"masked_fraction": lambda: torch.tensor(0.25)})
+    lines = [line.split() for line in text_of(log).splitlines()]
+    assert [line[1] for line in lines] == ["1/10", "4/10", "7/10", "10/10"]
+    assert lines[0] == ["step", "1/10", *FIGURES, "masked", "25%"]
+    assert lines[1][-4:] == ["about", "12", "s", "left"]
+    assert lines[-1] == ["step", "10/10", *FIGURES, "masked", "25%"]
 
 
 def test_other_architectures_have_no_masks():
     log = console()
     train(Progress(log, 1), 1, {})
-    assert text_of(log).split() == ["step", "1/1", "loss", "0.25", "L0", "1.5"]
+    assert text_of(log).split() == ["step", "1/1", *FIGURES]
 
 
 def test_a_terminal_gets_a_bar():
@@ -57,7 +71,7 @@ def test_sparse_activations_have_an_l0_too():
     log = console()
     sparse = output({})
     sparse.feature_acts = sparse.feature_acts.to_sparse()
-    Progress(log, 1).on_step(SimpleNamespace(n_training_steps=0), sparse)
+    Progress(log, 1).on_step(trainer_at(0), sparse)
     assert "L0 1.5" in text_of(log)
 
 
@@ -97,7 +111,7 @@ def show_phases(bar):
         bar.on_phase(Phase("loading"))
         for done in range(9):
             bar.on_phase(Phase("filling", done, 8, "batches"))
-        bar.on_step(SimpleNamespace(n_training_steps=0), output({}))
+        bar.on_step(trainer_at(0), output({}))
 
 
 @pytest.mark.usefixtures("clock")

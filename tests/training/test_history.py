@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import wandb
 from sae_lens import SAE
 
 from sae_lens_atm.sae.forward_pass import mean_l0
@@ -43,6 +44,23 @@ def test_each_step_has_a_row_of_its_figures(synthetic_yaml):
         for name, key in names.items():
             assert row[name] == pytest.approx(expected[key], rel=1e-4, abs=1e-5), name
     assert max(row["masked_fraction"] for row in recorded) > 0
+
+
+def test_wandb_gets_the_figures_under_the_same_names(monkeypatch, synthetic_yaml):
+    logged = []
+    original = wandb.Run.log
+
+    def log(run, data, step=None, **options):
+        if "loss" in data:
+            logged.append((step, data))
+        original(run, data, step=step, **options)
+
+    monkeypatch.setattr(wandb.Run, "log", log)  # `wandb.log` is a method of the run
+    train(load_run(synthetic_yaml, [*SETTINGS, "logger.log_to_wandb=true"]))
+    figures = {"loss", "l0", "explained_variance", "dead_latents", "masked_fraction"}
+    for (step, content), row in zip(logged, rows("out"), strict=True):
+        assert step == row["step"] - 1  # SAELens counts from 0
+        assert content == {name: pytest.approx(row[name]) for name in figures}
 
 
 def test_long_runs_skip_steps_and_other_architectures_have_no_masks(monkeypatch, synthetic_yaml):

@@ -65,6 +65,7 @@ from sae_lens_atm.compare.report.wording import (
 )
 from sae_lens_atm.files import write_text
 from sae_lens_atm.metrics.figures import FIGURES, figure
+from sae_lens_atm.page import theme_css, theme_script
 
 
 class Line(NamedTuple):
@@ -201,6 +202,7 @@ def report_html(results: Results) -> str:
             show_l0,
         ),
         *(has_numbers, show_p, show_value, sweep_styles, swept_fields, training_window, verdict),
+        *(theme_css, theme_script),
     )
     return environment.get_template("report.html.j2").render(
         {function.__name__: function for function in functions},

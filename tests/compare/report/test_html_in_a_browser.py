@@ -1,39 +1,17 @@
 """The page in a real browser, headless."""
 
 import json
-import os
-import shutil
 
 import pytest
 
 from sae_lens_atm.compare.report import html as report
+from tests.browser import open_browser, show, wait_until_drawn
 from tests.compare.sample import ODD, sample_sweep
-
-
-def _missing(what):
-    """In CI a browser is there, and a test that is skipped would go unnoticed."""
-    (pytest.fail if "CI" in os.environ else pytest.skip)(f"{what} is not installed")
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    try:
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-    except ImportError:
-        _missing("selenium")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    driver_path = shutil.which("chromedriver")
-    if not chromium or not driver_path:
-        _missing("Chromium or chromedriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    flags = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking"
-    for flag in [*flags.split(), "disable-component-update", "disable-sync"]:
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(driver_path))
+    driver = open_browser(tmp_path_factory.mktemp("chromium"))
     yield driver
     driver.quit()
 
@@ -46,25 +24,9 @@ def address(tmp_path_factory, comparison):
 @pytest.fixture
 def page(browser, address):
     """The page, new, at a desk's width and in light colours."""
-    _show(browser, address)
+    show(browser, address)
     yield browser
     browser.execute_script("localStorage.clear()")
-
-
-def _show(browser, address, width=1280, scheme="light"):
-    scheme_feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme_feature]})
-    size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    browser.get(address)
-    _wait_for_charts(browser)
-
-
-def _wait_for_charts(browser):
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    drawn = "return 'drawn' in document.documentElement.dataset"
-    WebDriverWait(browser, 30).until(lambda b: b.execute_script(drawn))
 
 
 def _click(browser, selector):
@@ -151,14 +113,14 @@ def test_the_theme_turns_page_and_charts(page):
     dark = colours()
     assert all(one != other for one, other in zip(light, dark, strict=True))
     page.refresh()
-    _wait_for_charts(page)
+    wait_until_drawn(page)
     assert colours() == dark  # the choice is kept
     _click(page, "#theme")
     assert colours() == light
 
 
 def test_the_theme_follows_the_system(page, address):
-    _show(page, address, scheme="dark")
+    show(page, address, scheme="dark")
     theme = "return document.documentElement.dataset.theme"
     assert page.execute_script(theme) == "dark"
     light = {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
@@ -217,7 +179,7 @@ def test_what_is_out_of_view_can_be_shown(page):
 
 
 def test_a_phone_scrolls_only_down(page, address):
-    _show(page, address, width=375)
+    show(page, address, width=375)
     page.execute_script("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
     width, seen, scroll = page.execute_script(
         "const root = document.documentElement;"
@@ -241,7 +203,7 @@ def test_a_phone_scrolls_only_down(page, address):
 
 
 def test_a_sweep_is_drawn(page, tmp_path):
-    _show(page, report.write_report(sample_sweep(), tmp_path / "sweep.html").as_uri())
+    show(page, report.write_report(sample_sweep(), tmp_path / "sweep.html").as_uri())
     points = page.execute_script(
         "return [0, 1, 2].map((i) => document.querySelectorAll(`#sweep-${i} .point`).length)"
     )
@@ -255,7 +217,7 @@ def test_a_single_l0_is_in_the_middle_of_the_axis(page, comparison, tmp_path):
         for part in ("rows", "runs", "tests")
     }
     path = report.write_report(comparison.model_copy(update=one), tmp_path / "one.html")
-    _show(page, path.as_uri())
+    show(page, path.as_uri())
     ticks = page.execute_script(
         "return [...document.querySelectorAll('#pareto-mcc .xtick text')].map((t) => t.textContent)"
     )
