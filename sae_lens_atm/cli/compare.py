@@ -86,7 +86,7 @@ def _carry_out(
         device = comparison.planned[0].run.runner.device
         warn_if_busy(device, threads or threads_per_job(jobs))
     try:
-        with RunsProgress(console, len(to_do), sum(job.steps for job in to_do)) as progress:
+        with RunsProgress(console, to_do) as progress:
             results = compare(comparison, jobs, progress, cluster=cluster, threads=threads)
     except Interrupted:
         _print_and_write(summarise(comparison, {}), comparison.output)

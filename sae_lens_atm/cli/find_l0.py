@@ -48,7 +48,7 @@ def find_l0_of_file(
     def on_round(name: str, to_do: Sequence[Job]) -> RunsProgress:
         if to_do:
             console.print(f"{name}: {len(to_do)} jobs", highlight=False, markup=False)
-        return RunsProgress(console, len(to_do), sum(job.steps for job in to_do))
+        return RunsProgress(console, to_do)
 
     found = find_l0(searches, jobs, on_round, threads=threads)
     console.print(answers_table(found))

@@ -1,7 +1,7 @@
 """Progress of long work: a bar on a terminal, lines in a log file. And tables of figures."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -151,17 +151,17 @@ class RunsProgress:
 
     Args:
         console: where to print.
-        runs: number of runs.
-        steps: number of steps of all runs.
+        jobs: all jobs. The time left is estimated from the steps of those that no others need: a
+            step of training takes another time than a step of reading texts.
     """
 
-    def __init__(self, console: Console, runs: int, steps: int) -> None:
+    def __init__(self, console: Console, jobs: Sequence[Job]) -> None:
         self._console = console
-        self._runs = runs
-        self._steps = max(steps, 1)
+        self._runs = len(jobs)
+        self._steps = max(sum(job.steps for job in jobs if not job.needed), 1)
         self._done = 0
         self._ended = 0
-        self._start = time.monotonic()
+        self._start = 0.0
         self._started: dict[str, float] = {}
         self._bar = RichProgress(
             TextColumn("{task.description}", markup=False),
@@ -187,13 +187,17 @@ class RunsProgress:
         if not self._started and not self._console.is_terminal:
             self._console.print(f"{job.label}: started", highlight=False)
         self._started[job.label] = time.monotonic()
+        if not job.needed and not self._start:
+            self._start = self._started[job.label]
         self._tasks[job.label] = self._bar.add_task(job.label, total=max(job.steps, 1))
 
     def advanced(self, job: Job, steps: int) -> None:
         """Count steps of a run."""
+        self._bar.update(self._tasks[job.label], advance=steps, description=job.label)
+        if job.needed:
+            return
         self._done += steps
         self._bar.advance(self._all, steps)
-        self._bar.update(self._tasks[job.label], advance=steps, description=job.label)
         before, now = (10 * (self._done - n) // self._steps for n in (steps, 0))
         if now > before and not self._console.is_terminal:
             self._console.print(f"{10 * now}% of all steps{self._time_left()}", highlight=False)

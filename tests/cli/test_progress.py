@@ -78,7 +78,7 @@ def test_sparse_activations_have_an_l0_too():
 def test_runs_are_counted_and_their_errors_printed():
     log = console()
     jobs = [Job(f"run {i}", 100, None) for i in range(2)]
-    with RunsProgress(log, 2, 200) as progress:
+    with RunsProgress(log, jobs) as progress:
         for job, error in zip(jobs, (None, "ValueError: bad"), strict=True):
             progress.started(job)
             progress.advanced(job, 100)
@@ -94,8 +94,27 @@ def test_runs_are_counted_and_their_errors_printed():
     assert lines[1].endswith("min left")
 
 
+@pytest.mark.usefixtures("clock")
+def test_the_time_left_is_that_of_the_training_steps():
+    log = console()
+    reading, *runs = [Job(f"job {i}", 100, None, needed=i == 0) for i in range(3)]
+    with RunsProgress(log, [reading, *runs]) as bar:
+        bar.started(reading)
+        for _ in range(1000):
+            progress.time.monotonic()  # reading takes 1,000 seconds
+        bar.advanced(reading, 100)
+        bar.ended(reading, None)
+        bar.started(runs[0])
+        for _ in range(119):
+            progress.time.monotonic()
+        bar.advanced(runs[0], 100)
+    lines = text_of(log).splitlines()
+    assert lines[1] == "[1/3] job 0: 1001 s"
+    assert lines[2] == "50% of all steps, about 2 min left"
+
+
 def test_nothing_to_train_is_no_division_by_zero():
-    with RunsProgress(console(), 0, 0):
+    with RunsProgress(console(), []):
         pass
 
 
@@ -139,7 +158,7 @@ def test_a_terminal_gets_a_bar_before_step_1():
 @pytest.mark.usefixtures("clock")
 def test_phases_of_runs_are_shown_with_their_names():
     log, job = console(), Job("run 0", 100, None)
-    with RunsProgress(log, 1, 100) as progress:
+    with RunsProgress(log, [job]) as progress:
         progress.started(job)
         progress.is_in(job, Phase("loading"))
         progress.is_in(job, Phase("filling", 8, 8, "batches"))
@@ -151,7 +170,7 @@ def test_phases_of_runs_are_shown_with_their_names():
 
 def test_phases_of_runs_are_on_their_bars():
     screen, job = console(terminal=True), Job("run 0", 100, None)
-    with RunsProgress(screen, 1, 100) as progress:
+    with RunsProgress(screen, [job]) as progress:
         progress.started(job)
         progress.is_in(job, Phase("filling", 3, 8, "batches"))
     assert "run 0: filling: 3 of 8 batches" in text_of(screen)
@@ -216,7 +235,7 @@ def test_a_table_without_figures(columns):
 def test_the_name_of_a_run_is_no_markup():
     screen = console(terminal=True)
     job = Job("a[/b] :star:, L0 4, seed 0", 100, None)
-    with RunsProgress(screen, 1, 100) as progress:
+    with RunsProgress(screen, [job]) as progress:
         progress.started(job)
         progress.advanced(job, 50)
     assert job.label in text_of(screen)
