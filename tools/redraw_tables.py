@@ -18,6 +18,8 @@ from typing import Annotated, Any
 import typer
 
 from sae_lens_atm.compare import read_results
+from sae_lens_atm.compare.find_l0 import FoundL0
+from sae_lens_atm.compare.find_l0.minimum import mean_curve
 from sae_lens_atm.compare.report.tables import markdown
 from sae_lens_atm.metrics.figures import ARROWS, FIGURES, figure
 
@@ -113,6 +115,23 @@ def glossary(_: str) -> str:
     return "\n".join(["| figure | in results.json | definition |", "|---|---|---|", *rows])
 
 
+def found_l0(path: str) -> str:
+    """Return the answers of `find-l0`, and what makes each unsure."""
+    lines = [
+        "| architecture | L0 | 95% interval | c_dec | unsure because |",
+        "|---|--:|--:|--:|---|",
+    ]
+    for name, content in load(path)["entries"].items():
+        answer = FoundL0.model_validate(content)
+        least = min(mean_curve(answer.rounds[-1].values).values())
+        reasons = "; ".join(answer.problems) or "-"
+        lines.append(
+            f"| {name} | {answer.l0:.2f} | {answer.low:.2f} to {answer.high:.2f} | {least:.4f} "
+            f"| {reasons} |"
+        )
+    return "\n".join(lines)
+
+
 KINDS: dict[str, Callable[[str], str]] = {
     "table": comparison,
     "targets": targets,
@@ -121,6 +140,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "implied": implied,
     "spelling": spelling,
     "glossary": glossary,
+    "found_l0": found_l0,
     "steps": script("step_time", "table"),
     "baselines": script("baselines", "table"),
     "sentence": script("step_time", "sentence"),

@@ -321,9 +321,14 @@ def test_the_theme_turns_and_is_kept(page):
     focus(page, "#theme").send_keys(ENTER)
     dark = colours()
     assert all(one != other for one, other in zip(light, dark, strict=True))
-    page.refresh()
-    wait_until_drawn(page)
-    assert colours() == dark
+
+    def after_a_refresh():
+        page.refresh()
+        wait_until_drawn(page)
+        return colours()
+
+    # On a busy machine, Chromium may load the page before it has stored what the last one wrote.
+    assert dark in (after_a_refresh(), after_a_refresh())
 
 
 def test_a_phone_scrolls_only_down(page, address):
