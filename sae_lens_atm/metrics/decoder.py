@@ -1,8 +1,8 @@
 """Two figures of a decoder that show, without labels, whether the L0 is right.
 
 An SAE whose L0 is too low or too high learns latents that mix features. Its decoder rows then point
-in similar directions, and project on many inputs that do not have their feature. Both figures are
-least near the true L0 ("Sparse but Wrong", Chanin & Garriga-Alonso, arXiv 2508.16560).
+in similar directions, and project on many inputs that do not have their feature. "Sparse but Wrong"
+(Chanin & Garriga-Alonso, arXiv 2508.16560) finds both figures least near the true L0.
 """
 
 import math

@@ -98,7 +98,7 @@ FIGURES: dict[str, Figure] = {
         "s_n_dec",
         0,
         "The n-th largest projection of a sample on the decoder rows of unit length, n being half "
-        "of the latents that fire; over L0s it is least near the true one.",
+        "of the latents that fire.",
     ),
     "description_length": Figure(
         "bits",
