@@ -145,6 +145,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "baselines": script("baselines", "table"),
     "sentence": script("step_time", "sentence"),
     "evaluation": script("evaluation_cost", "table"),
+    "cache": script("cache_speed", "table"),
     "growth": script("step_time", "growth_table"),
     "carried": script("scaling", "carried"),
     "sharded": script("scaling", "sharded"),
