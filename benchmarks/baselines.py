@@ -3,9 +3,9 @@
     python benchmarks/baselines.py                    # shape C, on one CPU thread
     python benchmarks/baselines.py --only ortsae --only tree_sae
 
-The architectures take turns in one process, so that other work of the machine slows all of them
-equally. The script prints medians relative to SAELens' `batchtopk`, with the first and third
-quartile of the ratios of a turn.
+The architectures take turns in one process. Other work of the machine then slows all of them
+equally. The script prints the median time of each, divided by that of SAELens' `batchtopk`. The
+range is the first and third quartile of the ratios of single turns.
 """
 
 import json

@@ -36,7 +36,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_atm.baselines.shared import require
+from sae_lens_atm.baselines.shared import require, require_one_scale
 
 _TINY = 1e-8
 
@@ -68,9 +68,7 @@ class ArchetypalTrainingSAEConfig(TopKTrainingSAEConfig):
     def __post_init__(self) -> None:
         require(self, "archetypal_points", self.archetypal_points >= 1, "1 or more")
         require(self, "archetypal_delta", 0 <= self.archetypal_delta <= 1e6, "from 0 to 1e6")
-        supported = ("none", "expected_average_only_in")
-        allowed = f"one of {', '.join(supported)}"
-        require(self, "normalize_activations", self.normalize_activations in supported, allowed)
+        require_one_scale(self)
         super().__post_init__()
 
 

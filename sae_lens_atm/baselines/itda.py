@@ -35,7 +35,7 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput, TrainStepO
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_atm.baselines.shared import require
+from sae_lens_atm.baselines.shared import require, require_one_scale
 from sae_lens_atm.method.buffers import ExactBuffers
 
 _AT_ONCE = 32
@@ -78,9 +78,7 @@ class ITDATrainingSAEConfig(TrainingSAEConfig):
     @override
     def __post_init__(self) -> None:
         require(self, "itda_threshold", 0 <= self.itda_threshold <= 1, "from 0 to 1")
-        supported = ("none", "expected_average_only_in")
-        allowed = f"one of {', '.join(supported)}"
-        require(self, "normalize_activations", self.normalize_activations in supported, allowed)
+        require_one_scale(self)
         super().__post_init__()
 
 

@@ -36,7 +36,7 @@ from sae_lens.saes.sae import SAE
 from torch import Tensor, nn
 from typing_extensions import override
 
-from sae_lens_atm.baselines.shared import require
+from sae_lens_atm.baselines.shared import require, require_one_scale
 
 
 @dataclass
@@ -83,9 +83,7 @@ class KronTrainingSAEConfig(TopKTrainingSAEConfig):
         allowed = f"1 or more, and kron_m kron_n a divisor of d_sae = {self.d_sae}"
         require(self, "kron_n", fits, allowed)
         require(self, "rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm, "true")
-        supported = ("none", "expected_average_only_in")
-        allowed = f"one of {', '.join(supported)}"
-        require(self, "normalize_activations", self.normalize_activations in supported, allowed)
+        require_one_scale(self)
         super().__post_init__()
 
 

@@ -15,6 +15,13 @@ def require(cfg: Any, name: str, holds: bool, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {getattr(cfg, name)!r}")
 
 
+def require_one_scale(cfg: Any) -> None:
+    """Raise a `ValueError` unless all inputs are scaled by one factor, or not at all."""
+    supported = ("none", "expected_average_only_in")
+    is_supported = cfg.normalize_activations in supported
+    require(cfg, "normalize_activations", is_supported, f"one of {', '.join(supported)}")
+
+
 class CountsSteps(ExactBuffers):
     """Counts training steps in a buffer, which checkpoints hold and saved SAEs do not.
 

@@ -81,7 +81,7 @@ def decoder_of_activations(sae: SAE[Any]) -> Tensor:
 def decoder_figures(
     sae: SAE[Any], alive: Tensor, x: Tensor | None, acts: Tensor | None = None
 ) -> dict[str, float]:
-    """Return figures that depend on the L0, and are least at some L0 or rise with it.
+    """Return the figures by which an L0 can be chosen without labels.
 
     Args:
         sae: the SAE.

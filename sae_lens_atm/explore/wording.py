@@ -81,9 +81,10 @@ def meanings(words: Words) -> dict[str, str]:
 def parents_found_here(units: str) -> str:
     """Return where the parents on the page are from, if the page found them."""
     return (
-        f"Found on the {units} of this page, by the rule of ATM: a latent implies a more "
-        "important one if the inputs on which it fires contain the other's direction, above the "
-        f"average input, at least {TAU} times as much as the inputs on which the other fires. "
+        f"Found on the {units} of this page, by the rule of ATM. A latent implies a more "
+        "important one if the inputs on which it fires contain the other's direction. They must "
+        "contain it, above the average input, at least "
+        f"{TAU} times as much as the inputs on which the other fires. "
         f"Left out are dense parents, and pairs with a lift below {MIN_LIFT:g} and a cosine below "
         f"{MIN_COSINE:g}."
     )

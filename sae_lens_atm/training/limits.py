@@ -96,7 +96,12 @@ def check_limits(values: dict[str, Any]) -> None:
     """
     found = [_limit_broken(name, _value(values, name), limit) for name, limit in _LIMITS.items()]
     found += [_device_broken(name, _value(values, name)) for name in _DEVICES]
-    found.append(_slice_broken(values.get("seqpos_slice"), values.get("context_size", 128)))
+    found.append(
+        _slice_broken(
+            values.get("seqpos_slice"),
+            values.get("context_size", LanguageModelSAERunnerConfig.context_size),
+        )
+    )
     found += [_choice_broken(name, values.get(name), allowed) for name, allowed in _CHOICES.items()]
     lines = [line for line in found if line]
     if lines:

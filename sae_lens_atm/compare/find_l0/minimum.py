@@ -90,7 +90,7 @@ def vertex(curve: Mapping[float, float]) -> float:
     # f(u) = p u^2 + q u with f(a) = up and f(b) = down has its minimum at -q / (2 p).
     p = (up / a - down / b) / (a - b)
     q = up / a - p * a
-    return best * math.exp(-q / (2 * p)) if p > 0 else best
+    return best * math.exp(-q / (2 * p)) if 0 < p < math.inf else best
 
 
 def mean_curve(values: Mapping[float, Mapping[int, float]]) -> dict[float, float]:

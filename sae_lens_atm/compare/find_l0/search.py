@@ -9,6 +9,7 @@
 The answer is the minimum of the last round. What makes it unsure is told with it.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ class Measured(NamedTuple):
     """One trained SAE."""
 
     value: float
+    """Infinite if the figure cannot be measured."""
     moving: bool
     """Whether it still changed at the end of its training."""
 
@@ -147,7 +149,8 @@ def _by_l0(found: Mapping[tuple[float, int], Measured]) -> dict[float, dict[int,
 
 
 def _as_round(length: float, found: Mapping[tuple[float, int], Measured]) -> Round:
-    values = _by_l0(found)
+    # Without two latents that fire there is no value. JSON has no infinity, either.
+    values = _by_l0({key: one for key, one in found.items() if math.isfinite(one.value)})
     return Round(
         length=length,
         l0=vertex(mean_curve(values)),

@@ -54,6 +54,7 @@ def test_the_vertex_of_a_parabola_is_exact(best):
 def test_the_vertex_at_an_edge_or_of_a_plateau():
     assert vertex({2.0: 1, 4.0: 2, 8.0: 3}) == 2
     assert vertex({2.0: 1, 4.0: 1, 8.0: 1}) == 2
+    assert vertex({1.0: math.inf, 2.0: 1, 4.0: 2}) == 2
 
 
 def test_the_mean_over_seeds():

@@ -98,6 +98,17 @@ def test_what_makes_an_answer_unsure_is_told(bench, seeds, message):
     assert any(message in problem for problem in found.problems), found.problems
 
 
+def test_an_l0_without_a_value_is_left_out():
+    class Dead(Bench):
+        def value(self, length, l0, seed):
+            return math.inf if l0 < 3 else super().value(length, l0, seed)
+
+    found = search(Dead(4.2), [0, 1], WIDE)
+    assert found.l0 == pytest.approx(4.2, rel=0.02)
+    assert all(min(one.values) >= 3 for one in found.rounds)
+    assert FoundL0.model_validate_json(found.model_dump_json()) == found
+
+
 def test_the_interval_stays_within_the_limits():
     found = search(Bench(4, noise=0.3), [0, 1], Limits(3, 6))
     assert (found.low, found.high) == (3, 6)

@@ -10,21 +10,7 @@ from sae_lens_atm.errors import Interrupted, SettingsError
 from sae_lens_atm.training.found_l0 import FILENAME
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import load_run
-
-
-class Silent:
-    """Shows no progress."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def started(self, job): ...
-    def advanced(self, job, steps): ...
-    def is_in(self, job, phase): ...
-    def ended(self, job, error): ...
+from tests.compare.silent import Silent
 
 
 class Rounds:

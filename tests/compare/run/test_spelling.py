@@ -7,6 +7,7 @@ from sae_lens_atm.compare.report.results import Entry, Run
 from sae_lens_atm.compare.report.summary import make_rows, make_tests
 from sae_lens_atm.compare.report.tables import markdown, row_tables
 from sae_lens_atm.errors import SettingsError
+from tests.compare.silent import Silent
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +36,6 @@ architectures:
 """
     )
     return path
-
-
-class Silent:
-    def started(self, job): ...
-    def advanced(self, job, steps): ...
-    def is_in(self, job, phase): ...
-    def ended(self, job, error): ...
 
 
 @pytest.fixture(scope="module")
