@@ -77,6 +77,8 @@ def draw_chart(name: str, rows: Sequence[Mapping[str, Any]]) -> Chart | None:
     if values[-1] > lowest > min(values):
         values, cut = [max(value, lowest) for value in values], True
     low, high = min(values), max(values)
+    if low == high:  # the axis of a constant begins or ends at 0
+        low, high = min(low, 0), max(high, 0) or 1
     logarithmic = 0 < _LOGARITHMIC * low <= high
     scale = math.log if logarithmic else float
     span = (scale(high) - scale(low)) or 1.0

@@ -61,6 +61,19 @@ def test_a_chart_ends_at_its_values():
     assert not chart.logarithmic
 
 
+@pytest.mark.parametrize(
+    ("value", "ends", "is_low"),
+    [(0, ("0", "1"), True), (2.0, ("0", "2"), False), (-3.0, ("-3", "1"), True)],
+)
+def test_the_axis_of_a_constant_has_two_ends(value, ends, is_low):
+    chart = draw_chart("l0", history(l0=[value, value]))
+    assert chart is not None
+    assert (chart.low, chart.high) == ends
+    bottom = places(draw_chart("l0", history(l0=[2.0, 1.0])))[1][1]
+    assert all((y == bottom) == is_low for _, y in places(chart))
+    assert not chart.logarithmic
+
+
 def test_a_loss_that_falls_far_has_a_logarithmic_axis():
     chart = draw_chart("loss", history(loss=[100.0, 10.0, 1.0]))
     assert chart is not None
