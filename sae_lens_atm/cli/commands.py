@@ -274,6 +274,10 @@ def explore(
     max_size: Annotated[
         float, typer.Option(min=0, help="Largest size of the file in MB. It decides the contexts.")
     ] = 20.0,
+    neuronpedia: Annotated[
+        Path | None,
+        typer.Option(help="Also write the latents into this folder, for Neuronpedia."),
+    ] = None,
     threads: Threads = None,
 ) -> None:
     """Write a page on which a person looks at the latents of an SAE and at their hierarchy.
@@ -286,7 +290,9 @@ def explore(
         load_plugins()
         from sae_lens_atm.cli.explore import explore_on_file
 
-        explore_on_file(sae, on, overrides or [], output, tokens, max_size, beside, threads)
+        explore_on_file(
+            sae, on, overrides or [], output, tokens, max_size, beside, neuronpedia, threads
+        )
 
 
 def inspect(sae: Reference) -> None:

@@ -23,6 +23,7 @@ def explore_on_file(
     tokens: int,
     megabytes: float,
     beside: str | None = None,
+    neuronpedia: Path | None = None,
     threads: int | None = None,
 ) -> None:
     """Write the page of an SAE, or of two, on the data of a configuration file."""
@@ -43,5 +44,9 @@ def explore_on_file(
                 bar.reset(task, description=phase.what)
             bar.update(task, completed=phase.done, total=phase.total or None)
 
-        path = explore(sae, data.run, output, tokens, megabytes, letters, beside, on_phase)
+        path = explore(
+            sae, data.run, output, tokens, megabytes, letters, beside, neuronpedia, on_phase
+        )
     console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", highlight=False)
+    if neuronpedia is not None:
+        console.print(f"wrote {neuronpedia}, in the format of SAEDashboard", highlight=False)

@@ -21,6 +21,7 @@ from sae_lens_atm.explore.hierarchy import (
 )
 from sae_lens_atm.explore.latents import DENSE, Latents, describe_latents
 from sae_lens_atm.explore.letters import Letter
+from sae_lens_atm.explore.over_training import OverTraining
 from sae_lens_atm.explore.page import page_html
 from sae_lens_atm.explore.promoted import Promoted
 from sae_lens_atm.explore.reading import Reading, Sparse
@@ -48,6 +49,7 @@ class Subject(NamedTuple):
     sae: SAE[Any]
     found: FoundParents | None
     """The parents from a checkpoint."""
+    over_training: OverTraining | None = None
 
 
 class Described(NamedTuple):
@@ -121,7 +123,7 @@ def write_page(
     size = 0.0
     for amount in _AMOUNTS:
         on_phase(Phase("writing the page"))
-        saes = [_shown(one, material, amount) for one in described]
+        saes = [_shown(*one, material, amount) for one in zip(subjects, described, strict=True)]
         if len(described) > 1:
             _add_matches(saes, described, material.context_size)
         data = {
@@ -145,7 +147,7 @@ def write_page(
     )
 
 
-def _shown(one: Described, material: Material, amount: Amount) -> dict[str, Any]:
+def _shown(subject: Subject, one: Described, material: Material, amount: Amount) -> dict[str, Any]:
     strings, size = material.strings, material.context_size
     promoted = one.promoted
     if promoted is not None:
@@ -161,8 +163,16 @@ def _shown(one: Described, material: Material, amount: Amount) -> dict[str, Any]
         "pair_examples": find_pair_examples(one.reading, one.pairs, size, amount),
         "parents_from": one.parents_from,
         "letters": one.letters,
+        "over_training": _of_this_width(subject.over_training, one),
         "matches": None,
     }
+
+
+def _of_this_width(recorded: OverTraining | None, one: Described) -> OverTraining | None:
+    """Return the record of training, unless it is of another SAE, as in a folder used twice."""
+    if recorded is not None and len(recorded.importance) == len(one.latents.importance):
+        return recorded
+    return None
 
 
 def _add_matches(

@@ -16,6 +16,13 @@ from sae_lens_atm.explore.content import Described, Material, Subject, describe,
 from sae_lens_atm.explore.examples import WINDOW
 from sae_lens_atm.explore.found_parents import found_in_training
 from sae_lens_atm.explore.letters import LetterSource, describe_letters, read_letters
+from sae_lens_atm.explore.neuronpedia import (
+    LogitHistograms,
+    Source,
+    check_export,
+    write_neuronpedia,
+)
+from sae_lens_atm.explore.over_training import over_training
 from sae_lens_atm.explore.promoted import Promoted, promoted_tokens
 from sae_lens_atm.explore.reading import LONGEST, Reading, read_tokens
 from sae_lens_atm.explore.samples import (
@@ -49,6 +56,7 @@ def explore(
     megabytes: float = MEGABYTES,
     letters: LetterSource | None = None,
     beside: str | SAE[Any] | None = None,
+    neuronpedia: str | Path | None = None,
     on_phase: OnPhase = unseen,
 ) -> Path:
     """Write the page of an SAE, and return its path.
@@ -61,20 +69,26 @@ def explore(
         megabytes: largest size of the file. A smaller page shows fewer contexts.
         letters: also show first letters, with these settings. Only for a language model.
         beside: another SAE of the same activations, to compare with.
+        neuronpedia: also write the latents of `sae` into this folder, in the format of
+            SAEDashboard. Only for a language model.
         on_phase: is called often with what is done. It may raise an error to stop.
 
     Raises:
         SettingsError: the SAE cannot be loaded, was trained on other activations than the run's, or
-            the page does not fit into `megabytes`.
+            the page does not fit into `megabytes`. Or `neuronpedia` has files, or the data is
+            synthetic.
     """
     check_devices(run)
+    folder = None if neuronpedia is None else Path(neuronpedia)
+    if folder is not None:
+        check_export(folder, run)
     subjects = [_subject(one, run) for one in (sae, beside) if one is not None]
     if len(subjects) > 1 and subjects[0].name == subjects[1].name:
         subjects = [
             one._replace(name=f"{one.name} ({at})") for one, at in zip(subjects, "AB", strict=True)
         ]
     if isinstance(run, LanguageModelRun):
-        described, material = _on_text(subjects, run, tokens, letters, on_phase)
+        described, material = _on_text(subjects, run, tokens, letters, folder, on_phase)
     else:
         described, material = _on_samples(subjects, run, tokens, on_phase)
     return write_page(subjects, described, material, Path(output), megabytes, on_phase)
@@ -83,7 +97,8 @@ def explore(
 def _subject(sae: str | SAE[Any], run: Run) -> Subject:
     if not isinstance(sae, str):
         return _checked(Subject(type(sae).__name__, sae, None), run)
-    return _checked(Subject(_short(sae), load_sae(sae), found_in_training(sae)), run)
+    found = Subject(_short(sae), load_sae(sae), found_in_training(sae), over_training(sae))
+    return _checked(found, run)
 
 
 def _short(reference: str) -> str:
@@ -106,6 +121,7 @@ def _on_text(
     run: LanguageModelRun,
     number: int,
     letters: LetterSource | None,
+    neuronpedia: Path | None,
     on_phase: OnPhase,
 ) -> tuple[list[Described], Material]:
     cfg = run.runner
@@ -119,10 +135,17 @@ def _on_text(
     tokens = tokens_of(run, model, number)
     readings = read_tokens([subject.sae for subject in subjects], tokens, on_phase)
     flat, notices = tokens.ids.ravel(), list[str]()
+    logits = LogitHistograms()
     described: list[Described] = []
     for subject, reading in zip(subjects, readings, strict=True):
+        is_exported = neuronpedia is not None and not described
         promoted = promoted_tokens(
-            model, cfg.hook_name, cfg.model_kwargs, reading.decoder, on_phase
+            model,
+            cfg.hook_name,
+            cfg.model_kwargs,
+            reading.decoder,
+            on_phase,
+            logits.add if is_exported else None,
         )
         seen = flat[reading.places]
         ones = (np.ones(len(seen), np.float32), (seen, np.arange(len(seen))))
@@ -154,6 +177,18 @@ def _on_text(
         "around": WINDOW,
     }
     texts = text_of(getattr(model, "tokenizer", None), strings.used)
+    if neuronpedia is not None:
+        write_neuronpedia(
+            neuronpedia,
+            Source(subjects[0].name, Path(cfg.model_name).name, cfg.hook_name, cfg.dataset_path),
+            described[0].reading,
+            described[0].latents,
+            described[0].promoted,
+            logits,
+            tokens.ids,
+            dict(zip(strings.used.tolist(), texts, strict=True)),
+            on_phase,
+        )
     facts = {
         "model": f"{Path(cfg.model_name).name} at {cfg.hook_name}",
         "tokens": f"{reading.rows:,}, of {Path(cfg.dataset_path).name}",

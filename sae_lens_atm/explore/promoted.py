@@ -1,5 +1,6 @@
 """Which next tokens a latent promotes and suppresses, straight through the unembedding."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ def promoted_tokens(
     model_kwargs: dict[str, Any],
     decoder: Tensor,
     on_phase: OnPhase,
+    on_logits: Callable[[Tensor], None] | None = None,
 ) -> Promoted | None:
     """Return the tokens whose logits each decoder row raises and lowers most.
 
@@ -43,6 +45,7 @@ def promoted_tokens(
         model_kwargs: more arguments of the model's forward pass.
         decoder: the decoder rows, shape ``(d_sae, d_in)``.
         on_phase: is called before each part.
+        on_logits: is called with the logits of each part, shape ``(rows, vocabulary)``.
 
     Returns:
         None if the model is built in an unknown way, or the rows are no vectors of its residual
@@ -64,6 +67,8 @@ def promoted_tokens(
         logits = rows[start : start + size] @ weight.T
         # A number that is added to all logits changes no prediction.
         logits = logits - logits.mean(1, keepdim=True)
+        if on_logits is not None:
+            on_logits(logits)
         high, low = logits.topk(most, dim=1), logits.topk(most, dim=1, largest=False)
         found.append((high.indices, high.values, low.indices, low.values))
     on_phase(Phase("promoted tokens", len(rows), len(rows), "latents"))

@@ -69,6 +69,8 @@ def meanings(words: Words) -> dict[str, str]:
         "absorbed share": f"The share of the child's {units} on which it absorbs the parent.",
         "match": "The largest cosine of the decoder row with the decoder rows of the other SAE's "
         f"latents that fire. From {SAME:g} on, both SAEs count as having the latent.",
+        "over training": "At some steps of the run: importance and its threshold, on a logarithmic "
+        "axis, and the probability with which a step's mask turns the latent off.",
         "nearest rows": "The latents whose decoder rows have the largest cosine with this one.",
         "promoted tokens": "Cosines of the decoder row with the true features."
         if words is SAMPLES

@@ -34,6 +34,7 @@ from sae_lens_atm.training.hooks import (
     StopRequest,
     StopRequested,
 )
+from sae_lens_atm.training.latent_history import LatentHistory, curve_points
 from sae_lens_atm.training.parallel import AcrossRanks, RankExchange
 from sae_lens_atm.training.ranks import Ranks
 from sae_lens_atm.training.run_file import Run
@@ -184,7 +185,12 @@ class RunContext(NamedTuple):
         if self.writes:
             self.last_batch.trainer = trainer
             folder = Path(run.runner.output_path or "")
-            observers = [self.last_batch, History(trainer, folder, self.checkpoint)]
+            points = curve_points(trainer.cfg.total_training_steps)
+            observers = [
+                self.last_batch,
+                History(trainer, folder, self.checkpoint),
+                LatentHistory(trainer, folder, points, self.checkpoint),
+            ]
         if self.on_step is not None:
             observers.append(StepCallback(trainer, self.on_step))
         return fit(

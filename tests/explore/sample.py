@@ -90,6 +90,7 @@ def write_sample(
     megabytes=20,
     letters=None,
     beside=None,
+    over_training=None,
 ):
     """Write a page of a reading, or of two. Token 3 is `ODD`, the others are words."""
     readings = [family() if reading is None else reading, *([] if beside is None else [beside])]
@@ -102,7 +103,9 @@ def write_sample(
         shape = (len(one.decoder), 1)
         logits = np.tile(np.linspace(2, 1, 8, dtype=np.float32), shape)
         of_rows = Promoted(np.tile(tokens, shape), logits, np.tile(tokens + 20, shape), -logits)
-        subject = Subject(name if place == 0 else "other", linear_sae(one.decoder), found)
+        subject = Subject(
+            name if place == 0 else "other", linear_sae(one.decoder), found, over_training
+        )
         subjects.append(subject)
         shown = of_rows if promoted else None
         content = describe(subject, one, occurs, shown, TEXT, lambda _: None)

@@ -9,6 +9,7 @@ import torch
 from sae_lens_atm.explore import explore
 from sae_lens_atm.explore.found_parents import FoundParents
 from sae_lens_atm.explore.letters import Letter, MissedWord
+from sae_lens_atm.explore.over_training import OverTraining
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run
 from tests.browser import open_browser, show, wait_until_drawn
@@ -362,3 +363,30 @@ def test_16k_latents_open_in_3_seconds(page, tmp_path):
     focus(page, "th[data-key=mean] button").send_keys(ENTER)
     assert len(latents(page)) > 10
     assert time.monotonic() - start < 1
+
+
+def test_importance_and_masking_over_training(browser, tmp_path):
+    points = 5
+    importance = np.full((12, points), 200, np.uint8)
+    importance[CHILD] = [0, 1, 100, 150, 255]
+    masked = np.zeros((12, points), np.uint8)
+    masked[CHILD] = [0, 255, 255, 0, 0]
+    steps = np.array([10, 20, 30, 40, 1050], np.uint32)
+    record = OverTraining(steps, importance, masked, np.array([0, 1, 1, 2, 2], np.float32))
+    path = write_sample(tmp_path / "page.html", over_training=record)
+    show(browser, f"{path.as_uri()}#latent={CHILD}")
+    label = browser.execute_script(
+        "return document.querySelector('svg.curve').getAttribute('aria-label')"
+    )
+    assert label == (
+        f"Importance of latent {CHILD} at the end 1,000, masked with a mean probability of 40%"
+    )
+    line = browser.execute_script(
+        "return document.querySelector('svg.curve .importance').getAttribute('d')"
+    )
+    assert line.count("M") == 1  # the first point has no importance, and the line starts behind it
+    assert line.count("L") == 3
+    drawn = "return document.querySelector('svg.curve').textContent"
+    assert "1,050" in browser.execute_script(drawn)
+    show(browser, write_sample(tmp_path / "other.html").as_uri())
+    assert "Over training" not in text(browser, "#card")

@@ -1,4 +1,4 @@
-"""The curve of a run: figures, importance and times recorded at some of its training steps."""
+"""The curve of a run: figures and times recorded at some of its training steps."""
 
 import math
 import sys
@@ -16,15 +16,16 @@ from sae_lens.util import cosine_similarities
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.report.results import Curve, Importance
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.synthetic import children_of
 from sae_lens_atm.evaluation.synthetic import decoder_of_activations, is_signed
 from sae_lens_atm.metrics import Absorption, decoder_cosine
 from sae_lens_atm.metrics.absorption import LEARNED_COSINE
-from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 from sae_lens_atm.sae.forward_pass import mean_l0
 from sae_lens_atm.training.hooks import StepTimer
+from sae_lens_atm.training.latent_history import LatentHistory
 from sae_lens_atm.training.supervise import Hook, Step
 
 HISTORY = "history.pt"
@@ -78,7 +79,7 @@ class HeldOutBatch:
 
 
 class CurveRecorder(Hook):
-    """Records figures and importance at some steps of a training."""
+    """Records figures at some steps of a training."""
 
     def __init__(
         self,
@@ -99,8 +100,6 @@ class CurveRecorder(Hook):
         self._trainer, self._points = trainer, set(points)
         self._timer, self._held_out, self._controller = timer, held_out, controller
         self._curve: dict[str, list[float]] = {"steps": []}
-        self._importance: list[Tensor] = []
-        self._thresholds: list[float] = []
         self._batch = torch.empty(0)
         self._seconds_before = 0.0
         self._memory_before = peak_resident_mib()
@@ -138,10 +137,6 @@ class CurveRecorder(Hook):
             figures["coefficient"] = self._controller.value
         for name, value in figures.items():
             self._curve.setdefault(name, []).append(value)
-        if isinstance(sae, ATMTrainingSAE):
-            mask = sae.draw_mask()
-            self._importance.append(mask.importance.detach().cpu())
-            self._thresholds.append(mask.threshold.item())
         if sae.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(sae.device)
 
@@ -171,37 +166,10 @@ class CurveRecorder(Hook):
         """Return the figures at the recorded steps."""
         return Curve.model_validate(self._curve)
 
-    def importance(self, groups: dict[str, list[int]]) -> Importance | None:
-        """Return the quartiles of importance of groups of latents, at the recorded steps.
-
-        Args:
-            groups: names and latents. Empty groups are left out.
-
-        Returns:
-            None for an SAE without importance.
-        """
-        if not self._importance:
-            return None
-        scores = torch.stack(self._importance)
-        levels = torch.tensor([0.25, 0.5, 0.75])
-        quartiles = {
-            name: scores[:, latents].quantile(levels, 1).T.tolist()
-            for name, latents in groups.items()
-            if latents
-        }
-        return Importance(
-            steps=[int(step) for step in self._curve["steps"]],
-            threshold=list[float | None](self._thresholds),
-            groups=quartiles,
-            latents={name: len(groups[name]) for name in quartiles},
-        )
-
     @override
     def on_checkpoint(self, folder: Path) -> None:
         state = {
             "seen": self._curve,
-            "importance": self._importance,
-            "thresholds": self._thresholds,
             "durations": self._timer.seconds,
             "seconds": self.seconds,
             "peak_memory_mib": self.peak_memory_mib,
@@ -213,10 +181,40 @@ class CurveRecorder(Hook):
         """Restore the state of recorder, timer and controller from a checkpoint."""
         state = torch.load(folder / HISTORY, weights_only=True)
         self._curve, self._timer.seconds = state["seen"], state["durations"]
-        self._importance, self._thresholds = state["importance"], state["thresholds"]
         self._seconds_before, self.peak_memory_mib = state["seconds"], state["peak_memory_mib"]
         if self._controller is not None:
             self._controller.load_state_dict(state["controller"])
+
+
+def importance_of_groups(latents: LatentHistory, groups: dict[str, list[int]]) -> Importance | None:
+    """Return the quartiles of importance of groups of latents, at the recorded steps.
+
+    Args:
+        latents: what was recorded.
+        groups: names and latents. Empty groups are left out.
+
+    Returns:
+        None for an SAE without importance.
+    """
+    if not latents.steps:
+        return None
+    scores, levels = latents.importance, torch.tensor([0.25, 0.5, 0.75])
+    quartiles = {
+        name: scores[:, members].quantile(levels, 1).T.tolist()
+        for name, members in groups.items()
+        if members
+    }
+    return Importance(
+        steps=latents.steps,
+        threshold=list[float | None](latents.thresholds),
+        groups=quartiles,
+        latents={name: len(groups[name]) for name in quartiles},
+    )
+
+
+def curve_facts(planned: PlannedRun) -> dict[str, str]:
+    """Return what `training.html` of a run says above the curves."""
+    return {"run": planned.label, "architecture": planned.run.runner.sae.architecture()}
 
 
 def still_moving(curve: Curve, d_sae: int, decay_steps: int = 0) -> bool:
@@ -245,11 +243,6 @@ def still_moving(curve: Curve, d_sae: int, decay_steps: int = 0) -> bool:
         max(change(curve.explained_variance, end) for end in ends) > EV_TOLERANCE
         or change(curve.dead_latents, last) > DEAD_TOLERANCE * d_sae
     )
-
-
-def curve_points(steps: int, points: int) -> list[int]:
-    """Return evenly spaced numbers of steps, up to the last step."""
-    return sorted({max(round(steps * i / points), 1) for i in range(1, points + 1)})
 
 
 def feature_groups(model: SyntheticModel, decoder: Tensor) -> dict[str, list[int]]:

@@ -23,6 +23,7 @@ from sae_lens_atm.data.random_state import load_random_state, save_random_state
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.training.before_first_step import BeforeFirstStep, ModelBatches, OnPhase
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
+from sae_lens_atm.training.history import History
 from sae_lens_atm.training.hooks import (
     CollapseWarning,
     OnStep,
@@ -32,6 +33,7 @@ from sae_lens_atm.training.hooks import (
     StopRequest,
     StopRequested,
 )
+from sae_lens_atm.training.latent_history import LatentHistory
 from sae_lens_atm.training.preflight.amounts import estimation_batches, llm_batches_of
 from sae_lens_atm.training.run_file import LanguageModelRun
 from sae_lens_atm.training.supervise import Hook, replace_attribute, supervise
@@ -112,7 +114,10 @@ class GroupRunner(MultiSAETrainingRunner):
     """SAELens' runner of several SAEs. Each of its trainers is supervised."""
 
     planned: dict[str, PlannedRun]
+    homes: dict[str, Path]
+    """The folders of the runs."""
     recorders: dict[str, CurveRecorder]
+    latents: dict[str, LatentHistory]
     saved_state: Path
     """Folder with the state of a group that was stopped."""
     points: list[int]
@@ -126,7 +131,7 @@ class GroupRunner(MultiSAETrainingRunner):
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> Any:
         batches = SharedBatches(trainer.data_provider)
         trainer.data_provider = batches
-        self.recorders = {}
+        self.recorders, self.latents = {}, {}
         phases: BeforeFirstStep | None = None
         with ExitStack() as supervisions:
             estimate = partial(estimate_scales, trainer)
@@ -156,13 +161,19 @@ class GroupRunner(MultiSAETrainingRunner):
         parameter, timer = planned.l0_parameter, StepTimer(trainer.sae.device)
         controller = L0Controller(trainer, parameter, planned.l0) if parameter.controlled else None
         recorder = CurveRecorder(trainer, self.points, timer, None, controller)
-        self.recorders[name] = recorder
+        resumes = self.cfg.resume_from_checkpoint is not None
+        checkpoint = self.saved_state / name if resumes else None
+        home = self.homes[name]
+        latents = LatentHistory(trainer, home, self.points, checkpoint)
+        self.recorders[name], self.latents[name] = recorder, latents
         return [
             timer,
             BadBatchGuard(trainer, planned.run.max_bad_batches),
             DeferredUpdates(trainer),
             *([] if controller is None else [controller]),
             recorder,
+            latents,
+            History(trainer, home, checkpoint),
             CollapseWarning(trainer),
             StepCallback(trainer, self.on_step),
         ]

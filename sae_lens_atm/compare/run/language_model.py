@@ -14,7 +14,7 @@ from sae_lens.multi_sae_training_runner import (
 from sae_lens.util import temporary_seed
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
-from sae_lens_atm.compare.run.curve import curve_points
+from sae_lens_atm.compare.run.curve import curve_facts, importance_of_groups
 from sae_lens_atm.compare.run.group import GroupRunner
 from sae_lens_atm.compare.run.language_model_figures import evaluate_group
 from sae_lens_atm.compare.run.stored_run import TRAINING, is_trained
@@ -22,10 +22,12 @@ from sae_lens_atm.data.language_model import load_language_model, saved_dataset,
 from sae_lens_atm.evaluation.language_model import hold_out, make_store
 from sae_lens_atm.files import saved_at_once, write_json
 from sae_lens_atm.training.before_first_step import LOADING, OnPhase, Phase, unseen
+from sae_lens_atm.training.curves_page import write_curves
 from sae_lens_atm.training.hooks import (
     OnStep,
     StopFlag,
 )
+from sae_lens_atm.training.latent_history import curve_points
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 
@@ -78,6 +80,7 @@ def train_group(
             held_out = hold_out(runner.activations_store, cfg)
             runner.planned, runner.on_step, runner.stop = to_train, on_step, stop
             runner.on_phase = on_phase
+            runner.homes = {name: folder / p.folder for name, p in to_train.items()}
             runner.points = curve_points(cfg.total_training_steps, points)
             runner.save_at = set(curve_points(cfg.total_training_steps, cfg.n_checkpoints + 1)[:-1])
             runner.saved_state = stopped
@@ -93,9 +96,9 @@ def train_group(
         facts: dict[str, Any] = {}
         if runner is not None and planned.settings.trained:
             recorder = runner.recorders[name]
-            importance = recorder.importance(
-                {"all latents": list(range(planned.run.runner.sae.d_sae))}
-            )
+            everything = {"all latents": list(range(planned.run.runner.sae.d_sae))}
+            importance = importance_of_groups(runner.latents[name], everything)
+            write_curves(home, curve_facts(planned))
             facts = {
                 "step_ms": recorder.step_ms,
                 "curve": recorder.curve().model_dump(),

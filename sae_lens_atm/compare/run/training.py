@@ -12,15 +12,23 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun, stored_in
-from sae_lens_atm.compare.run.curve import CurveRecorder, HeldOutBatch, curve_points
+from sae_lens_atm.compare.run.curve import (
+    CurveRecorder,
+    HeldOutBatch,
+    curve_facts,
+    importance_of_groups,
+)
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.compare.run.stored_run import TRAINING, is_trained
 from sae_lens_atm.data.language_model import set_metadata
 from sae_lens_atm.errors import CheckpointError
 from sae_lens_atm.files import read_json, saved_at_once, write_json
 from sae_lens_atm.training.checkpoints import check_pickles, newest_checkpoint, reading
+from sae_lens_atm.training.curves_page import write_curves
 from sae_lens_atm.training.fit import fit
+from sae_lens_atm.training.history import History
 from sae_lens_atm.training.hooks import OnStep, StepCallback, StepTimer, StopFlag
+from sae_lens_atm.training.latent_history import LatentHistory, curve_points
 from sae_lens_atm.training.run_file import LanguageModelRun
 from sae_lens_atm.training.supervise import Hook
 
@@ -93,8 +101,9 @@ def train_one(
         facts: dict[str, Any] = {}
         if planned.settings.trained:
             at = curve_points(cfg.total_training_steps, points)
-            recorder = _fit(planned, sae, data, home / "checkpoints", at, on_step, stop)
-            importance = recorder.importance(data.groups(sae))
+            recorder, latents = _fit(planned, sae, data, home, at, on_step, stop)
+            importance = importance_of_groups(latents, data.groups(sae))
+            write_curves(home, curve_facts(planned))
             facts = {
                 "seconds": recorder.seconds,
                 "step_ms": recorder.step_ms,
@@ -112,12 +121,12 @@ def _fit(
     planned: PlannedRun,
     sae: TrainingSAE[Any],
     data: TrainingData,
-    checkpoints: Path,
+    home: Path,
     points: list[int],
     on_step: OnStep,
     stop: StopFlag,
-) -> CurveRecorder:
-    checkpoint = _newest(checkpoints)
+) -> tuple[CurveRecorder, LatentHistory]:
+    checkpoint = _newest(home / "checkpoints")
     served = 0
     if checkpoint is not None:
         with reading(checkpoint):
@@ -134,6 +143,7 @@ def _fit(
             trainer.load_trainer_state(checkpoint)
             sae.load_weights_from_checkpoint(checkpoint)
             recorder.load(checkpoint)
+    latents = LatentHistory(trainer, home, points, checkpoint)
     controllers = [] if controller is None else [controller]
     fit(
         trainer,
@@ -143,12 +153,14 @@ def _fit(
             timer,
             *controllers,
             recorder,
+            latents,
+            History(trainer, home, checkpoint),
             SavedPosition(batches),
             StepCallback(trainer, on_step),
         ],
         max_bad_batches=planned.run.max_bad_batches,
     )
-    return recorder
+    return recorder, latents
 
 
 def _newest(folder: Path) -> Path | None:

@@ -41,6 +41,7 @@ function drawCard() {
     element("div", { class: "columns" },
       element("div", {}, element("h4", {}, "Figures"), element("dl", { class: "facts" }, facts.flatMap(([name, value]) => [element("dt", { title: data.meanings[name] ?? null }, name), element("dd", {}, value)]))),
       state === "dead" ? null : element("div", {}, element("h4", {}, "Activations"), histogram(j)),
+      sae.over_training ? element("div", {}, element("h4", { title: data.meanings["over training"] }, "Over training"), overTraining(j)) : null,
     ),
     element("div", { class: "columns" },
       relatives("Parents", sae.parentsOf[j], sae.pairs?.parent),
@@ -87,6 +88,33 @@ function histogram(latent) {
     svg("line", { x1: 0, x2: width, y1: height - foot, y2: height - foot }), ...bars,
     label(0, height - 3, "0", "start"), label(width, height - 3, number(sae.latents.maximum[latent]), "end"),
     label(0, 10, `${Math.max(...counts).toLocaleString("en")} ${data.words.units} in the largest bar; logarithmic`, "start"));
+}
+
+// Importance as a line, its threshold as a dashed one, the probability of a mask as an area.
+function overTraining(latent) {
+  const { steps, threshold, lowest, highest } = sae.over_training;
+  const importance = [...row(sae.over_training.importance, latent)].map((level) => level ? lowest + (highest - lowest) * (level - 1) / 254 : null);
+  const masked = [...row(sae.over_training.masked, latent)].map((level) => level / 255);
+  const limits = [...threshold].map((value) => value > 0 ? Math.log10(value) : null);
+  const [width, height, head, foot] = [320, 130, 16, 16];
+  const seen = [...importance, ...limits].filter((value) => value !== null);
+  const low = Math.floor(Math.min(...seen, 0)), high = Math.ceil(Math.max(...seen, 0) + 1e-9);
+  const x = (i) => width * (steps[i] - steps[0]) / ((steps[steps.length - 1] - steps[0]) || 1);
+  const y = (value) => head + (height - head - foot) * (high - value) / ((high - low) || 1);
+  const path = (values) => values.reduce((text, value, i) => value === null ? text : `${text}${text && values[i - 1] !== null ? "L" : "M"}${x(i).toFixed(1)},${y(value).toFixed(1)}`, "");
+  const bottom = height - foot;
+  const area = `M0,${bottom}${masked.map((p, i) => `L${x(i).toFixed(1)},${(bottom - p * (bottom - head)).toFixed(1)}`).join("")}L${width},${bottom}Z`;
+  const label = (at, line, text, anchor) => svg("text", { x: at, y: line, "text-anchor": anchor }, text);
+  const last = importance[importance.length - 1];
+  const mean = masked.reduce((sum, p) => sum + p, 0) / masked.length;
+  const text = `Importance of latent ${latent} at the end ${last === null ? 0 : number(10 ** last)}, masked with a mean probability of ${percent(mean)}`;
+  return element("div", {},
+    svg("svg", { class: "chart curve", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": text },
+      svg("line", { x1: 0, x2: width, y1: bottom, y2: bottom }),
+      svg("path", { class: "masked", d: area }), svg("path", { class: "threshold", d: path(limits) }), svg("path", { class: "importance", d: path(importance) }),
+      label(0, 10, `importance from ${number(10 ** low)} to ${number(10 ** high)}`, "start"),
+      label(0, height - 3, `step ${steps[0].toLocaleString("en")}`, "start"), label(width, height - 3, steps[steps.length - 1].toLocaleString("en"), "end")),
+    element("p", { class: "small soft" }, `Line: importance. Dashed: its threshold. Area: probability of being masked, up to 100%. ${text}.`));
 }
 
 function svg(name, attributes, ...children) {

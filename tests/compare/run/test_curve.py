@@ -10,14 +10,15 @@ from sae_lens_atm.compare.report.results import Curve
 from sae_lens_atm.compare.run.curve import (
     CurveRecorder,
     HeldOutBatch,
-    curve_points,
     feature_groups,
+    importance_of_groups,
     peak_resident_mib,
     still_moving,
 )
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model, children_of
 from sae_lens_atm.training.hooks import StepTimer
+from sae_lens_atm.training.latent_history import LatentHistory
 from sae_lens_atm.training.supervise import supervise
 from tests.helpers import state_equal
 
@@ -61,11 +62,6 @@ def test_still_moving_looks_at_the_end_before_the_decay():
     assert not still_moving(seen, 100)
     assert not still_moving(seen, 100, decay_steps=300)
     assert still_moving(seen, 100, decay_steps=500)  # from step 400 to 500
-
-
-def test_points_end_with_the_last_step():
-    assert curve_points(100, 4) == [25, 50, 75, 100]
-    assert curve_points(3, 20) == [1, 2, 3]
 
 
 def test_explained_variance_of_a_held_out_batch_by_hand():
@@ -117,6 +113,13 @@ def recorded(trainer, points, controller=None):
     return recorder
 
 
+def with_latents(trainer, points, folder):
+    latents = LatentHistory(trainer, folder, points)
+    with supervise(trainer, [latents]):
+        trainer.fit()
+    return latents
+
+
 def test_the_recorder_of_a_training():
     trainer = trained(k=2, mask_warm_up_steps=2)
     recorder = recorded(trainer, [5, 10, 20])
@@ -128,7 +131,12 @@ def test_the_recorder_of_a_training():
     assert recorder.step_ms > 0
     assert recorder.seconds > 0
     assert math.isnan(peak_resident_mib()) or recorder.peak_memory_mib >= 0
-    importance = recorder.importance({"a": [0, 1, 2], "none": []})
+
+
+def test_quartiles_of_importance_of_groups(tmp_path):
+    trainer = trained(k=2, mask_warm_up_steps=2)
+    latents = with_latents(trainer, [5, 10, 20], tmp_path)
+    importance = importance_of_groups(latents, {"a": [0, 1, 2], "none": []})
     assert importance.steps == [5, 10, 20]
     assert importance.latents == {"a": 3}
     final = trainer.sae.draw_mask().importance[:3].sort().values
@@ -146,11 +154,12 @@ def test_recording_changes_nothing():
     assert state_equal(plain.sae.state_dict(), observed.sae.state_dict())
 
 
-def test_other_saes_have_no_importance():
+def test_other_saes_have_no_importance(tmp_path):
     trainer = trained(architecture="standard", l1_coefficient=0.1)
     controller = L0Controller(trainer, L0Parameter("l1", True), 2.0)
     recorder = recorded(trainer, [20], controller)
-    assert recorder.importance({"a": [0]}) is None
+    latents = with_latents(trained(architecture="standard", l1_coefficient=0.1), [20], tmp_path)
+    assert importance_of_groups(latents, {"a": [0]}) is None
     assert recorder.curve().coefficient == [pytest.approx(controller.value)]
 
 
@@ -161,7 +170,6 @@ def test_a_recorder_is_restored_from_a_checkpoint(tmp_path):
     again = CurveRecorder(trainer, [5, 20], StepTimer(trainer.sae.device))
     again.load(tmp_path)
     assert again.curve() == recorder.curve()
-    assert again.importance({"a": [0, 1]}) == recorder.importance({"a": [0, 1]})
     assert again.step_ms == recorder.step_ms
     assert again.seconds > recorder.seconds - 1
 
