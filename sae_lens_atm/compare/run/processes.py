@@ -72,7 +72,8 @@ def run_jobs(
         at_once: maximum number of processes.
         events: callbacks.
         stop: flag to stop all jobs.
-        threads: number of threads of each process; None divides the cores among the processes.
+        threads: number of threads of each process; None divides the cores among the processes. A
+            single job that is `needed` gets all cores.
 
     Raises:
         Interrupted: `stop` was set, and all running jobs have ended.
@@ -83,7 +84,10 @@ def run_jobs(
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(["sae_lens_atm.compare"])
-    threads = threads or threads_per_job(at_once)
+    # A job that the others wait for gets all cores. Trainings do not: a different number of threads
+    # changes the last bits, and a comparison that resumes with one training left must not differ.
+    is_alone = len(jobs) == 1 and jobs[0].needed
+    threads = threads or threads_per_job(1 if is_alone else at_once)
     waiting, failed = deque(jobs), dict[str, str]()
     running: dict[Connection, tuple[Any, Job]] = {}
     stopping = False

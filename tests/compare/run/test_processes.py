@@ -75,6 +75,15 @@ def test_jobs_run_in_processes_of_their_own(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("needed", "at_once"), [(True, 1), (False, 2)])
+def test_a_job_that_all_others_wait_for_gets_all_cores(tmp_path, needed, at_once, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    job = Job("only", 7, partial(write, tmp_path / "only"), needed=needed)
+    assert run_jobs([job], 2, Events(), StopFlag()) == {}
+    threads = (tmp_path / "only").read_text().split()[1]
+    assert threads == str(threads_per_job(at_once))
+
+
 def test_a_job_has_the_threads_that_are_asked_for(tmp_path):
     run_jobs([Job("a", 7, partial(write, tmp_path / "a"))], 1, Events(), StopFlag(), threads=1)
     assert Path(tmp_path / "a").read_text().split()[1] == "1"
