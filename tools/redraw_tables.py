@@ -21,6 +21,7 @@ from sae_lens_atm.compare import read_results
 from sae_lens_atm.compare.find_l0 import FoundL0
 from sae_lens_atm.compare.find_l0.minimum import mean_curve
 from sae_lens_atm.compare.report.tables import markdown
+from sae_lens_atm.compare.report.wording import show_l0
 from sae_lens_atm.metrics.figures import ARROWS, FIGURES, figure
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,8 @@ def spelling(_: str) -> str:
                 rows[entry].figures["absorption_fraction"].mean for entry in ("atm", test.baseline)
             )
             lines.append(
-                f"| {test.l0_target:g} | {ours:.3f} | {theirs:.3f} {test.baseline} | {test.p:.2f} |"
+                f"| {show_l0(test.l0_target)} | {ours:.3f} | {theirs:.3f} {test.baseline} "
+                f"| {test.p:.2f} |"
             )
     return "\n".join(lines)
 

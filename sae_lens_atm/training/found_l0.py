@@ -1,7 +1,7 @@
-"""The L0 that `find-l0` found, in run files: `k: found`.
+"""The L0 that `find-l0` found: `k: found` in run files, `l0: found` in comparison files.
 
-`find-l0` writes a file with the L0 of each architecture. A run file whose `sae.k` is `found` reads
-the file in the folder of its own search. With a path as `sae.k` it reads that file.
+`find-l0` writes a file with the L0 of each architecture. `found` reads the file in the folder of
+the file's own search. A path in its place reads that file.
 """
 
 from collections.abc import Mapping
@@ -51,22 +51,53 @@ def with_found_k(content: Mapping[str, Any], output: str) -> dict[str, Any]:
     k = sae.get("k") if isinstance(sae, dict) else None
     if not isinstance(k, str) or not isinstance(sae, dict):
         return dict(content)
-    file = search_folder(output) / FILENAME if k == FOUND else Path(k).expanduser()
     architecture = str(sae.get("architecture"))
-    found = read_json(file)
-    if not found:
-        raise SettingsError(
-            f"sae.k is {shown(k)}, but {file} cannot be read: run `sae-lens-atm find-l0` with this "
-            "file first"
+    answers = FoundL0s("sae.k", k, output)
+    return {**content, "sae": {**sae, "k": round(answers.of(content, architecture, architecture))}}
+
+
+class FoundL0s:
+    """The answers of a search.
+
+    Args:
+        field: the field of the file that asks for them, for messages.
+        value: its value: `found`, or the path of a search's file.
+        output: the output folder of the run or comparison.
+
+    Raises:
+        SettingsError: there is no such file.
+    """
+
+    def __init__(self, field: str, value: str, output: str | Path) -> None:
+        self._asked = f"{field} is {shown(value)}"
+        self._file = (
+            search_folder(output) / FILENAME if value == FOUND else Path(value).expanduser()
         )
-    answers = found.get("entries")
-    answer = answers.get(architecture) if isinstance(answers, dict) else None
-    if not isinstance(answer, dict) or found.get("keys", {}).get(architecture) != key_of(
-        content, architecture
-    ):
-        raise SettingsError(
-            f"sae.k is {shown(k)}, but {file} is of another architecture, width, model, hook or "
-            "data: run `sae-lens-atm find-l0` with this file"
-        )
-    l0 = float(answer["l0"])
-    return {**content, "sae": {**sae, "k": round(l0)}}
+        self._found = read_json(self._file)
+        if not self._found:
+            raise SettingsError(
+                f"{self._asked}, but {self._file} cannot be read: run `sae-lens-atm find-l0` with "
+                "this file first"
+            )
+
+    def of(self, content: Mapping[str, Any], entry: str, architecture: str) -> float:
+        """Return the L0 of an entry.
+
+        Args:
+            content: the content of the file that asks.
+            entry: name of the entry. In a run file it is the architecture.
+            architecture: name in SAELens' registry.
+
+        Raises:
+            SettingsError: the search has no such entry, or is of other data or another SAE.
+        """
+        answers = self._found.get("entries")
+        answer = answers.get(entry) if isinstance(answers, dict) else None
+        keys = self._found.get("keys")
+        key = keys.get(entry) if isinstance(keys, dict) else None
+        if not isinstance(answer, dict) or key != key_of(content, architecture):
+            raise SettingsError(
+                f"{self._asked}, but {self._file} is of another architecture, width, model, hook "
+                f"or data, or without {shown(entry)}: run `sae-lens-atm find-l0` with this file"
+            )
+        return float(answer["l0"])

@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from sae_lens_atm.compare.plan.comparison_file import (
     parse_comparison,
     read_comparison,
 )
-from sae_lens_atm.compare.plan.l0_target import direct_l0_field
+from sae_lens_atm.compare.plan.l0_target import direct_l0_field, is_whole_number
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.plan.sweep_file import as_comparison
 from sae_lens_atm.compare.report.results import Curve
@@ -145,7 +145,7 @@ def _limits(planned: PlannedRun, l0: tuple[float, float] | None, longest: float)
     if longest < 1:
         raise SettingsError(f"--longest must be 1 or more, got {longest:g}")
     field = direct_l0_field(type(sae), planned.settings.l0_parameter)
-    whole = any(f.name == field and f.type in (int, "int") for f in fields(sae))
+    whole = is_whole_number(type(sae), field)
     return Limits(float(low), float(high), whole, longest)
 
 

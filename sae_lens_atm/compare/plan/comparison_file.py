@@ -35,13 +35,19 @@ from sae_lens_atm.compare.plan.comparison_settings import (
     ComparisonSettings,
     check_settings,
 )
-from sae_lens_atm.compare.plan.l0_target import L0Parameter, direct_l0_field, find_l0_parameter
+from sae_lens_atm.compare.plan.l0_target import (
+    L0Parameter,
+    direct_l0_field,
+    find_l0_parameter,
+    is_whole_number,
+)
 from sae_lens_atm.compare.plan.planned_run import EntrySettings, PlannedRun, spelling_lm_folder
 from sae_lens_atm.compare.report.results import Sweep
 from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.evaluation.task_store import SaeProbesConfig
+from sae_lens_atm.training.found_l0 import FoundL0s
 from sae_lens_atm.training.run_file import SyntheticRun, parse_run
 from sae_lens_atm.training.schema import parse_fields
 from sae_lens_atm.yaml_files import apply_overrides, read_yaml
@@ -118,6 +124,9 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
             "architectures: missing, use `sae-lens-atm train` for the run file of one SAE"
         )
     own = {key: content[key] for key in OWN_KEYS if key in content}
+    asked = own.get("l0")
+    if isinstance(asked, str):
+        own["l0"] = [1]  # each entry has its own
     settings = check_settings({"name": name, **own})
     shared = {key: value for key, value in content.items() if key not in OWN_KEYS}
     if "seed" in shared:
@@ -125,13 +134,14 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     if not isinstance(shared.get("sae") or {}, dict):
         raise SettingsError(f"sae must be a mapping of fields, got {shared['sae']!r}")
     output = shared.setdefault("output_path", f"runs/{name}{'-quick' if quick else ''}")
+    found = FoundL0s("l0", asked, str(output)) if isinstance(asked, str) else None
     first_letters = _on_model(FirstLetterConfig, "first_letters", settings, shared)
     sae_probes = _on_model(SaeProbesConfig, "sae_probes", settings, shared)
     planned = [
         replace(plan, lm=lm, first_letters=first_letters, sae_probes=sae_probes)
         for lm in _spelling_lms(settings)
         for entry, entry_settings in settings.architectures.items()
-        for plan in _plan_entry(entry, entry_settings, _with_model(shared, lm), settings)
+        for plan in _plan_entry(entry, entry_settings, _with_model(shared, lm), settings, found)
     ]
     # Seed by seed: a comparison that is stopped has complete tables of fewer seeds.
     planned.sort(key=lambda p: (settings.seeds.index(p.seed), p.group))
@@ -198,8 +208,30 @@ def _with_model(shared: dict[str, Any], lm: SpellingLMConfig | None) -> dict[str
     return {"hook_name": HOOK, **shared, **model}
 
 
+def _l0s(
+    name: str,
+    entry: EntrySettings,
+    shared: dict[str, Any],
+    own: ComparisonSettings,
+    found: FoundL0s | None,
+    is_whole: bool,
+) -> list[float]:
+    """Return the L0s of one entry. An untrained one takes that of the first entry to train."""
+    if found is None:
+        return own.l0
+    if not entry.trained:
+        trained = (pair for pair in own.architectures.items() if pair[1].trained)
+        name, entry = next(trained, (name, entry))
+    l0 = found.of(shared, name, entry.architecture or name)
+    return [max(round(l0), 1) if is_whole else float(f"{l0:.3g}")]
+
+
 def _plan_entry(
-    name: str, entry: EntrySettings, shared: dict[str, Any], own: ComparisonSettings
+    name: str,
+    entry: EntrySettings,
+    shared: dict[str, Any],
+    own: ComparisonSettings,
+    found: FoundL0s | None,
 ) -> Iterator[PlannedRun]:
     """Plan the runs of one entry: every L0 with every seed."""
     architecture = entry.architecture or name
@@ -215,7 +247,8 @@ def _plan_entry(
     if registered is not None:
         sae = {k: v for k, v in sae.items() if k in entry.sae or _is_passed_on(registered[1], k)}
     l0_parameter: L0Parameter | None = None
-    for l0 in own.l0:
+    is_whole = registered is not None and is_whole_number(registered[1], direct)
+    for l0 in _l0s(name, entry, shared, own, found, is_whole):
         value = int(l0) if float(l0).is_integer() else l0
         set_l0 = {direct: value} if direct and direct not in entry.sae else {}
         for seed in own.seeds:
@@ -232,7 +265,8 @@ def _plan_entry(
             samples = getattr(run.runner, "eval_samples", 1)
             if samples <= 0:
                 raise SettingsError(f"eval_samples must be more than 0, got {samples}")
-            yield PlannedRun(name, entry, float(l0), seed, l0_parameter, run, own.pool_batches)
+            plan = PlannedRun(name, entry, float(l0), seed, l0_parameter, run, own.pool_batches)
+            yield replace(plan, is_found=found is not None)
 
 
 def _is_passed_on(config_class: type, name: str) -> bool:

@@ -47,6 +47,11 @@ def direct_l0_field(config_class: type, requested: str | None = None) -> str | N
     return next((name for name in DIRECT_FIELDS if name in names), None)
 
 
+def is_whole_number(config_class: type, field: str | None) -> bool:
+    """Return whether a field of a training config is a whole number."""
+    return any(f.name == field and f.type in (int, "int") for f in fields(config_class))
+
+
 def find_l0_parameter(cfg: TrainingSAEConfig, requested: str | None = None) -> L0Parameter:
     """Return the parameter that sets the L0 of an architecture.
 

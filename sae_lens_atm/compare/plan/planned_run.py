@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_lens_atm.compare.plan.l0_target import L0Parameter
-from sae_lens_atm.compare.report.results import Role
+from sae_lens_atm.compare.report.results import FOUND_LEVEL, Role
 from sae_lens_atm.data.spelling.model import TOKENS, SpellingLMConfig
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.evaluation.task_store import SaeProbesConfig
@@ -65,6 +65,13 @@ class PlannedRun:
     """The language model that the comparison makes and the SAE is trained on, if there is one."""
     first_letters: FirstLetterConfig | None = None
     sae_probes: SaeProbesConfig | None = None
+    is_found: bool = False
+    """Whether the L0 is the one that the search found for this entry."""
+
+    @property
+    def level(self) -> float:
+        """The L0 under which results are shown together: `FOUND_LEVEL`, or the target L0."""
+        return FOUND_LEVEL if self.is_found else self.l0
 
     @property
     def model_seed(self) -> int | None:

@@ -80,6 +80,8 @@ def load_sweep(
     missing = [key for key in axes if key not in used]
     if missing:
         raise SettingsError(f"sweep.over.{missing[0]}: no architecture of this file has the field")
+    if isinstance(base.get("l0"), str):
+        raise SettingsError("l0: a sweep takes a list of L0s, `found` is for comparisons")
     comparison = parse_comparison({**base, "architectures": entries}, name, quick)
     _check_objective(sweep.objective, comparison)
     return replace(

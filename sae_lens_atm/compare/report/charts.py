@@ -107,7 +107,12 @@ def pareto_panel(results: Results, name: str) -> Panel | None:
         for side in (-down, up)
     ]
     # With a single target the axis shows twice the 5% by which an L0 may miss it.
-    asked = [share * row.l0_target for e in near for row in lines[e] for share in (0.9, 1.1)]
+    asked = [
+        share * (row.l0_target or center(row, "l0"))  # the L0 of each entry, if it was found
+        for e in near
+        for row in lines[e]
+        for share in (0.9, 1.1)
+    ]
     x_range = axis_range([*asked, *(x for entry in near for x in xs[entry])], xs.values())
     y_range = axis_range(bars, ys.values())
     chart, outside = blank("measured L0"), list[str]()

@@ -15,7 +15,7 @@ from sae_lens_atm.compare.report.styles import (
     entry_styles,
     is_logarithmic,
 )
-from sae_lens_atm.compare.report.wording import count_latents
+from sae_lens_atm.compare.report.wording import count_latents, show_l0
 from sae_lens_atm.metrics.figures import figure
 
 _DASHES = {
@@ -136,7 +136,9 @@ def _draw_dynamics(results: Results, path: Path) -> Path:
     right.set(xlabel="training step", ylabel=figure(name).label, ylim=(0, None))
     lower = " (lower is better)" if figure(name).better < 0 else ""
     label = figure(name).label
-    right.set_title(f"{label[0].upper()}{label[1:]}{lower}, L0 {run.l0_target:g}, seed {run.seed}")
+    right.set_title(
+        f"{label[0].upper()}{label[1:]}{lower}, L0 {show_l0(run.l0_target)}, seed {run.seed}"
+    )
     if right.lines:
         right.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     for axes in (left, right):
@@ -174,7 +176,7 @@ def _draw_sweep(results: Results, sweep: Sweep, path: Path) -> Path:
                 _set_scale(axes, values)
             for kind, colour in zip(kinds, cycle(PALETTE)):
                 _draw_points(axes, results, sweep, (l0, key, kind, text), colour)
-            axes.set(xlabel=key, title=f"L0 {l0:g}")
+            axes.set(xlabel=key, title=f"L0 {show_l0(l0)}")
             axes.spines[["top", "right"]].set_visible(False)
         shown = figure(sweep.objective)
         arrow = {1: "higher is better", -1: "lower is better"}[shown.better]

@@ -67,6 +67,10 @@ class Importance(_Schema):
     """Number of latents in each group."""
 
 
+FOUND_LEVEL = 0.0
+"""In place of the target L0, if each entry has the L0 that the search found for it."""
+
+
 class Run(_Schema):
     """One SAE: trained, or left untrained as a control."""
 

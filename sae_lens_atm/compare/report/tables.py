@@ -15,6 +15,7 @@ from sae_lens_atm.compare.report.wording import (
     P_BOUND,
     evaluation_window,
     show_interval,
+    show_l0,
     show_p,
     show_spread,
     training_window,
@@ -49,7 +50,7 @@ def row_tables(results: Results) -> Iterator[Table]:
     for l0 in dict.fromkeys(row.l0_target for row in results.rows):
         rows = [row for row in results.rows if row.l0_target == l0]
         names = [name for name in _SHOWN if any(name in row.figures for row in rows)]
-        table = Table(title=f"{results.name}, L0 {l0:g}{_averaged_over(rows)}")
+        table = Table(title=f"{results.name}, L0 {show_l0(l0)}{_averaged_over(rows)}")
         longest = max(len(row.entry + signs(row)) for row in rows)
         table.add_column("", no_wrap=True, min_width=longest)
         for name in names:
@@ -107,7 +108,7 @@ def markdown(results: Results) -> str:
             names.insert(names.index("parents_learned"), "absorption_fraction_learned")
         heads = [figure(name).label + ARROWS[figure(name).better] for name in names]
         best = {name: best_rows(results, name) for name in names}
-        lines = ["| " + " | ".join([f"L0 {l0:g}", *heads]) + " |"]
+        lines = ["| " + " | ".join([f"L0 {show_l0(l0)}", *heads]) + " |"]
         lines.append("|---" + "|--:" * len(names) + "|")
         for row in rows:
             cells = [_markdown_cell(row, name, best[name]) for name in names]
@@ -201,7 +202,7 @@ def _test_cells(test: PairedTest) -> tuple[str | Text, ...]:
     difference = "-" if test.difference is None else f"{test.difference:+.4f}"
     return (
         test.candidate,
-        f"{test.l0_target:g}",
+        show_l0(test.l0_target),
         figure(test.figure).label,
         test.baseline + off_target,
         difference,
@@ -225,7 +226,7 @@ def sweep_tables(results: Results, most: int = 10) -> Iterator[Table]:
     for l0 in dict.fromkeys(row.l0_target for row in results.rows):
         rows = ranked(results, l0)
         best = f", best {most} of {len(rows)}" if len(rows) > most else ""
-        table = Table(title=f"{results.name}, L0 {l0:g}{_averaged_over(rows)}{best}")
+        table = Table(title=f"{results.name}, L0 {show_l0(l0)}{_averaged_over(rows)}{best}")
         if several:
             table.add_column("", no_wrap=True)
         for key in keys:

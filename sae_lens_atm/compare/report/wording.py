@@ -5,7 +5,15 @@ from collections.abc import Iterable
 from statistics import fmean
 from typing import NamedTuple
 
-from sae_lens_atm.compare.report.results import Entry, Interval, Results, Row, Run, Spread
+from sae_lens_atm.compare.report.results import (
+    FOUND_LEVEL,
+    Entry,
+    Interval,
+    Results,
+    Row,
+    Run,
+    Spread,
+)
 from sae_lens_atm.metrics.figures import figure
 
 P_BOUND = 0.05
@@ -70,7 +78,7 @@ def show_p(p: float | None) -> str:
 
 def show_l0(l0: float) -> str:
     """Return a target L0 as text."""
-    return f"{l0:g}"
+    return "found" if l0 == FOUND_LEVEL else f"{l0:g}"
 
 
 def count_latents(number: int) -> str:

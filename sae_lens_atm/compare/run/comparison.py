@@ -162,7 +162,7 @@ def _run_of(planned: PlannedRun, folder: Path) -> Run:
     importance = training.get("importance")
     return Run(
         entry=planned.entry,
-        l0_target=planned.l0,
+        l0_target=planned.level,
         seed=planned.seed,
         model_seed=planned.model_seed,
         figures=figures,
@@ -203,10 +203,10 @@ def _stability(done: list[PlannedRun], folder: Path) -> dict[tuple[str, float], 
     same language model are compared.
     """
     stability: dict[tuple[str, float], Spread] = {}
-    for key in dict.fromkeys((p.entry, p.l0) for p in done):
+    for key in dict.fromkeys((p.entry, p.level) for p in done):
         pairs: list[float] = []
         for model in dict.fromkeys(p.model_seed for p in done):
-            seeds = [p for p in done if (p.entry, p.l0, p.model_seed) == (*key, model)]
+            seeds = [p for p in done if (p.entry, p.level, p.model_seed) == (*key, model)]
             if len(seeds) < 2 or seeds[0].run.runner.sae.d_sae > _MAX_LATENTS:
                 continue
             metric = Stability(signed=any(_evaluation(p, folder)["signed"] for p in seeds))

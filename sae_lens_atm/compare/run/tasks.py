@@ -7,6 +7,7 @@ from typing import cast
 
 from sae_lens_atm.compare.plan.comparison_file import Comparison
 from sae_lens_atm.compare.plan.planned_run import PlannedRun, spelling_lm_folder
+from sae_lens_atm.compare.report.wording import show_l0
 from sae_lens_atm.compare.run.batch_pool import model_folder, synthetic_model
 from sae_lens_atm.compare.run.cached import (
     CachedData,
@@ -184,13 +185,13 @@ def _cached_jobs(comparison: Comparison, evaluate: bool) -> list[list[Job]]:
         )
         if not evaluate:
             continue
-        levels = dict.fromkeys(p.l0 for p in group)
+        levels = dict.fromkeys(p.level for p in group)
         jobs.append(
             [
                 Job(
-                    f"evaluate L0 {l0:g}, {group[0].seeds}",
-                    sum(p.l0 == l0 for p in group),
-                    _EvaluateCached(tuple(p for p in group if p.l0 == l0), folder),
+                    f"evaluate L0 {show_l0(l0)}, {group[0].seeds}",
+                    sum(p.level == l0 for p in group),
+                    _EvaluateCached(tuple(p for p in group if p.level == l0), folder),
                 )
                 for l0 in levels
             ]
@@ -261,6 +262,6 @@ def needs_cosine_map(comparison: Comparison, planned: PlannedRun) -> bool:
 
     One run of each entry does: at the middle L0, with the first seed.
     """
-    levels = sorted({p.l0 for p in comparison.planned})
+    levels = sorted({p.level for p in comparison.planned})
     middle = levels[(len(levels) - 1) // 2]
-    return planned.l0 == middle and planned.seed == comparison.planned[0].seed
+    return planned.level == middle and planned.seed == comparison.planned[0].seed

@@ -1,0 +1,94 @@
+"""`l0: found` in a comparison file: every entry at the L0 that its own search found."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sae_lens_atm.compare import load_comparison
+from sae_lens_atm.compare.find_l0 import load_searches
+from sae_lens_atm.compare.plan.sweep_file import load_sweep
+from sae_lens_atm.compare.report.html import report_html
+from sae_lens_atm.compare.report.results import FOUND_LEVEL
+from sae_lens_atm.compare.report.tables import markdown, row_tables
+from sae_lens_atm.compare.run.comparison import compare
+from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.training.found_l0 import FILENAME, key_of
+from tests.compare.silent import Silent
+
+L0S = {"atm": 2.3721, "topk": 2.6, "jumprelu": 3.0}
+
+
+def write_answers(path, comparison_yaml, l0s):
+    searches = load_searches(comparison_yaml).searches
+    keys = {one.entry: key_of(one.content, one.architecture) for one in searches}
+    path.parent.mkdir(exist_ok=True)
+    entries = {name: {"l0": l0} for name, l0 in l0s.items()}
+    path.write_text(json.dumps({"schema": 1, "name": "x", "keys": keys, "entries": entries}))
+
+
+@pytest.fixture
+def searched(comparison_yaml):
+    write_answers(Path("out-l0") / FILENAME, comparison_yaml, L0S)
+    return comparison_yaml
+
+
+def test_each_entry_has_its_own_l0(searched):
+    planned = load_comparison(searched, ["l0=found"]).planned
+    assert {p.entry: p.l0 for p in planned} == {
+        "atm": 2.37,
+        "topk": 3,  # a whole number
+        "jumprelu": 3,
+        "untrained": 2,  # that of the first entry to train, and its own k is whole
+    }
+    assert {p.entry: p.run.runner.sae.k for p in planned if p.entry != "jumprelu"} == {
+        "atm": 2.37,
+        "topk": 3,
+        "untrained": 2,
+    }
+    assert {p.level for p in planned} == {FOUND_LEVEL}
+    assert len(planned) == 4 * 2  # two seeds
+
+
+def test_a_file_elsewhere(searched):
+    Path("out-l0").rename("elsewhere")
+    planned = load_comparison(searched, [f"l0=elsewhere/{FILENAME}"]).planned
+    assert planned[0].l0 == 2.37
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["l0=found", "output_path=other"], r"^l0 is 'found', but other-l0/found_l0.json cannot"),
+        (["l0=nowhere.json"], r"^l0 is 'nowhere.json', but nowhere.json cannot be read"),
+        (["l0=found", "sae.d_sae=33"], "is of another architecture, width"),
+        (["l0=found", "architectures.batchtopk={}"], "or without 'batchtopk'"),
+    ],
+)
+def test_mistakes_are_one_line(searched, overrides, message):
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_comparison(searched, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sweep_refuses_it(searched):
+    overrides = ["l0=found", "sweep={over: {sae.mask_rate: [0, 1]}}"]
+    with pytest.raises(SettingsError, match="l0: a sweep takes a list of L0s"):
+        load_sweep(searched, overrides)
+
+
+def test_the_results_stand_side_by_side(searched):
+    comparison = load_comparison(searched, ["l0=found"])
+    results = compare(comparison, 2, Silent(), threads=1)
+    assert results.failed == {}
+    assert len(results.runs) == 8
+    assert {run.l0_target for run in results.runs} == {FOUND_LEVEL}
+    # An SAE is matched if it has the L0 that was found for it.
+    (topk,) = {run.matched for run in results.runs if run.entry == "topk"}
+    assert topk
+    assert len(results.rows) == 4
+    assert all(row.figures["stability"].n == 1 for row in results.rows if row.entry != "untrained")
+    (table,) = row_tables(results)
+    assert "L0 found" in str(table.title)
+    assert "| L0 found |" in markdown(results)
+    assert "L0 found" in report_html(results)
