@@ -68,7 +68,7 @@ def readings(sae: ATMTrainingSAE, rows: Tensor) -> dict[str, Tensor]:
     when_active = averages.magnitude / averages.frequency.clamp(min=1e-12)
     most = tracker.parents.shape[1]
     return {
-        name: implied_parents(lifts, scale, sae.importance, rows, sae.cfg.parent_tau, most)
+        name: implied_parents(lifts, scale, sae.importance, rows, sae.cfg.parent_tau, 0, most)
         for name, scale in (("own lift", lifts.diagonal()), ("mean activation", when_active))
     }
 

@@ -25,6 +25,8 @@ from sae_lens_atm.metrics.absorption import ABSORBED_SHARE
 
 TAU = 0.45
 """Least lift of a child, as a share of the parent's own lift. ATM's `parent_tau`."""
+CHANCE = 3.0
+"""Least lift of a child, in standard deviations of those by chance. ATM's `parent_chance`."""
 MIN_LIFT = 2.0
 MIN_COSINE = 0.3
 MOST_PARENTS = 8
@@ -108,7 +110,7 @@ def implied_pairs(reading: Reading, importance: Tensor) -> NDArray[np.int64]:
     for rows in blocks:
         lifts = lift(reading.inputs[rows], magnitude[rows], reading.mean_input, reading.decoder)
         lifts = lifts.where(may_be_parent, -torch.inf)
-        found.append(implied_parents(lifts, own, importance, rows, TAU, _CANDIDATES))
+        found.append(implied_parents(lifts, own, importance, rows, TAU, CHANCE, _CANDIDATES))
     return torch.cat(found).numpy()
 
 

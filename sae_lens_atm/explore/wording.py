@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from sae_lens_atm.explore.beside import SAME
 from sae_lens_atm.explore.examples import WINDOW
-from sae_lens_atm.explore.hierarchy import MIN_COSINE, MIN_LIFT, TAU
+from sae_lens_atm.explore.hierarchy import CHANCE, MIN_COSINE, MIN_LIFT, TAU
 from sae_lens_atm.explore.latents import DENSE
 
 
@@ -86,7 +86,8 @@ def parents_found_here(units: str) -> str:
         f"Found on the {units} of this page, by the rule of ATM. A latent implies a more "
         "important one if the inputs on which it fires contain the other's direction. They must "
         "contain it, above the average input, at least "
-        f"{TAU} times as much as the inputs on which the other fires. "
+        f"{TAU} times as much as the inputs on which the other fires, and {CHANCE:g} standard "
+        "deviations more than directions that they do not contain. "
         f"Left out are dense parents, and pairs with a lift below {MIN_LIFT:g} and a cosine below "
         f"{MIN_COSINE:g}."
     )

@@ -36,20 +36,36 @@ def lift(inputs: Tensor, magnitude: Tensor, mean_input: Tensor, decoder: Tensor)
 
 
 def implied_parents(
-    lift: Tensor, own_lift: Tensor, importance: Tensor, rows: Tensor, tau: float, most: int
+    lift: Tensor,
+    own_lift: Tensor,
+    importance: Tensor,
+    rows: Tensor,
+    tau: float,
+    chance: float,
+    most: int,
 ) -> Tensor:
     """Return the parents ``i`` of each latent ``rows[j]``, shape ``(rows, most)``, padded with -1::
 
-        L_ji >= tau L_ii   and   Importance_i > Importance_j
+        L_ji >= tau L_ii   and   L_ji >= chance sigma_j   and   Importance_i > Importance_j
+
+    ``sigma_j`` is the root mean square of the ``L_jk`` that fail the first condition: the lifts
+    that inputs of ``j`` have by chance, along directions that they do not contain. The second
+    condition excludes mixtures of features. They overlap with many latents, and above the true L0
+    there are many of them.
 
     Comparing with the parent's own lift ``L_ii`` excludes latents that often fire weakly. They
     would otherwise count as parents of every latent that overlaps with them. Latents without a
     positive lift, for example those that never fired, have no parents and no children. If there are
-    more than ``most`` parents, those with the largest ``L_ji / L_ii`` are returned.
+    more than ``most`` parents, those with the largest ``L_ji / L_ii`` are returned. A lift of
+    ``-inf`` excludes a parent.
     """
     lifts = own_lift > 0
-    implied = lift >= tau * own_lift
-    implied &= (importance > importance[rows, None]) & lifts & lifts[rows, None]
+    implied = (lift >= tau * own_lift) & lifts
+    others = ~implied & lift.isfinite()
+    squares = lift.square().where(others, 0.0).sum(1, keepdim=True)
+    by_chance = (squares / others.sum(1, keepdim=True).clamp(min=1)).sqrt()
+    implied &= (lift >= chance * by_chance) & (importance > importance[rows, None])
+    implied &= lifts[rows, None]
     clearness = (lift / own_lift.clamp(min=_TINY)).where(implied, -torch.inf)
     best = clearness.topk(min(most, clearness.shape[1]), dim=1)
     return best.indices.where(best.values > -torch.inf, -1)
@@ -159,7 +175,9 @@ class ParentTracker(ExactBuffers):
             old.lerp_(new.where(updated, old), 1 - self.decay)
 
     @torch.no_grad()
-    def update_parents(self, rows: Tensor, decoder: Tensor, importance: Tensor, tau: float) -> None:
+    def update_parents(
+        self, rows: Tensor, decoder: Tensor, importance: Tensor, tau: float, chance: float
+    ) -> None:
         """Search again for the parents of the latents ``rows``.
 
         The search depends on the averages, decoder and importance at the start of a step only. A
@@ -170,5 +188,5 @@ class ParentTracker(ExactBuffers):
         own = lifts.gather(1, rows[:, None]).squeeze(1)
         self.own_lift[rows] = own.where(self.magnitude[rows] > _TINY, 0.0)
         most = self.parents.shape[1]
-        implied = implied_parents(lifts, self.own_lift, importance, rows, tau, most)
+        implied = implied_parents(lifts, self.own_lift, importance, rows, tau, chance, most)
         self.parents[rows, : implied.shape[1]] = implied

@@ -13,7 +13,7 @@ _OF_ACTIVATION = {
     "relu": ("l1_coefficient", "lp_norm", "l1_warm_up_steps"),
 }
 _OF_MASKS = ("c_start", "c_end", "mask_end", "mask_warm_up_steps", "mask_seed")
-_OF_PARENTS = ("parent_tau", "parent_start", "parent_rows")
+_OF_PARENTS = ("parent_tau", "parent_chance", "parent_start", "parent_rows")
 _OF_SCHEDULES = ("schedule_steps",)
 
 

@@ -199,7 +199,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         cfg, steps = self.cfg, self.tracker.steps
         size = min(cfg.parent_rows, cfg.d_sae)
         rows = (torch.arange(size, device=steps.device) + steps * size) % cfg.d_sae
-        parents.update_parents(rows, self.W_dec, self.importance, cfg.parent_tau)
+        parents.update_parents(rows, self.W_dec, self.importance, cfg.parent_tau, cfg.parent_chance)
         energy = statistics.energy * (steps >= cfg.parent_start_step)
         return cfg.parent_weight * carried_energy(self.W_dec, parents.parents, energy)
 

@@ -52,6 +52,8 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             its decoder row (ours, not the paper's; see `method.parents`). At 0 it is off.
         parent_tau: tau in the rule for parents, in (0, 1]. Latent i is a parent of latent j if
             L_ji >= tau L_ii (see `method.parents.lift`).
+        parent_chance: the same lift must be at least so many standard deviations of those that j
+            has by chance (see `method.parents.implied_parents`). At 0 this is not asked.
         parent_start: share of `schedule_steps` at which that loss begins, in [0, 1].
         parent_rows: number of latents whose parents are searched in a step. The latents take
             turns, which bounds the cost of the search.
@@ -74,6 +76,7 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
     mask_seed: int = 0
     parent_weight: float = 1.0
     parent_tau: float = 0.45
+    parent_chance: float = 3.0
     parent_start: float = 0.2
     parent_rows: int = 256
     kernels: Kernels = "auto"
@@ -215,6 +218,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "mask_seed": (-_INF, _INF, "a whole number"),
     "parent_weight": _COEFFICIENT,
     "parent_tau": (0, 1, "in (0, 1]"),
+    "parent_chance": _NOT_NEGATIVE,
     "parent_start": _UNIT,
     "parent_rows": (1, _INF, "a whole number, 1 or more"),
     "topk_threshold_lr": _UNIT,

@@ -33,12 +33,12 @@ def test_implied_parents_by_hand():
     own = torch.tensor([1.0, 2.0, 0.0])  # the last never fired
     importance = torch.tensor([3.0, 1.0, 0.0])
     rows = torch.tensor([1, 0, 2])
-    lifts = torch.tensor([[0.6, 9.0, 9.0], [9.0, 9.0, 9.0], [9.0, 9.0, 9.0]])
-    found = implied_parents(lifts, own, importance, rows, tau=0.5, most=2)
+    lifts = torch.tensor([[0.6, 9.0, 0.0], [9.0, 9.0, 0.0], [9.0, 9.0, 0.0]])
+    found = implied_parents(lifts, own, importance, rows, tau=0.5, chance=3.0, most=2)
     # latent 1 implies 0 (0.6 >= 0.5 * 1), not itself; 0 is more important than all; 2 is dead
     assert found.tolist() == [[0, -1], [-1, -1], [-1, -1]]
-    not_enough = torch.tensor([[0.4, 9.0, 9.0]])
-    assert (implied_parents(not_enough, own, importance, rows[:1], 0.5, 2) == -1).all()
+    not_enough = torch.tensor([[0.4, 9.0, 0.0]])
+    assert (implied_parents(not_enough, own, importance, rows[:1], 0.5, 3.0, 2) == -1).all()
 
 
 def test_of_many_parents_the_most_clearly_implied_are_told():
@@ -47,8 +47,31 @@ def test_of_many_parents_the_most_clearly_implied_are_told():
     # in units of the parents' own lift: 1, .85 and .8
     found = torch.tensor([[1.0, 1.7, 0.8, 9.0]])
     for most, expected in ((1, [0]), (2, [0, 1]), (4, [0, 1, 2, -1])):
-        told = implied_parents(found, own, importance, torch.tensor([3]), 0.5, most)
+        told = implied_parents(found, own, importance, torch.tensor([3]), 0.5, 3.0, most)
         assert told.tolist() == [expected]
+
+
+def test_a_lift_that_other_directions_have_by_chance_is_none():
+    # Latent 3 has the lifts 1, .6 and .5 to latents with own lift 1, and its own. The other 16 have
+    # lifts of +-.2 by chance: three standard deviations are .6.
+    own = torch.ones(20)
+    importance = torch.arange(20.0, 0.0, -1)
+    chance = 0.2 * (1 - 2 * (torch.arange(16) % 2))
+    lifts = torch.cat([torch.tensor([1.0, 0.61, 0.59, 1.0]), chance])[None]
+    row = torch.tensor([3])
+    assert implied_parents(lifts, own, importance, row, 0.45, 3.0, 4).tolist() == [[0, 1, -1, -1]]
+    # The lifts that pass tau do not raise the level, however many there are.
+    lifts[0, 4:12] = 9.0
+    found = implied_parents(lifts, own, importance, row, 0.45, 3.0, 4)
+    assert found.tolist() == [[0, 1, -1, -1]]
+    # Without lifts by chance tau alone decides, and so it does at 0.
+    lifts[0, 4:] = chance
+    assert implied_parents(lifts, own, importance, row, 0.45, 0.0, 4).tolist() == [[0, 1, 2, -1]]
+    lifts[0, 4:] = 0.0
+    assert implied_parents(lifts, own, importance, row, 0.45, 3.0, 4).tolist() == [[0, 1, 2, -1]]
+    # A lift of -inf excludes a parent, and does not count as one by chance.
+    lifts[0, 1] = -torch.inf
+    assert implied_parents(lifts, own, importance, row, 0.45, 3.0, 4).tolist() == [[0, 2, -1, -1]]
 
 
 def test_carried_energy_by_hand_and_its_gradient():
@@ -67,34 +90,37 @@ def test_carried_energy_by_hand_and_its_gradient():
     assert_close(decoder.grad[2], second)
 
 
+SIZE = 20  # latents and dimensions
+
+
 def parent_and_child(absorbed: bool, samples: int = 20_000):
     """A parent that fires half of the time; a child that fires half of that; a third feature, on
     its own, whose direction overlaps with the parent's. Latents for them, the child's either pure
-    or carrying the parent (which is silent then)."""
+    or carrying the parent (which is silent then). The other latents never fire."""
     generator = torch.Generator().manual_seed(0)
     draw = torch.rand(3, samples, generator=generator) < 0.5
     parent, child, other = (d.float() for d in (draw[0], draw[0] & draw[1], draw[2]))
-    p, c = torch.eye(3)[0], torch.eye(3)[1]
-    o = torch.tensor([0.4, 0.0, 0.84**0.5])
+    axes = torch.eye(SIZE)
+    p, c, o = axes[0], axes[1], 0.4 * axes[0] + 0.84**0.5 * axes[2]
     x = parent[:, None] * p + child[:, None] * c + other[:, None] * o + 7.0
     if absorbed:
         acts = torch.stack([parent - child, 2**0.5 * child, other], 1)
         directions = torch.stack([p, (p + c) / 2**0.5, o])
     else:
         acts, directions = torch.stack([parent, child, other], 1), torch.stack([p, c, o])
-    return x, acts, directions
+    silent = torch.zeros(samples, SIZE - 3)
+    return x, torch.cat([acts, silent], 1), torch.cat([directions, axes[3:]])
 
 
 @pytest.mark.parametrize("absorbed", [False, True])
 def test_a_child_implies_its_parent_absorbed_or_not(absorbed):
     x, acts, directions = parent_and_child(absorbed)
-    tracker = ParentTracker(3, 3, decay=0.0)
-    update(tracker, acts, x, torch.ones(3, dtype=torch.bool))
-    rows = torch.arange(3)
-    importance = torch.tensor([3.0, 1.0, 2.0])
-    tracker.update_parents(rows, directions, importance, 0.5)
+    tracker = ParentTracker(SIZE, SIZE, decay=0.0)
+    update(tracker, acts, x, torch.ones(SIZE, dtype=torch.bool))
+    importance = torch.tensor([3.0, 1.0, 2.0] + [0.0] * (SIZE - 3))
+    tracker.update_parents(torch.arange(SIZE), directions, importance, 0.5, 3.0)
     # and the overlapping feature implies nothing and is not implied
-    assert tracker.parents[:, 0].tolist() == [-1, 0, -1]
+    assert tracker.parents[:, 0].tolist() == [-1, 0] + [-1] * (SIZE - 2)
     assert (tracker.parents[:, 1:] == -1).all()
     energy = acts.square().mean(0)
     carried = carried_energy(directions, tracker.parents, energy)
@@ -112,7 +138,7 @@ def test_a_latent_that_also_fires_weakly_is_no_parent_of_what_overlaps_with_it()
     directions = torch.stack([p, o])
     tracker = ParentTracker(2, 2, decay=0.0)
     update(tracker, acts, x, torch.ones(2, dtype=torch.bool))
-    tracker.update_parents(torch.arange(2), directions, torch.tensor([2.0, 1.0]), 0.5)
+    tracker.update_parents(torch.arange(2), directions, torch.tensor([2.0, 1.0]), 0.5, 3.0)
     assert (tracker.parents == -1).all()
     # L_00 by hand: (.1 * 1 + .2 * .05 * .3) / .145 of its direction, less .1 + .2 * .3 on average
     assert_close(tracker.own_lift[0], torch.tensor(0.103 / 0.145 - 0.16))
@@ -120,7 +146,9 @@ def test_a_latent_that_also_fires_weakly_is_no_parent_of_what_overlaps_with_it()
     found = lift(tracker.inputs, tracker.magnitude, tracker.mean_input, directions)
     assert_close(found[1, 0], torch.tensor(0.14))
     mean_active = torch.tensor([0.145, 1.0])
-    taken = implied_parents(found, mean_active, torch.tensor([2.0, 1.0]), torch.arange(2), 0.5, 1)
+    taken = implied_parents(
+        found, mean_active, torch.tensor([2.0, 1.0]), torch.arange(2), 0.5, 0.0, 1
+    )
     assert taken.tolist() == [[-1], [0]]
 
 
@@ -130,7 +158,7 @@ def test_a_latent_that_never_fired_has_no_parents_and_is_none():
     x = torch.tensor([[1.0, 1.0], [1.0, -5.0]])  # the last latent's direction is away from the mean
     update(tracker, acts, x, torch.ones(3, dtype=torch.bool))
     directions = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    tracker.update_parents(torch.arange(3), directions, torch.tensor([2.0, 1.0, 3.0]), 1e-6)
+    tracker.update_parents(torch.arange(3), directions, torch.tensor([2.0, 1.0, 3.0]), 1e-6, 0.0)
     assert tracker.own_lift[2] == 0
     assert (tracker.parents != 2).all()
     assert (tracker.parents[2] == -1).all()

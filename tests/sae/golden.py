@@ -28,6 +28,7 @@ _COMMON = {
     "mask_warm_up_steps": 5,
     "mask_end": 0.6,
     "parent_rows": 16,
+    "parent_chance": 0.0,  # recorded before it existed
 }
 PRESETS = {
     "default": _BATCHTOPK,
@@ -42,7 +43,7 @@ PRESETS = {
 def config(name):
     fields = {**_COMMON, **PRESETS[name]}
     if name == "paper":
-        del fields["mask_end"], fields["parent_rows"]
+        del fields["mask_end"], fields["parent_rows"], fields["parent_chance"]
         return ATMTrainingSAEConfig.paper(D_IN, D_SAE, **fields)
     return ATMTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, **fields)
 

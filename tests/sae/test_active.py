@@ -23,7 +23,7 @@ def test_settings_of_what_is_off_are_left_out():
     masks = left_out(mask_rate=0.0) - with_both
     parents = left_out(parent_weight=0.0) - with_both
     assert masks == {"c_start", "c_end", "mask_end", "mask_warm_up_steps", "mask_seed"}
-    assert parents == {"parent_tau", "parent_start", "parent_rows"}
+    assert parents == {"parent_tau", "parent_chance", "parent_start", "parent_rows"}
     both = left_out(mask_rate=0.0, parent_weight=0.0) - with_both
     assert both == masks | parents | {"schedule_steps"}
 

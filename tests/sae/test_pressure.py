@@ -67,7 +67,8 @@ def test_parents_searched_in_turn_are_all_found():
     losses = {}
     for rows in (6, 24, 2048):
         torch.manual_seed(1)
-        sae = make_sae(parent_rows=rows, parent_tau=0.01, importance_decay=0.0, parent_start=0.0)
+        rule = {"parent_tau": 0.01, "parent_chance": 0.0}
+        sae = make_sae(parent_rows=rows, importance_decay=0.0, parent_start=0.0, **rule)
         sae.training_forward_pass(step_input(x))
         found = [
             sae.training_forward_pass(step_input(x)).losses["parent_loss"].item() for _ in range(8)
