@@ -113,7 +113,9 @@ def run_jobs(
                 process.join()
                 del running[connection]
                 error = failed.get(job.label)
-                if error is None and process.exitcode != 0 and not stopping:
+                if stopping and error is None and process.exitcode != 0:
+                    continue  # it was stopped, and is neither done nor failed
+                if error is None and process.exitcode != 0:
                     error = failed[job.label] = f"ended with exit code {process.exitcode}"
                 events.ended(job, error)
                 continue

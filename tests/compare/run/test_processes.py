@@ -117,8 +117,10 @@ def test_a_job_that_fails_leaves_the_others(tmp_path):
 def test_a_stop_reaches_running_jobs_and_waits_for_them(tmp_path):
     stop = StopFlag()
     jobs = [Job(n, 1, partial(wait_for_stop, tmp_path / n)) for n in ("one", "two", "three")]
+    events = Events(stop)
     with pytest.raises(Interrupted, match="SIGTERM"):
-        run_jobs(jobs, 1, Events(stop), stop)
+        run_jobs(jobs, 1, events, stop)
+    assert events.calls == [("started", "one")]  # not told as done
     assert (tmp_path / "one").read_text() == "stopped well"
     assert not (tmp_path / "two").exists()
 
