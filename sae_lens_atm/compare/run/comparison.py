@@ -33,6 +33,7 @@ from sae_lens_atm.compare.run.ray import run_jobs_on_ray
 from sae_lens_atm.compare.run.stored_run import (
     FIGURES,
     TRAINING,
+    has_sae,
     is_evaluated,
     is_trained,
     load_decoder,
@@ -199,14 +200,18 @@ _COSTS = ("seconds", "group_seconds", "step_ms", "peak_memory_mib")
 def _stability(done: list[PlannedRun], folder: Path) -> dict[tuple[str, float], Spread]:
     """Return the stability over seeds of each entry and L0.
 
-    Rows with one seed and SAEs with more than `_MAX_LATENTS` latents are left out. Only SAEs on the
-    same language model are compared.
+    Rows with one seed and SAEs with more than `_MAX_LATENTS` latents are left out, and so are SAEs
+    that were removed. Only SAEs on the same language model are compared.
     """
     stability: dict[tuple[str, float], Spread] = {}
     for key in dict.fromkeys((p.entry, p.level) for p in done):
         pairs: list[float] = []
         for model in dict.fromkeys(p.model_seed for p in done):
-            seeds = [p for p in done if (p.entry, p.level, p.model_seed) == (*key, model)]
+            seeds = [
+                p
+                for p in done
+                if (p.entry, p.level, p.model_seed) == (*key, model) and has_sae(p, folder)
+            ]
             if len(seeds) < 2 or seeds[0].run.runner.sae.d_sae > _MAX_LATENTS:
                 continue
             metric = Stability(signed=any(_evaluation(p, folder)["signed"] for p in seeds))

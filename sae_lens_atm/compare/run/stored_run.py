@@ -1,9 +1,14 @@
-"""The files that a comparison stores for each run. A stored run is not trained again."""
+"""The files that a comparison stores for each run. A stored run is not trained again.
+
+Its figures are complete without its SAE. The folder `sae` of a run that is evaluated may be
+removed, and the JSON files of a run may be copied to another machine.
+"""
 
 from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -14,8 +19,16 @@ TRAINING, FIGURES, MEASURED = "training.json", "figures.json", "measured.safeten
 
 
 def is_trained(planned: PlannedRun, folder: Path) -> bool:
-    """Return whether the trained SAE is stored."""
-    return (folder / planned.folder / TRAINING).exists()
+    """Return whether the trained SAE is stored, or was evaluated and removed."""
+    home = folder / planned.folder
+    if not (home / TRAINING).exists():
+        return False
+    return has_sae(planned, folder) or is_evaluated(planned, folder, False)
+
+
+def has_sae(planned: PlannedRun, folder: Path) -> bool:
+    """Return whether the weights of a run are stored."""
+    return (folder / planned.folder / "sae" / SAE_CFG_FILENAME).exists()
 
 
 def is_evaluated(planned: PlannedRun, folder: Path, with_map: bool) -> bool:

@@ -156,6 +156,25 @@ def test_stability_compares_the_saved_saes(results, finished):
         assert 0 < found.mean <= 1
 
 
+def test_results_stay_when_the_saes_are_removed(results, finished, comparison_yaml, tmp_path):
+    """As when the JSON files of the runs are copied to another machine."""
+    output = tmp_path / "copied"
+    for run in results.runs:
+        (output / run.folder).mkdir(parents=True)
+        for name in ("training.json", "figures.json"):
+            shutil.copyfile(finished / run.folder / name, output / run.folder / name)
+    comparison = load_comparison(comparison_yaml, [f"output_path={output}"])
+    assert planned_jobs(comparison) == []
+    copied = summarise(comparison, {})
+    assert copied.runs == results.runs
+    for row, before in zip(copied.rows, results.rows, strict=True):
+        assert "stability" not in row.figures
+        assert row.figures == {k: v for k, v in before.figures.items() if k != "stability"}
+    # A run that must be evaluated again is trained again.
+    changed = load_comparison(comparison_yaml, [f"output_path={output}", "eval_samples=501"])
+    assert len(planned_jobs(changed)) >= len(results.runs)
+
+
 def test_nothing_is_left_to_do_and_nothing_changes(results, finished, comparison_yaml):
     comparison = load_comparison(comparison_yaml, [f"output_path={finished}"])
     assert planned_jobs(comparison) == []
