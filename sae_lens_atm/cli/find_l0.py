@@ -56,8 +56,8 @@ def find_l0_of_file(
         console.print(f"not sure: {line}", highlight=False, markup=False)
     draw(found, searches.output / PICTURE)
     console.print(
-        f"{searches.output / FILENAME} and {PICTURE} written. With `k: found` under `sae`, the run "
-        "file trains at this L0.",
+        f"{searches.output / FILENAME} and {PICTURE} written. `k: found` under `sae` of the run "
+        "file, or `l0: found` in the comparison file, trains at this L0.",
         highlight=False,
         markup=False,
         soft_wrap=True,

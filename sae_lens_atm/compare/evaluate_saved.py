@@ -78,6 +78,8 @@ def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
         content = as_comparison(content)
     if not is_comparison(content):
         return EvaluationData(parse_run(content))
+    if isinstance(content.get("l0"), str):
+        content["l0"] = [1]  # saved SAEs have their own, and it may not have been found yet
     comparison = parse_comparison(content, Path(path).stem)
     first = comparison.planned[0]
     if first.lm is not None:

@@ -76,6 +76,8 @@ class Material(NamedTuple):
     facts: Mapping[str, str]
     notices: Sequence[str]
     """What the page lacks, and why."""
+    ids: NDArray[np.int32] | None = None
+    """The tokens of a text, shape ``(contexts, context_size)``."""
 
 
 def describe(

@@ -1,6 +1,6 @@
 """Make the page on which a person looks at the latents of an SAE."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sae_lens import SAE
 from scipy.sparse import csr_matrix
+from torch import Tensor
 
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.explore.checks import check_sae
@@ -16,12 +17,7 @@ from sae_lens_atm.explore.content import Described, Material, Subject, describe,
 from sae_lens_atm.explore.examples import WINDOW
 from sae_lens_atm.explore.found_parents import found_in_training
 from sae_lens_atm.explore.letters import LetterSource, describe_letters, read_letters
-from sae_lens_atm.explore.neuronpedia import (
-    LogitHistograms,
-    Source,
-    check_export,
-    write_neuronpedia,
-)
+from sae_lens_atm.explore.neuronpedia import LogitHistograms, check_export, export
 from sae_lens_atm.explore.over_training import over_training
 from sae_lens_atm.explore.promoted import Promoted, promoted_tokens
 from sae_lens_atm.explore.reading import LONGEST, Reading, read_tokens
@@ -75,23 +71,29 @@ def explore(
 
     Raises:
         SettingsError: the SAE cannot be loaded, was trained on other activations than the run's, or
-            the page does not fit into `megabytes`. Or `neuronpedia` has files, or the data is
-            synthetic.
+            the page does not fit into `megabytes`. The folder `neuronpedia` has files, or the data
+            is synthetic.
     """
     check_devices(run)
     folder = None if neuronpedia is None else Path(neuronpedia)
     if folder is not None:
         check_export(folder, run)
     subjects = [_subject(one, run) for one in (sae, beside) if one is not None]
+    name = subjects[0].name
     if len(subjects) > 1 and subjects[0].name == subjects[1].name:
         subjects = [
             one._replace(name=f"{one.name} ({at})") for one, at in zip(subjects, "AB", strict=True)
         ]
+    logits = LogitHistograms()
     if isinstance(run, LanguageModelRun):
-        described, material = _on_text(subjects, run, tokens, letters, folder, on_phase)
+        on_logits = None if folder is None else logits.add
+        described, material = _on_text(subjects, run, tokens, letters, on_logits, on_phase)
     else:
         described, material = _on_samples(subjects, run, tokens, on_phase)
-    return write_page(subjects, described, material, Path(output), megabytes, on_phase)
+    page = write_page(subjects, described, material, Path(output), megabytes, on_phase)
+    if folder is not None:
+        export(folder, name, run, described[0], material, logits, on_phase)
+    return page
 
 
 def _subject(sae: str | SAE[Any], run: Run) -> Subject:
@@ -121,7 +123,7 @@ def _on_text(
     run: LanguageModelRun,
     number: int,
     letters: LetterSource | None,
-    neuronpedia: Path | None,
+    on_logits: Callable[[Tensor], None] | None,
     on_phase: OnPhase,
 ) -> tuple[list[Described], Material]:
     cfg = run.runner
@@ -135,17 +137,15 @@ def _on_text(
     tokens = tokens_of(run, model, number)
     readings = read_tokens([subject.sae for subject in subjects], tokens, on_phase)
     flat, notices = tokens.ids.ravel(), list[str]()
-    logits = LogitHistograms()
     described: list[Described] = []
     for subject, reading in zip(subjects, readings, strict=True):
-        is_exported = neuronpedia is not None and not described
         promoted = promoted_tokens(
             model,
             cfg.hook_name,
             cfg.model_kwargs,
             reading.decoder,
             on_phase,
-            logits.add if is_exported else None,
+            None if described else on_logits,  # of the first SAE
         )
         seen = flat[reading.places]
         ones = (np.ones(len(seen), np.float32), (seen, np.arange(len(seen))))
@@ -177,25 +177,13 @@ def _on_text(
         "around": WINDOW,
     }
     texts = text_of(getattr(model, "tokenizer", None), strings.used)
-    if neuronpedia is not None:
-        write_neuronpedia(
-            neuronpedia,
-            Source(subjects[0].name, Path(cfg.model_name).name, cfg.hook_name, cfg.dataset_path),
-            described[0].reading,
-            described[0].latents,
-            described[0].promoted,
-            logits,
-            tokens.ids,
-            dict(zip(strings.used.tolist(), texts, strict=True)),
-            on_phase,
-        )
     facts = {
         "model": f"{Path(cfg.model_name).name} at {cfg.hook_name}",
         "tokens": f"{reading.rows:,}, of {Path(cfg.dataset_path).name}",
     }
     size = tokens.ids.shape[1]
     return described, Material(
-        TEXT, partial(_all_of, contexts), strings, texts, size, facts, notices
+        TEXT, partial(_all_of, contexts), strings, texts, size, facts, notices, tokens.ids
     )
 
 

@@ -1,6 +1,5 @@
 """The parents that ATM found in training. They are in its checkpoints, not in the saved SAE."""
 
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +8,7 @@ from numpy.typing import NDArray
 from sae_lens.constants import SAE_WEIGHTS_FILENAME
 from safetensors import safe_open
 
-from sae_lens_atm.errors import CheckpointError
-from sae_lens_atm.training.checkpoints import newest_checkpoint
+from sae_lens_atm.training.checkpoints import any_checkpoint
 
 _PARENTS = "parent_tracker.parents"
 
@@ -37,12 +35,9 @@ def found_in_training(reference: str) -> FoundParents | None:
     own = _parents_in(folder)
     if own is not None:
         return FoundParents(own, folder.name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a damaged checkpoint is no mistake of who looks
-        try:
-            checkpoint = newest_checkpoint(folder / "checkpoints")
-        except CheckpointError:
-            return None
+    checkpoint = any_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        return None
     found = _parents_in(checkpoint)
     return None if found is None else FoundParents(found, checkpoint.name)
 

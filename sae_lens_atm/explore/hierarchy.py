@@ -26,7 +26,7 @@ from sae_lens_atm.metrics.absorption import ABSORBED_SHARE
 TAU = 0.45
 """Least lift of a child, as a share of the parent's own lift. ATM's `parent_tau`."""
 CHANCE = 3.0
-"""Least lift of a child, in standard deviations of those by chance. ATM's `parent_chance`."""
+"""Least lift of a child, as a multiple of those by chance. ATM's `parent_chance`."""
 MIN_LIFT = 2.0
 MIN_COSINE = 0.3
 MOST_PARENTS = 8
@@ -99,7 +99,6 @@ def implied_pairs(reading: Reading, importance: Tensor) -> NDArray[np.int64]:
     d_sae = len(reading.decoder)
     magnitude = torch.from_numpy(np.asarray(reading.acts.mean(0)).ravel()).float()
     frequency = torch.from_numpy(np.diff(reading.acts.indptr) / max(reading.rows, 1))
-    may_be_parent = (frequency > 0) & (frequency <= DENSE)
     own = torch.zeros(d_sae)
     blocks = list(torch.arange(d_sae).split(_ROWS))
     for rows in blocks:
@@ -109,7 +108,7 @@ def implied_pairs(reading: Reading, importance: Tensor) -> NDArray[np.int64]:
     found: list[Tensor] = []
     for rows in blocks:
         lifts = lift(reading.inputs[rows], magnitude[rows], reading.mean_input, reading.decoder)
-        lifts = lifts.where(may_be_parent, -torch.inf)
+        lifts = lifts.where(frequency <= DENSE, -torch.inf)
         found.append(implied_parents(lifts, own, importance, rows, TAU, CHANCE, _CANDIDATES))
     return torch.cat(found).numpy()
 

@@ -6,6 +6,7 @@ and ``skipped_indexes.json`` with those that do not. These are the files of SAED
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.explore.content import Described, Material
 from sae_lens_atm.explore.examples import PARTS, TOP, WINDOW, Amount, Examples, find_examples
 from sae_lens_atm.explore.latents import Latents
 from sae_lens_atm.explore.promoted import Promoted
 from sae_lens_atm.explore.reading import Reading
-from sae_lens_atm.files import write_text
+from sae_lens_atm.files import check_writable
 from sae_lens_atm.training.before_first_step import OnPhase, Phase
-from sae_lens_atm.training.run_file import Run, SyntheticRun
+from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun
 
 BATCH = 128
 """Largest number of latents in a file."""
@@ -33,7 +35,7 @@ _DIMENSIONS = 3
 """Number of dimensions of the activations that are named for each decoder row."""
 _NOT_MEASURED = ("correlated_neurons", "correlated_features")
 _IS_TOP = {"bin_min": -1, "bin_contains": -1}
-"""SAEDashboard marks the strongest contexts so."""
+"""SAEDashboard marks the strongest contexts with these values."""
 
 
 class Source(NamedTuple):
@@ -66,8 +68,33 @@ def check_export(folder: Path, run: Run) -> None:
         raise SettingsError(
             "--neuronpedia shows the tokens of a language model, and the data is synthetic"
         )
+    check_writable("--neuronpedia", folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(f"--neuronpedia must be a new or an empty folder, got {folder}")
+
+
+def export(
+    folder: Path,
+    name: str,
+    run: Run,
+    described: Described,
+    material: Material,
+    logits: LogitHistograms,
+    on_phase: OnPhase,
+) -> None:
+    """Write what a page shows of an SAE, see `write_neuronpedia`."""
+    assert isinstance(run, LanguageModelRun)
+    assert material.ids is not None
+    cfg, dataset = run.runner, Path(run.runner.dataset_path)
+    source = Source(
+        name,
+        Path(cfg.model_name).name,
+        cfg.hook_name,
+        dataset.name if dataset.exists() else cfg.dataset_path,
+    )
+    texts = dict(zip(material.strings.used.tolist(), material.texts, strict=True))
+    found = described.reading, described.latents, described.promoted
+    write_neuronpedia(folder, source, *found, logits, material.ids, texts, on_phase)
 
 
 def write_neuronpedia(
@@ -98,10 +125,8 @@ def write_neuronpedia(
     dead = np.flatnonzero(latents.maximum == 0)
     names = {"model_id": source.model, "layer": layer_of(source.hook_name), "sae_set": source.name}
     skipped = names | {"layer": str(names["layer"]), "skipped_indexes": dead.tolist()}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "skipped_indexes.json", json.dumps(skipped))
     common = {
-        "n_prompts_total": ids.shape[0],
+        "n_prompts_total": len(np.unique(reading.places // ids.shape[1])),
         "n_tokens_in_prompt": ids.shape[1],
         "dataset": source.dataset,
         "decoder_weights_dist": [],
@@ -110,6 +135,10 @@ def write_neuronpedia(
         f"{name}_{figure}": [] for name in _NOT_MEASURED for figure in ("indices", "l1", "pearson")
     }
     examples = find_examples(reading, ids.shape[1], _AMOUNT)
+    partial = folder.with_name(f".{folder.name}.partial")  # a part looks like the whole
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write(partial / "skipped_indexes.json", skipped)
     for number, start in enumerate(range(0, len(alive), BATCH)):
         on_phase(Phase("writing for Neuronpedia", start, len(alive), "latents"))
         features = [
@@ -121,9 +150,17 @@ def write_neuronpedia(
             | common
             for latent in alive[start : start + BATCH].tolist()
         ]
-        batch = names | {"sae_id_suffix": None, "features": features}
-        write_text(folder / f"batch-{number}.json", json.dumps(batch))
+        _write(
+            partial / f"batch-{number}.json", names | {"sae_id_suffix": None, "features": features}
+        )
+    if folder.exists():
+        folder.rmdir()  # it is empty
+    partial.rename(folder)
     on_phase(Phase("writing for Neuronpedia", len(alive), len(alive), "latents"))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def layer_of(hook_name: str) -> int:

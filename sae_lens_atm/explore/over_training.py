@@ -1,6 +1,5 @@
 """Importance and masking of the latents over training, from the folder of a run or checkpoint."""
 
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sae_lens_atm.errors import CheckpointError
-from sae_lens_atm.training.checkpoints import newest_checkpoint
+from sae_lens_atm.training.checkpoints import any_checkpoint
 from sae_lens_atm.training.latent_history import read_latent_history
 
 LEVELS = 255
@@ -47,13 +45,8 @@ def over_training(reference: str) -> OverTraining | None:
     if folder.name == "sae":
         folder = folder.parent
     found = read_latent_history(folder)
-    if found is None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a damaged checkpoint is no mistake of who looks
-            try:
-                found = read_latent_history(newest_checkpoint(folder / "checkpoints"))
-            except CheckpointError:
-                return None
+    if found is None and (checkpoint := any_checkpoint(folder / "checkpoints")) is not None:
+        found = read_latent_history(checkpoint)
     return None if found is None else _in_levels(found)
 
 

@@ -69,8 +69,8 @@ def meanings(words: Words) -> dict[str, str]:
         "absorbed share": f"The share of the child's {units} on which it absorbs the parent.",
         "match": "The largest cosine of the decoder row with the decoder rows of the other SAE's "
         f"latents that fire. From {SAME:g} on, both SAEs count as having the latent.",
-        "over training": "At some steps of the run: importance and its threshold, on a logarithmic "
-        "axis, and the probability with which a step's mask turns the latent off.",
+        "over training": "Importance, its threshold and the probability of being masked, at some "
+        "steps of the run. The axis of importance is logarithmic.",
         "nearest rows": "The latents whose decoder rows have the largest cosine with this one.",
         "promoted tokens": "Cosines of the decoder row with the true features."
         if words is SAMPLES
@@ -86,8 +86,9 @@ def parents_found_here(units: str) -> str:
         f"Found on the {units} of this page, by the rule of ATM. A latent implies a more "
         "important one if the inputs on which it fires contain the other's direction. They must "
         "contain it, above the average input, at least "
-        f"{TAU} times as much as the inputs on which the other fires, and {CHANCE:g} standard "
-        "deviations more than directions that they do not contain. "
+        f"{TAU} times as much as the inputs on which the other fires. This length must also be at "
+        f"least {CHANCE:g} times the root mean square of their lengths along directions that they "
+        "contain by chance. "
         f"Left out are dense parents, and pairs with a lift below {MIN_LIFT:g} and a cosine below "
         f"{MIN_COSINE:g}."
     )

@@ -48,10 +48,10 @@ def implied_parents(
 
         L_ji >= tau L_ii   and   L_ji >= chance sigma_j   and   Importance_i > Importance_j
 
-    ``sigma_j`` is the root mean square of the ``L_jk`` that fail the first condition: the lifts
-    that inputs of ``j`` have by chance, along directions that they do not contain. The second
-    condition excludes mixtures of features. They overlap with many latents, and above the true L0
-    there are many of them.
+    ``sigma_j`` is the root mean square of the ``L_jk`` that fail the first condition, and of those
+    of latents ``k`` without a lift of their own. These are lifts along directions that the inputs
+    of ``j`` contain by chance only. The second condition excludes latents that mix several
+    features. Such latents overlap with many others, and are frequent above the true L0.
 
     Comparing with the parent's own lift ``L_ii`` excludes latents that often fire weakly. They
     would otherwise count as parents of every latent that overlaps with them. Latents without a

@@ -52,8 +52,8 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             its decoder row (ours, not the paper's; see `method.parents`). At 0 it is off.
         parent_tau: tau in the rule for parents, in (0, 1]. Latent i is a parent of latent j if
             L_ji >= tau L_ii (see `method.parents.lift`).
-        parent_chance: the same lift must be at least so many standard deviations of those that j
-            has by chance (see `method.parents.implied_parents`). At 0 this is not asked.
+        parent_chance: L_ji must also be at least `parent_chance` times the root mean square of the
+            lifts that j has by chance (see `method.parents.implied_parents`). 0 turns this off.
         parent_start: share of `schedule_steps` at which that loss begins, in [0, 1].
         parent_rows: number of latents whose parents are searched in a step. The latents take
             turns, which bounds the cost of the search.

@@ -129,6 +129,16 @@ def newest_checkpoint(path: str | Path, run: Run | None = None) -> Path:
     )
 
 
+def any_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint in a folder, or None. Damaged ones are passed over."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return newest_checkpoint(folder)
+        except CheckpointError:
+            return None
+
+
 def samples_of(checkpoint: Path) -> int:
     """Return the number of samples in the name of a checkpoint (`1024`, `final_2048`).
 
@@ -297,9 +307,14 @@ def _compare_run(
     _compare(folder, config, stored, ignored)
 
 
+_BEFORE = {"parent_chance": 0.0}
+"""What an ATM SAE does whose checkpoint is older than the field."""
+
+
 def _compare(
     folder: Path, wanted: dict[str, Any], saved: dict[str, Any], ignored: list[str]
 ) -> None:
+    saved = _BEFORE | saved if wanted.get("architecture") == "atm" else saved
     for key, value in wanted.items():
         # A setting that a newer version has added is not in the file.
         if key not in ignored and saved.get(key, value) != value:

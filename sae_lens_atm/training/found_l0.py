@@ -29,12 +29,18 @@ def key_of(content: Mapping[str, Any], architecture: str) -> str:
     """Return a hash of the architecture, the widths and the data, on which an L0 depends.
 
     Args:
-        content: the content of a run file or comparison file.
+        content: the content of a run file, or of a comparison file with the entry's own fields
+            in `sae` (see `with_fields_of`).
         architecture: name in SAELens' registry.
     """
     sae = content.get("sae")
     widths = [sae.get(name) for name in ("d_in", "d_sae")] if isinstance(sae, dict) else []
     return hash_of([architecture, widths, [content.get(name) for name in _DATA_FIELDS]])
+
+
+def with_fields_of(content: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a comparison file with the own fields of an entry in `sae`."""
+    return {**content, "sae": {**(content.get("sae") or {}), **(entry.get("sae") or {})}}
 
 
 def with_found_k(content: Mapping[str, Any], output: str) -> dict[str, Any]:
@@ -73,8 +79,11 @@ class FoundL0s:
         self._file = (
             search_folder(output) / FILENAME if value == FOUND else Path(value).expanduser()
         )
-        self._found = read_json(self._file)
-        if not self._found:
+        try:
+            self._found: Any = read_json(self._file)
+        except (OSError, ValueError):  # a folder, or no JSON
+            self._found = None
+        if not isinstance(self._found, dict) or not self._found:
             raise SettingsError(
                 f"{self._asked}, but {self._file} cannot be read: run `sae-lens-atm find-l0` with "
                 "this file first"
@@ -97,7 +106,8 @@ class FoundL0s:
         key = keys.get(entry) if isinstance(keys, dict) else None
         if not isinstance(answer, dict) or key != key_of(content, architecture):
             raise SettingsError(
-                f"{self._asked}, but {self._file} is of another architecture, width, model, hook "
-                f"or data, or without {shown(entry)}: run `sae-lens-atm find-l0` with this file"
+                f"{self._asked}, but {self._file} has no answer for {shown(entry)} with this "
+                "architecture, width, model, hook and data: run `sae-lens-atm find-l0` with this "
+                "file"
             )
         return float(answer["l0"])

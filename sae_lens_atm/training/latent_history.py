@@ -1,6 +1,7 @@
 """Importance and masking of each latent over the steps of a run, in `latents.safetensors`."""
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ POINTS = 40
 
 
 class LatentHistory(Hook):
-    """Records importance, mask probability and threshold of an ATM SAE at some steps.
+    """Records importance, mask probability and threshold of an ATM SAE after some steps.
+
+    They are those of the mask that the next step draws.
 
     A checkpoint holds what was recorded up to its step. The folder of the run holds all of it from
     the last step on. SAEs without importance have no such file.
@@ -49,6 +52,8 @@ class LatentHistory(Hook):
         self._probability: list[Tensor] = []
         self._threshold: list[Tensor] = []
         seen = None if checkpoint is None else read_latent_history(checkpoint)
+        with suppress(OSError):  # of an earlier run in this folder
+            (folder / LATENTS_FILENAME).unlink(missing_ok=True)
         if seen is not None:
             self.steps = seen["steps"].tolist()
             self._importance = list(seen["importance"])

@@ -46,7 +46,7 @@ def acts():
     return acts.astype(np.float32)
 
 
-def export(acts, folder, promoted=True):
+def export(acts, folder, promoted=True, on_phase=lambda _: None):
     reading = reading_of(acts, torch.eye(D_SAE) - 0.1)
     ids = np.arange(CONTEXTS * SIZE, dtype=np.int32).reshape(CONTEXTS, SIZE)
     latents = describe_latents(reading, csr_matrix((1, len(acts)), dtype=np.float32), (1, 1, 1))
@@ -57,9 +57,7 @@ def export(acts, folder, promoted=True):
     histograms.add(torch.linspace(0, 1, 101).expand(D_SAE, 101))
     texts = {token: f" t{token}" for token in ids.ravel().tolist()}
     source = Source("my-sae", "my-model", "blocks.3.hook_resid_post", "my-text")
-    write_neuronpedia(
-        folder, source, reading, latents, shown, histograms, ids, texts, lambda _: None
-    )
+    write_neuronpedia(folder, source, reading, latents, shown, histograms, ids, texts, on_phase)
     batches = [json.loads((folder / f"batch-{n}.json").read_text()) for n in range(2)]
     return {f["feature_index"]: f for b in batches for f in b["features"]}, batches
 
@@ -127,6 +125,18 @@ def test_a_latent_that_fires_once(acts, tmp_path):
     (context,) = export(acts, tmp_path)[0][5]["activations"]
     assert context["values"] == [0, 0, 0, 0, 0, 0, 0, 2, 0, 0]
     assert context["qualifying_token_index"] == 7
+
+
+def test_an_export_that_ends_early_leaves_no_folder(acts, tmp_path):
+    def stop(phase):
+        if phase.done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(acts, tmp_path / "out", on_phase=stop)
+    assert not (tmp_path / "out").exists()
+    assert len(export(acts, tmp_path / "out")[0]) == D_SAE - 1  # the parts are replaced
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_without_promoted_tokens(acts, tmp_path):

@@ -379,7 +379,8 @@ def test_importance_and_masking_over_training(browser, tmp_path):
         "return document.querySelector('svg.curve').getAttribute('aria-label')"
     )
     assert label == (
-        f"Importance of latent {CHILD} at the end 1,000, masked with a mean probability of 40%"
+        f"At the end, latent {CHILD} has an importance of about 1,000. "
+        "Its mean probability of being masked is 40%"
     )
     line = browser.execute_script(
         "return document.querySelector('svg.curve .importance').getAttribute('d')"

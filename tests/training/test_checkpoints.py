@@ -362,7 +362,7 @@ def test_a_final_checkpoint_is_not_trained_or_rescaled_again(tmp_path, scale):
     assert (tmp_path / "out/cfg.json").read_text() == expected[1]
 
 
-def run_of_0_1():
+def run_of_0_1(**fields):
     """The run of which version 0.1 wrote a checkpoint after 17 of 40 steps."""
     return synthetic_run(
         "out",
@@ -379,13 +379,17 @@ def run_of_0_1():
             "mask_warm_up_steps": 2,
             "parent_start": 0.1,
             "schedule_steps": 40,
+            **fields,
         },
     )
 
 
 def test_a_checkpoint_of_version_0_1_resumes():
+    """With the rule for parents of its time."""
     folder = Path(__file__).parent / "checkpoint_of_0_1"
-    sae = train(run_of_0_1(), resume=folder).sae
+    with pytest.raises(CheckpointError, match=r"parent_chance is 3\.0 in this run and 0\.0 in"):
+        train(run_of_0_1(), resume=folder)
+    sae = train(run_of_0_1(parent_chance=0.0), resume=folder).sae
     assert sae.tracker.steps.item() == 40
     assert (sae.parent_tracker.parents >= 0).any()
     # What 0.1 itself made of it. Machines differ in rounding.

@@ -65,6 +65,8 @@ def test_a_run_that_was_stopped_has_the_history_of_one_that_was_not(synthetic_ya
 
 
 def test_saes_without_importance_have_no_file(synthetic_yaml):
+    Path("out").mkdir()
+    (Path("out") / LATENTS_FILENAME).touch()  # of an earlier run in this folder
     fields = ["architecture: topk", "d_in: 16", "d_sae: 32", "k: 2"]
     train(load_run(synthetic_yaml, [*SETTINGS, f"sae={{{', '.join(fields)}}}"]))
     assert not (Path("out") / LATENTS_FILENAME).exists()

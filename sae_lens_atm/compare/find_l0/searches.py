@@ -32,7 +32,7 @@ from sae_lens_atm.compare.run.stored_run import TRAINING
 from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import locked, read_json, write_json
-from sae_lens_atm.training.found_l0 import FILENAME, key_of, search_folder
+from sae_lens_atm.training.found_l0 import FILENAME, key_of, search_folder, with_fields_of
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.preflight.checks import check_devices
 
@@ -248,9 +248,15 @@ def _measured(planned: PlannedRun, folder: Path) -> Measured:
     return Measured(math.inf if value is None else value, moving)
 
 
+def search_key(one: Search) -> str:
+    """Return the hash of what the answer of a search depends on."""
+    entry = one.content["architectures"][one.entry]
+    return key_of(with_fields_of(one.content, entry), one.architecture)
+
+
 def _write(searches: Searches, found: Mapping[str, FoundL0]) -> None:
     registered = {one.entry: one for one in searches.searches if one.entry in found}
-    keys = {name: key_of(one.content, one.architecture) for name, one in registered.items()}
+    keys = {name: search_key(one) for name, one in registered.items()}
     write_json(
         searches.output / FILENAME,
         {

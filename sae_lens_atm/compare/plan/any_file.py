@@ -21,5 +21,7 @@ def runs_in(path: str, overrides: Sequence[str] = ()) -> list[Run]:
     if "sweep" in content:
         return [p.run for p in load_sweep(path, overrides).planned]
     if is_comparison(content):
-        return [p.run for p in load_comparison(path, overrides).planned]
+        # Their data do not depend on the L0, which may not have been found yet.
+        l0 = ["l0=[1]"] if isinstance(content.get("l0"), str) else []
+        return [p.run for p in load_comparison(path, [*overrides, *l0]).planned]
     return [load_run(path, overrides)]

@@ -47,7 +47,7 @@ from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.evaluation.task_store import SaeProbesConfig
-from sae_lens_atm.training.found_l0 import FoundL0s
+from sae_lens_atm.training.found_l0 import FoundL0s, with_fields_of
 from sae_lens_atm.training.run_file import SyntheticRun, parse_run
 from sae_lens_atm.training.schema import parse_fields
 from sae_lens_atm.yaml_files import apply_overrides, read_yaml
@@ -126,6 +126,10 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     own = {key: content[key] for key in OWN_KEYS if key in content}
     asked = own.get("l0")
     if isinstance(asked, str):
+        if own.get("spelling_lm") is not None:
+            raise SettingsError("l0: with spelling_lm it must be a list, `found` is not possible")
+        if quick:
+            raise SettingsError("l0: --quick needs a list, name it under `quick`")
         own["l0"] = [1]  # each entry has its own
     settings = check_settings({"name": name, **own})
     shared = {key: value for key, value in content.items() if key not in OWN_KEYS}
@@ -222,7 +226,8 @@ def _l0s(
     if not entry.trained:
         trained = (pair for pair in own.architectures.items() if pair[1].trained)
         name, entry = next(trained, (name, entry))
-    l0 = found.of(shared, name, entry.architecture or name)
+    content = with_fields_of(shared, {"sae": entry.sae})
+    l0 = found.of(content, name, entry.architecture or name)
     return [max(round(l0), 1) if is_whole else float(f"{l0:.3g}")]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from sae_lens_atm.compare.report.results import LetterFacts, Results, Row
+from sae_lens_atm.compare.report.results import LetterFacts, Results
 from sae_lens_atm.compare.report.wording import clean, show_l0
 from sae_lens_atm.metrics.first_letter import MIN_LETTERS
 
@@ -55,14 +55,15 @@ def about_letters(letters: LetterFacts) -> str:
 
 def short_of_l0(results: Results) -> list[str]:
     """Return the rows with fewer active latents on the words than `match_l0` asks for."""
-    found = (_short(results.rows, letters) for letters in results.first_letters[:1])
+    found = (_short(results, letters) for letters in results.first_letters[:1])
     return [text for texts in found for text in texts]
 
 
-def _short(rows: Iterable[Row], letters: LetterFacts) -> Iterable[str]:
+def _short(results: Results, letters: LetterFacts) -> Iterable[str]:
     asked = letters.settings["match_l0"]
-    for row in rows:
-        target = row.l0_target if asked is True else asked
+    for row in results.rows:
+        own = results.entries[row.entry].found_l0 or row.l0_target
+        target = own if asked is True else asked
         l0 = clean(row.figures["l0_words"].mean) if "l0_words" in row.figures else None
         if asked is not False and l0 is not None and l0 < _SHORT * target:
             yield f"{row.entry} at L0 {show_l0(row.l0_target)} ({l0:.1f})"

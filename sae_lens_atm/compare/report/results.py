@@ -34,6 +34,8 @@ class Entry(_Schema):
     role: Role
     l0_parameter: str
     """The parameter that sets the L0."""
+    found_l0: float | None = None
+    """The target L0, if it is the one that the search found for this entry."""
     settings: dict[str, Any]
     """Training settings, without those that differ between the runs of the entry."""
 

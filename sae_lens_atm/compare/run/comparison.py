@@ -124,6 +124,7 @@ def summarise(comparison: Comparison, failed: dict[str, str]) -> Results:
             role=p.settings.role,
             l0_parameter=str(p.l0_parameter),
             settings=settings_of(p),
+            found_l0=p.l0 if p.is_found else None,
         )
         for p in comparison.planned
     }

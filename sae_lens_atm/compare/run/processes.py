@@ -47,6 +47,8 @@ class Job:
     work: Work
     needed: bool = False
     """Whether the jobs after it cannot do without its result."""
+    alone: bool = False
+    """Whether no other job runs beside it. It then gets all cores."""
 
 
 class JobEvents(Protocol):
@@ -73,7 +75,7 @@ def run_jobs(
         events: callbacks.
         stop: flag to stop all jobs.
         threads: number of threads of each process; None divides the cores among the processes. A
-            single job that is `needed` gets all cores.
+            job that is `alone` gets all cores.
 
     Raises:
         Interrupted: `stop` was set, and all running jobs have ended.
@@ -84,10 +86,8 @@ def run_jobs(
     context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
     if forks:
         context.set_forkserver_preload(["sae_lens_atm.compare"])
-    # A job that the others wait for gets all cores. Trainings do not: a different number of threads
-    # changes the last bits, and a comparison that resumes with one training left must not differ.
-    is_alone = len(jobs) == 1 and jobs[0].needed
-    threads = threads or threads_per_job(1 if is_alone else at_once)
+    # The number of threads changes the last bits of a result. It must not depend on what is left.
+    threads = threads or threads_per_job(1 if any(job.alone for job in jobs) else at_once)
     waiting, failed = deque(jobs), dict[str, str]()
     running: dict[Connection, tuple[Any, Job]] = {}
     stopping = False

@@ -20,10 +20,13 @@ TRAINING, FIGURES, MEASURED = "training.json", "figures.json", "measured.safeten
 
 def is_trained(planned: PlannedRun, folder: Path) -> bool:
     """Return whether the trained SAE is stored, or was evaluated and removed."""
-    home = folder / planned.folder
-    if not (home / TRAINING).exists():
-        return False
-    return has_sae(planned, folder) or is_evaluated(planned, folder, False)
+    stored = has_sae(planned, folder) or is_evaluated(planned, folder, False)
+    return has_training(planned, folder) and stored
+
+
+def has_training(planned: PlannedRun, folder: Path) -> bool:
+    """Return whether the facts of the training are stored."""
+    return (folder / planned.folder / TRAINING).exists()
 
 
 def has_sae(planned: PlannedRun, folder: Path) -> bool:

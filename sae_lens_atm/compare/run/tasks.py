@@ -21,6 +21,8 @@ from sae_lens_atm.compare.run.probing import probing_jobs
 from sae_lens_atm.compare.run.processes import Job, OnProgress, StepCounter
 from sae_lens_atm.compare.run.reading import LOADING, stop_if_requested
 from sae_lens_atm.compare.run.stored_run import (
+    has_sae,
+    has_training,
     is_evaluated,
     is_trained,
 )
@@ -161,7 +163,7 @@ def make_jobs(comparison: Comparison, evaluate: bool = True) -> list[list[Job]]:
 
 
 def _is_done(planned: PlannedRun, folder: Path, evaluate: bool) -> bool:
-    return is_evaluated(planned, folder, False) if evaluate else is_trained(planned, folder)
+    return is_evaluated(planned, folder, False) if evaluate else has_training(planned, folder)
 
 
 def _reading_jobs(left: list[PlannedRun], folder: Path, evaluate: bool) -> list[Job]:
@@ -172,7 +174,7 @@ def _cached_jobs(comparison: Comparison, evaluate: bool) -> list[list[Job]]:
     folder = comparison.output
     left = [p for p in comparison.planned if not _is_done(p, folder, evaluate)]
     contexts = contexts_to_cache(comparison.planned) if left else 0
-    cache = Job("cache", contexts, _MakeCache(tuple(comparison.planned)), needed=True)
+    cache = Job("cache", contexts, _MakeCache(tuple(comparison.planned)), True, alone=True)
     jobs = [[cache] if contexts else [], _reading_jobs(left, folder, evaluate)]
     for _, runs in groupby(left, key=lambda p: p.seed):  # complete results seed by seed
         group = list(runs)
@@ -228,8 +230,9 @@ def _synthetic_jobs(comparison: Comparison) -> list[list[Job]]:
     pools: dict[Path, Job] = {}
     runs: list[Job] = []
     for planned in comparison.planned:
-        with_map = needs_cosine_map(comparison, planned)
         to_train = not is_trained(planned, folder)
+        has_weights = to_train or has_sae(planned, folder)
+        with_map = needs_cosine_map(comparison, planned) and has_weights
         if not to_train and is_evaluated(planned, folder, with_map):
             continue
         if to_train and planned.settings.trained:

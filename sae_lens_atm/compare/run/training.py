@@ -21,9 +21,8 @@ from sae_lens_atm.compare.run.curve import (
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.compare.run.stored_run import TRAINING, is_trained
 from sae_lens_atm.data.language_model import set_metadata
-from sae_lens_atm.errors import CheckpointError
 from sae_lens_atm.files import read_json, saved_at_once, write_json
-from sae_lens_atm.training.checkpoints import check_pickles, newest_checkpoint, reading
+from sae_lens_atm.training.checkpoints import any_checkpoint, check_pickles, reading
 from sae_lens_atm.training.curves_page import write_curves
 from sae_lens_atm.training.fit import fit
 from sae_lens_atm.training.history import History
@@ -126,7 +125,7 @@ def _fit(
     on_step: OnStep,
     stop: StopFlag,
 ) -> tuple[CurveRecorder, LatentHistory]:
-    checkpoint = _newest(home / "checkpoints")
+    checkpoint = any_checkpoint(home / "checkpoints")  # without one the run starts anew
     served = 0
     if checkpoint is not None:
         with reading(checkpoint):
@@ -161,10 +160,3 @@ def _fit(
         max_bad_batches=planned.run.max_bad_batches,
     )
     return recorder, latents
-
-
-def _newest(folder: Path) -> Path | None:
-    try:
-        return newest_checkpoint(folder)
-    except CheckpointError:  # the run starts from the beginning
-        return None

@@ -107,7 +107,7 @@ function overTraining(latent) {
   const label = (at, line, text, anchor) => svg("text", { x: at, y: line, "text-anchor": anchor }, text);
   const last = importance[importance.length - 1];
   const mean = masked.reduce((sum, p) => sum + p, 0) / masked.length;
-  const text = `Importance of latent ${latent} at the end ${last === null ? 0 : number(10 ** last)}, masked with a mean probability of ${percent(mean)}`;
+  const text = `At the end, latent ${latent} has an importance of about ${last === null ? 0 : number(10 ** last)}. Its mean probability of being masked is ${percent(mean)}`;
   return element("div", {},
     svg("svg", { class: "chart curve", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": text },
       svg("line", { x1: 0, x2: width, y1: bottom, y2: bottom }),

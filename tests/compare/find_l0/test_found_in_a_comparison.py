@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 
 from sae_lens_atm.compare import load_comparison
+from sae_lens_atm.compare.evaluate_saved import data_of
 from sae_lens_atm.compare.find_l0 import load_searches
+from sae_lens_atm.compare.find_l0.searches import search_key
+from sae_lens_atm.compare.plan.any_file import runs_in
 from sae_lens_atm.compare.plan.sweep_file import load_sweep
 from sae_lens_atm.compare.report.html import report_html
 from sae_lens_atm.compare.report.results import FOUND_LEVEL
 from sae_lens_atm.compare.report.tables import markdown, row_tables
 from sae_lens_atm.compare.run.comparison import compare
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.training.found_l0 import FILENAME, key_of
+from sae_lens_atm.training.found_l0 import FILENAME
 from tests.compare.silent import Silent
 
 L0S = {"atm": 2.3721, "topk": 2.6, "jumprelu": 3.0}
@@ -21,7 +24,7 @@ L0S = {"atm": 2.3721, "topk": 2.6, "jumprelu": 3.0}
 
 def write_answers(path, comparison_yaml, l0s):
     searches = load_searches(comparison_yaml).searches
-    keys = {one.entry: key_of(one.content, one.architecture) for one in searches}
+    keys = {one.entry: search_key(one) for one in searches}
     path.parent.mkdir(exist_ok=True)
     entries = {name: {"l0": l0} for name, l0 in l0s.items()}
     path.write_text(json.dumps({"schema": 1, "name": "x", "keys": keys, "entries": entries}))
@@ -61,14 +64,32 @@ def test_a_file_elsewhere(searched):
     [
         (["l0=found", "output_path=other"], r"^l0 is 'found', but other-l0/found_l0.json cannot"),
         (["l0=nowhere.json"], r"^l0 is 'nowhere.json', but nowhere.json cannot be read"),
-        (["l0=found", "sae.d_sae=33"], "is of another architecture, width"),
-        (["l0=found", "architectures.batchtopk={}"], "or without 'batchtopk'"),
+        (["l0=found", "sae.d_sae=33"], "has no answer for 'atm' with this architecture, width"),
+        (["l0=found", "architectures.topk.sae={d_sae: 33}"], "has no answer for 'topk'"),
+        (["l0=found", "architectures.batchtopk={}"], "has no answer for 'batchtopk'"),
+        (["l0=out-l0"], r"^l0 is 'out-l0', but out-l0 cannot be read"),
+        (["l0=''"], r"^l0 is '', but \. cannot be read"),
+        (["l0=small.yaml"], r"but small.yaml cannot be read"),
+        (["l0=found", "spelling_lm={}"], "l0: with spelling_lm it must be a list"),
     ],
 )
 def test_mistakes_are_one_line(searched, overrides, message):
     with pytest.raises(SettingsError, match=message) as caught:
         load_comparison(searched, overrides)
     assert "\n" not in str(caught.value)
+
+
+def test_quick_needs_a_list(searched):
+    with pytest.raises(SettingsError, match="l0: --quick needs a list, name it under `quick`"):
+        load_comparison(searched, ["l0=found", "quick={training_samples: 640}"], quick=True)
+    searched.write_text(searched.read_text().replace("l0: [2, 3]", "l0: found"))
+    assert load_comparison(searched).planned[0].is_found
+    assert load_comparison(searched, quick=True).planned[0].l0 == 2  # its own list
+
+
+def test_commands_that_only_need_the_data_do_not_need_the_search(comparison_yaml):
+    assert len(runs_in(comparison_yaml, ["l0=found"])) == 8
+    assert data_of(str(comparison_yaml), ["l0=found"]).run.runner.sae.d_in == 16
 
 
 def test_a_sweep_refuses_it(searched):
@@ -86,6 +107,12 @@ def test_the_results_stand_side_by_side(searched):
     # An SAE is matched if it has the L0 that was found for it.
     (topk,) = {run.matched for run in results.runs if run.entry == "topk"}
     assert topk
+    assert {name: entry.found_l0 for name, entry in results.entries.items()} == {
+        "atm": 2.37,
+        "topk": 3,
+        "jumprelu": 3,
+        "untrained": 2,
+    }
     assert len(results.rows) == 4
     assert all(row.figures["stability"].n == 1 for row in results.rows if row.entry != "untrained")
     (table,) = row_tables(results)

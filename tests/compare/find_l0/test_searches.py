@@ -113,7 +113,7 @@ def test_a_search_trains_resumes_and_fills_in_k(synthetic_yaml):
     assert run.runner.sae.schedule_steps == 40
     other = load_run(synthetic_yaml, [f"sae.k=out-l0/{FILENAME}", "output_path=elsewhere"])
     assert other.runner.sae.k == run.runner.sae.k
-    with pytest.raises(SettingsError, match="is of another architecture, width"):
+    with pytest.raises(SettingsError, match="has no answer for 'atm' with this architecture"):
         load_run(synthetic_yaml, ["sae.d_sae=33"])
 
 

@@ -172,7 +172,11 @@ def test_results_stay_when_the_saes_are_removed(results, finished, comparison_ya
         assert row.figures == {k: v for k, v in before.figures.items() if k != "stability"}
     # A run that must be evaluated again is trained again.
     changed = load_comparison(comparison_yaml, [f"output_path={output}", "eval_samples=501"])
-    assert len(planned_jobs(changed)) >= len(results.runs)
+    steps = [job.steps for job in planned_jobs(changed) if "L0" in job.label]
+    assert sorted(steps) == [0] * 4 + [40] * 12
+    # The picture of another run cannot be drawn without its SAE, and is not asked for.
+    fewer = load_comparison(comparison_yaml, [f"output_path={output}", "l0=[3]"])
+    assert planned_jobs(fewer) == []
 
 
 def test_nothing_is_left_to_do_and_nothing_changes(results, finished, comparison_yaml):

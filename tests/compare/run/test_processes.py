@@ -75,10 +75,10 @@ def test_jobs_run_in_processes_of_their_own(tmp_path):
     }
 
 
-@pytest.mark.parametrize(("needed", "at_once"), [(True, 1), (False, 2)])
-def test_a_job_that_all_others_wait_for_gets_all_cores(tmp_path, needed, at_once, monkeypatch):
+@pytest.mark.parametrize(("alone", "at_once"), [(True, 1), (False, 2)])
+def test_a_job_that_is_alone_gets_all_cores(tmp_path, alone, at_once, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    job = Job("only", 7, partial(write, tmp_path / "only"), needed=needed)
+    job = Job("only", 7, partial(write, tmp_path / "only"), alone=alone)
     assert run_jobs([job], 2, Events(), StopFlag()) == {}
     threads = (tmp_path / "only").read_text().split()[1]
     assert threads == str(threads_per_job(at_once))

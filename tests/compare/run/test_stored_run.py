@@ -8,6 +8,7 @@ from sae_lens_atm.compare.run.stored_run import (
     FIGURES,
     MEASURED,
     TRAINING,
+    has_sae,
     is_evaluated,
     is_trained,
     load_decoder,
@@ -27,10 +28,20 @@ def home(planned, tmp_path):
     return folder
 
 
-def test_a_run_is_trained_when_its_training_file_is_there(planned, home, tmp_path):
+def test_a_run_is_trained_when_its_training_file_and_its_sae_are_there(planned, home, tmp_path):
     assert not is_trained(planned, tmp_path)
     write_json(home / TRAINING, {})
+    assert not is_trained(planned, tmp_path)
+    (home / "sae").mkdir()
+    write_json(home / "sae/cfg.json", {})
     assert is_trained(planned, tmp_path)
+
+
+def test_an_evaluated_run_does_not_need_its_sae(planned, home, tmp_path):
+    write_json(home / TRAINING, {})
+    write_json(home / FIGURES, {"evaluation_key": planned.evaluation_key})
+    assert is_trained(planned, tmp_path)
+    assert not has_sae(planned, tmp_path)
 
 
 def test_a_run_is_evaluated_if_the_key_is_that_of_the_plan(planned, home, tmp_path):
