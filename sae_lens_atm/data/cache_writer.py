@@ -35,7 +35,7 @@ from sae_lens_atm.files import (
     write_text,
 )
 
-_FILE_BYTES = 2**28
+_FILE_BYTES = 2**26  # a cache that is stopped loses at most one file
 """Size of a file of the cache, about. It is held twice in memory while it is written."""
 _TOKEN_BYTES = 4
 
