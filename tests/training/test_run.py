@@ -68,6 +68,7 @@ def test_synthetic_run_saves_a_stock_sae_and_its_figures(synthetic_yaml, tmp_pat
         "eval_stats.json",
         ".lock",
         "history.jsonl",
+        "latents.safetensors",
         "training.html",
     }
     assert type(SAE.load_from_disk(out)) is JumpReLUSAE

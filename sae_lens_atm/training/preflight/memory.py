@@ -12,6 +12,8 @@ from sae_lens import LanguageModelSAERunnerConfig, TrainingSAE
 
 from sae_lens_atm.data.activation_stream import MOST_BYTES
 from sae_lens_atm.evaluation.next_token_loss import LOGITS, TOKENS
+from sae_lens_atm.sae.config import ATMTrainingSAEConfig
+from sae_lens_atm.training.latent_history import POINTS
 from sae_lens_atm.training.preflight.model_facts import ModelShape
 
 GIB = 2**30
@@ -160,7 +162,17 @@ def disk(run: LanguageModelSAERunnerConfig[Any]) -> int:
     size = sae_size(run.sae)
     checkpoints = run.n_checkpoints + run.save_final_checkpoint + 1
     each = size.checkpoint + stream_bytes(run)
-    return checkpoints * each + size.parameters + 4 * size.d_sae
+    # Checkpoints at even distances hold half of the latents' history on average.
+    histories = run.n_checkpoints / 2 + run.save_final_checkpoint + 2
+    history = round(histories * latent_history_bytes(run))
+    return checkpoints * each + size.parameters + 4 * size.d_sae + history
+
+
+def latent_history_bytes(run: LanguageModelSAERunnerConfig[Any]) -> int:
+    """Return the size of `latents.safetensors` of a run: float32 and float16 for each latent."""
+    if run.sae.architecture() != ATMTrainingSAEConfig.architecture():
+        return 0
+    return 6 * run.sae.d_sae * min(POINTS, run.total_training_steps)
 
 
 def size_text(amount: float) -> str:

@@ -31,6 +31,8 @@ def test_stored_runs_are_left_out(comparison_yaml):
     for planned in (trained, evaluated):
         (comparison.output / planned.folder).mkdir(parents=True)
         write_json(comparison.output / planned.folder / TRAINING, {})
+    (comparison.output / trained.folder / "sae").mkdir()
+    write_json(comparison.output / trained.folder / "sae/cfg.json", {})
     figures = {"evaluation_key": evaluated.evaluation_key, "cosine_map": "iVBORw"}
     write_json(comparison.output / evaluated.folder / FIGURES, figures)
     _, _, runs = make_jobs(comparison)

@@ -143,6 +143,7 @@ def test_disk_is_what_a_run_leaves(language_model_yaml, tmp_path):
     files = [f.stat().st_size for f in (tmp_path / "out").rglob("*") if f.is_file()]
     # one checkpoint more is allowed for, for an interruption
     more = memory.sae_size(run.runner.sae).checkpoint + memory.stream_bytes(run.runner)
+    more += memory.latent_history_bytes(run.runner)
     computed = memory.disk(run.runner) - more
     assert sum(files) == pytest.approx(computed, rel=0.03)
 
