@@ -4,8 +4,8 @@
     python benchmarks/baselines.py --only ortsae --only tree_sae
 
 The architectures take turns in one process. Other work of the machine then slows all of them
-equally. The script prints the median time of each, divided by that of SAELens' `batchtopk`. The
-range is the first and third quartile of the ratios of single turns.
+equally. The script prints the median step time, divided by that of SAELens' `batchtopk`. The range
+is the first and third quartile of the ratios of single turns.
 """
 
 import json

@@ -142,6 +142,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "implied": implied,
     "spelling": spelling,
     "glossary": glossary,
+    "chance": script("chance", "table"),
     "found_l0": found_l0,
     "steps": script("step_time", "table"),
     "baselines": script("baselines", "table"),

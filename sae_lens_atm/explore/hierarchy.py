@@ -108,7 +108,7 @@ def implied_pairs(reading: Reading, importance: Tensor) -> NDArray[np.int64]:
     found: list[Tensor] = []
     for rows in blocks:
         lifts = lift(reading.inputs[rows], magnitude[rows], reading.mean_input, reading.decoder)
-        lifts = lifts.where(frequency <= DENSE, -torch.inf)
+        lifts = lifts.where(frequency <= DENSE, 0.0)  # no parents
         found.append(implied_parents(lifts, own, importance, rows, TAU, CHANCE, _CANDIDATES))
     return torch.cat(found).numpy()
 

@@ -1,7 +1,7 @@
 """Export of an SAE's latents in the format of SAEDashboard, which Neuronpedia imports.
 
-The folder holds ``batch-0.json``, ``batch-1.json``, ..., each with up to `BATCH` latents that fire,
-and ``skipped_indexes.json`` with those that do not. These are the files of SAEDashboard's runner.
+The files are those of SAEDashboard's runner. ``batch-0.json``, ``batch-1.json``, ... hold up to
+`BATCH` latents each. ``skipped_indexes.json`` names the latents that never fire.
 """
 
 import json

@@ -56,14 +56,13 @@ def implied_parents(
     Comparing with the parent's own lift ``L_ii`` excludes latents that often fire weakly. They
     would otherwise count as parents of every latent that overlaps with them. Latents without a
     positive lift, for example those that never fired, have no parents and no children. If there are
-    more than ``most`` parents, those with the largest ``L_ji / L_ii`` are returned. A lift of
-    ``-inf`` excludes a parent.
+    more than ``most`` parents, those with the largest ``L_ji / L_ii`` are returned.
     """
     lifts = own_lift > 0
     implied = (lift >= tau * own_lift) & lifts
-    others = ~implied & lift.isfinite()
-    squares = lift.square().where(others, 0.0).sum(1, keepdim=True)
-    by_chance = (squares / others.sum(1, keepdim=True).clamp(min=1)).sqrt()
+    others = lift.shape[1] - implied.sum(1, keepdim=True)
+    length = lift.masked_fill(implied, 0.0).norm(dim=1, keepdim=True)
+    by_chance = length / others.clamp(min=1).sqrt()
     implied &= (lift >= chance * by_chance) & (importance > importance[rows, None])
     implied &= lifts[rows, None]
     clearness = (lift / own_lift.clamp(min=_TINY)).where(implied, -torch.inf)

@@ -69,9 +69,6 @@ def test_a_lift_that_other_directions_have_by_chance_is_none():
     assert implied_parents(lifts, own, importance, row, 0.45, 0.0, 4).tolist() == [[0, 1, 2, -1]]
     lifts[0, 4:] = 0.0
     assert implied_parents(lifts, own, importance, row, 0.45, 3.0, 4).tolist() == [[0, 1, 2, -1]]
-    # A lift of -inf excludes a parent, and does not count as one by chance.
-    lifts[0, 1] = -torch.inf
-    assert implied_parents(lifts, own, importance, row, 0.45, 3.0, 4).tolist() == [[0, 2, -1, -1]]
 
 
 def test_carried_energy_by_hand_and_its_gradient():
