@@ -33,7 +33,7 @@ from sae_lens_atm.metrics.first_letter import (
     FirstLetterScores,
     first_letter_scores,
 )
-from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, train_probe
+from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, train_probes
 
 _LONGEST_TEMPLATE = 30  # tokens
 
@@ -187,8 +187,10 @@ def _labelled(x: Tensor, words: Sequence[str]) -> Words:
 
 def train_letter_probes(activations: LetterActivations, cfg: FirstLetterConfig) -> Probe:
     """Train the probes of the letters on the training words."""
-    generator = torch.Generator().manual_seed(cfg.seed)
-    return train_probe(activations.train, generator, epochs=cfg.probe_epochs, lr=cfg.probe_lr)
+    target = functional.one_hot(activations.train.letter, LETTERS)
+    draws = torch.Generator().manual_seed(cfg.seed)
+    x = activations.train.x
+    return train_probes(x, target, draws, epochs=cfg.probe_epochs, lr=cfg.probe_lr)
 
 
 def with_probes(

@@ -36,7 +36,7 @@ from sae_lens_atm.metrics.absorption import (
     FULL_ABSORBER_COSINE,
     MAX_ABSORBERS,
 )
-from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, nested_logistic, train_probe
+from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, nested_logistic, train_probes
 from sae_lens_atm.metrics.word_figures import (
     LEARNED_F1,
     PROBED_WITH,
@@ -131,10 +131,10 @@ def first_letter_scores(
     """
     letters = len(probe.weight)
     is_letter = functional.one_hot(test.letter, letters).bool()
-    sparse = train_probe(
-        train,
+    sparse = train_probes(
+        train.x,
+        functional.one_hot(train.letter, letters),
         torch.Generator().manual_seed(seed),
-        letters=letters,
         batch_size=batch_size,
         weight_decay=1e-6,
         l1=_L1,

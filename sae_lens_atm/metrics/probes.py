@@ -1,4 +1,4 @@
-"""Linear probes of words: SAEBench's one-against-rest probes, and logistic regressions."""
+"""Linear probes: SAEBench's one-against-rest probes, and logistic regressions."""
 
 import math
 from typing import NamedTuple
@@ -20,39 +20,49 @@ class Words(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Linear probes, one for each letter."""
+    """Linear probes, one for each letter or other class."""
 
     weight: Tensor
-    """Shape ``(letters, width)``."""
+    """Shape ``(probes, width)``."""
     bias: Tensor
 
     def score(self, x: Tensor) -> Tensor:
-        """Return the scores, shape ``(words, letters)``; a positive score predicts the letter."""
+        """Return the scores, shape ``(rows, probes)``; a positive score predicts the class."""
         return x @ self.weight.T + self.bias
 
 
-def train_probe(
-    words: Words,
+def train_probes(
+    x: Tensor,
+    target: Tensor,
     generator: torch.Generator,
     *,
-    letters: int = 26,
     epochs: int = 50,
     batch_size: int = 64,
     lr: float = 1e-2,
     weight_decay: float = 1e-4,
     l1: float = 0.0,
 ) -> Probe:
-    """Train SAEBench's probes: one for each letter against the rest.
+    """Train SAEBench's probes: logistic, each on its own.
 
     Positives are weighted by negatives over positives. Adam's learning rate decays to 1e-5.
+
+    Args:
+        x: shape ``(rows, width)``.
+        target: 1 where a probe should be positive, else 0, shape ``(rows, probes)``.
+        generator: draws the first weights and the batches, on the CPU.
+        epochs: number of passes over the rows.
+        batch_size: rows of a batch.
+        lr: the first learning rate.
+        weight_decay: Adam's, of weights and biases.
+        l1: weight of the absolute weights, summed for each probe and averaged over probes.
     """
-    x, target = words.x, functional.one_hot(words.letter, letters).to(words.x.dtype)
+    target, probes = target.to(x.dtype), target.shape[1]
     positives = target.sum(0)
     rarity = (len(x) - positives) / positives.clamp(min=1)
     bound = 1 / math.sqrt(x.shape[1])  # as torch.nn.Linear starts
     probe = Probe(
-        torch.empty(letters, x.shape[1]).uniform_(-bound, bound, generator=generator).to(x),
-        torch.empty(letters).uniform_(-bound, bound, generator=generator).to(x),
+        torch.empty(probes, x.shape[1]).uniform_(-bound, bound, generator=generator).to(x),
+        torch.empty(probes).uniform_(-bound, bound, generator=generator).to(x),
     )
     for parameter in probe:
         parameter.requires_grad_()

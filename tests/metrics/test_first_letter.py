@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import one_hot
 from torch.testing import assert_close
 
 from sae_lens_atm.metrics.first_letter import absorbed, first_letter_scores
-from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, nested_logistic, train_probe
+from sae_lens_atm.metrics.probes import Probe, Words, f1_scores, nested_logistic, train_probes
 
 
 def by_the_book(acts, p, cosine, main):
@@ -96,9 +97,9 @@ def test_a_probe_finds_what_can_be_told():
     torch.manual_seed(0)
     letter = torch.randint(3, (600,))
     x = torch.randn(600, 8) + 6 * torch.eye(8)[letter]
-    probe = train_probe(Words(x, letter), torch.Generator().manual_seed(0), letters=3, epochs=30)
+    probe = train_probes(x, one_hot(letter), torch.Generator().manual_seed(0), epochs=30)
     yes = probe.score(x) > 0
-    assert (f1_scores(yes, torch.nn.functional.one_hot(letter, 3).bool()) > 0.95).all()
+    assert (f1_scores(yes, one_hot(letter, 3).bool()) > 0.95).all()
     assert probe.weight.diagonal().min() > probe.weight.abs().median()
 
 
