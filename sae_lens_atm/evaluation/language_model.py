@@ -20,6 +20,7 @@ from sae_lens_atm.evaluation.model_from_hook import model_from_hook
 from sae_lens_atm.evaluation.next_token_loss import TOKENS
 from sae_lens_atm.evaluation.recovered_loss import HookPoint, OnBatch, SharedPasses
 from sae_lens_atm.evaluation.synthetic import decoder_figures
+from sae_lens_atm.metrics import HierarchyScore
 
 # SAELens' names of the figures, and ours.
 _FIGURES = {
@@ -112,6 +113,7 @@ def language_model_figures(
     hook = HookPoint(str(metadata.hook_name), metadata.hook_head_index)
     shared = _shared_passes(model, tokens, hook, cfg)
     tokens.reset_input_dataset()
+    hierarchy: dict[str, float] = {}
     if shared is None:
         found, density = _figures_of_saelens(sae, model, tokens, cfg)
     else:
@@ -131,6 +133,7 @@ def language_model_figures(
                 model_kwargs={},
                 ignore_tokens=_excluded(cfg, model),
             )
+            hierarchy = {"hierarchy_score": _hierarchy_score(sae, shared)}
         found |= metrics
     figures = {ours: float(found[name]) for name, ours in _FIGURES.items() if name in found}
     alive = torch.tensor(density["feature_density"]) > 0
@@ -139,7 +142,18 @@ def language_model_figures(
     counted = (~torch.isin(batch.cpu(), excluded) for batch in tokens.batches)
     figures["evaluated_samples"] = sum(int(batch.sum()) for batch in counted)
     figures |= decoder_figures(sae, alive, None if shared is None else shared.inputs())
+    figures |= hierarchy
     return figures, alive
+
+
+@torch.no_grad()
+def _hierarchy_score(sae: SAE[Any], shared: SharedPasses) -> float:
+    metric = HierarchyScore(sae.W_dec)
+    for x in shared.each_inputs():
+        if metric.is_full:
+            break
+        metric.update(x, sae.encode(x.to(sae.device, sae.dtype)).to_dense())
+    return metric.compute()
 
 
 def _shared_passes(

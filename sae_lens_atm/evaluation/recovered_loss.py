@@ -5,7 +5,7 @@ change, and the KL divergence of the first two from the original predictions. Th
 SAE are made once for all SAEs at a hook.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,9 +114,13 @@ class SharedPasses:
 
     def inputs(self) -> Tensor:
         """Return the inputs of an SAE at the counted tokens of the first batch, after `scores`."""
-        batch, _ = self._passes[0]
-        inputs = self._hook.read(batch.full.activation)
-        return inputs[batch.counted.to(inputs.device)]
+        return next(self.each_inputs())
+
+    def each_inputs(self) -> Iterator[Tensor]:
+        """Yield the inputs of an SAE at the counted tokens of each batch, after `scores`."""
+        for batch, _ in self._passes:
+            inputs = self._hook.read(batch.full.activation)
+            yield inputs[batch.counted.to(inputs.device)]
 
     def run_with_cache(self, *_: Any, **__: Any) -> tuple[None, dict[str, Tensor]]:
         """Return the activations at the hook in the next batch; the first follows the last.

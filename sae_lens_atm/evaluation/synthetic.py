@@ -19,6 +19,7 @@ from sae_lens_atm.data.synthetic import children_of
 from sae_lens_atm.metrics import (
     Absorption,
     AbsorptionScores,
+    HierarchyScore,
     NthDecoderProjection,
     decoder_cosine,
     description_length,
@@ -135,6 +136,7 @@ def evaluate_closely(
     l0, true_l0, shrinkage = L0Calculator(), L0Calculator(), ShrinkageCalculator()
     explained = ExplainedVarianceCalculator()
     directions = sae.W_dec.float()
+    hierarchy = HierarchyScore(directions)
     classification = ClassificationMetricsCalculator(directions, vectors)
     fired = torch.zeros(sae.cfg.d_sae, device=sae.device)
     parents_fired = torch.zeros(len(parents), device=vectors.device)
@@ -153,6 +155,7 @@ def evaluate_closely(
             shrinkage.add_batch(x_hat, x)
             explained.add_batch(x_hat, x)
             classification.add_batch(acts, features)
+            hierarchy.update(x, acts)
             squared_error += (x - x_hat).pow(2).sum().item()
             cosine += torch.cosine_similarity(x, x_hat, dim=-1).sum().item()
             fired += (acts != 0).sum(0)
@@ -176,6 +179,7 @@ def evaluate_closely(
         "evaluated_samples": samples,
         "true_l0": true_l0.compute(),
         **decoder_figures(sae, alive, first, first_acts),
+        "hierarchy_score": hierarchy.compute(),
     }
     scores = None if absorption is None else absorption.compute()
     if scores is not None:

@@ -3,12 +3,14 @@
 from sae_lens_atm.metrics.absorption import Absorption, AbsorptionScores, absorption
 from sae_lens_atm.metrics.decoder import DecoderCosine, NthDecoderProjection, decoder_cosine
 from sae_lens_atm.metrics.description_length import description_length
+from sae_lens_atm.metrics.hierarchy import HierarchyScore
 from sae_lens_atm.metrics.stability import Stability, StabilityScores, stability
 
 __all__ = [
     "Absorption",
     "AbsorptionScores",
     "DecoderCosine",
+    "HierarchyScore",
     "NthDecoderProjection",
     "Stability",
     "StabilityScores",

@@ -107,6 +107,12 @@ FIGURES: dict[str, Figure] = {
         "its own and activations rounded as coarsely as reconstruction allows.",
         1,
     ),
+    "hierarchy_score": Figure(
+        "hierarchy",
+        1,
+        "Share of the pairs of a latent and one that fires mostly with it in which both decoder "
+        "rows are among the five nearest to a probe for the second (Tree SAE's hierarchy score).",
+    ),
     "mcc": Figure(
         "MCC",
         1,

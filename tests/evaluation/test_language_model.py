@@ -8,6 +8,7 @@ from sae_lens_atm.evaluation.language_model import (
     language_model_figures,
     make_store,
 )
+from sae_lens_atm.metrics import HierarchyScore
 from sae_lens_atm.training.run_file import load_run
 from tests.conftest import CONTEXT
 from tests.helpers import make_sae, train
@@ -74,6 +75,21 @@ def test_figures_by_hand(sae, cfg, tokens, hooked_model):
     assert figures["dead_latents"] == int((~alive).sum())
     assert figures["evaluated_samples"] == every.numel()
     assert "ce_loss_score" in figures
+
+
+def test_the_hierarchy_score_is_that_of_all_counted_tokens(sae, cfg, hooked_model):
+    batches = [torch.randint(4, 64, (30, CONTEXT)) for _ in range(2)]
+    cfg.exclude_special_tokens = [7]
+    tokens = HeldOutTokens(batches, CONTEXT, 30)
+    figures, _ = language_model_figures(sae, hooked_model, tokens, cfg)
+    every = torch.cat(batches)
+    with torch.no_grad():
+        _, cache = hooked_model.run_with_cache(every, names_filter=[HOOK], prepend_bos=False)
+        x = cache[HOOK][every != 7]
+        score = HierarchyScore(sae.W_dec)
+        score.update(x, sae.encode(x))
+    assert score.pairs()
+    assert figures["hierarchy_score"] == pytest.approx(score.compute())
 
 
 def test_excluded_tokens_are_not_counted(sae, cfg, tokens, hooked_model):

@@ -12,7 +12,12 @@ from sae_lens_atm.evaluation.synthetic import (
     evaluate_closely,
     is_signed,
 )
-from sae_lens_atm.metrics import NthDecoderProjection, decoder_cosine, description_length
+from sae_lens_atm.metrics import (
+    HierarchyScore,
+    NthDecoderProjection,
+    decoder_cosine,
+    description_length,
+)
 from tests.helpers import make_sae, train
 
 SAMPLES, BATCH = 700, 256
@@ -87,6 +92,17 @@ def test_figures_of_the_decoder(model, sae):
     assert result.figures["decoder_cosine"] == decoder_cosine(sae.W_dec, result.alive)
     bits = description_length(sae.encode(x), x, sae.decode)
     assert result.figures["description_length"] == pytest.approx(bits)
+
+
+def test_the_hierarchy_score_is_that_of_all_batches(model, sae):
+    figures = evaluate(sae, model, SAMPLES, 5, BATCH)
+    score = HierarchyScore(sae.W_dec)
+    with temporary_seed(5), torch.no_grad():
+        for samples in (256, 256, 188):
+            x, _ = model.sample_with_features(samples)
+            score.update(x, sae.encode(x))
+    assert score.pairs()
+    assert figures["hierarchy_score"] == score.compute()
 
 
 def test_the_description_length_of_an_sae_that_normalises_its_input():

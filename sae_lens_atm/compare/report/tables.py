@@ -88,6 +88,7 @@ _IN_MARKDOWN = (
     "sparse_probing_1",
     "sparse_probing_2",
     "sparse_probing_5",
+    "hierarchy_score",
     "probe_auc_k1",
     "probe_auc_k5",
     "probe_auc_raw",
