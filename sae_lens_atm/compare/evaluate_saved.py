@@ -15,6 +15,12 @@ from sae_lens_atm.compare.run.reading import activations_folder
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.data.spelling.model import make_spelling_lm
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.evaluation.contrastive_stories import (
+    ContrastiveStoriesConfig,
+    contrastive_figures,
+    read_stories,
+    story_activations,
+)
 from sae_lens_atm.evaluation.first_letters import figures_of, matched_l0, scores_of
 from sae_lens_atm.evaluation.language_model import (
     hold_out,
@@ -37,11 +43,12 @@ from sae_lens_atm.yaml_files import apply_overrides, read_yaml
 
 
 class EvaluationData(NamedTuple):
-    """The data on which SAEs are evaluated, as a run, and the settings of the first letters."""
+    """The data on which SAEs are evaluated, as a run, and the settings of optional figures."""
 
     run: Run
     first_letters: FirstLetterConfig | None = None
     sae_probes: SaeProbesConfig | None = None
+    contrastive_stories: ContrastiveStoriesConfig | None = None
     folder: Path | None = None
     """Where activations for evaluations are stored. A run file has no such folder."""
 
@@ -87,7 +94,7 @@ def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
     letters, probes = first.first_letters, first.sae_probes
     stored = letters is not None or probes is not None
     folder = activations_folder(first, comparison.output) if stored else None
-    return EvaluationData(first.run, letters, probes, folder)
+    return EvaluationData(first.run, letters, probes, first.contrastive_stories, folder)
 
 
 def evaluate_saved(
@@ -128,11 +135,13 @@ def evaluate_saved(
     store = None
     if data.sae_probes is not None and data.folder is not None:
         store = TaskStore(cfg, data.sae_probes, data.folder)
+    pairs = read_stories(data.contrastive_stories)
     model = load_language_model(cfg)
     tokens = hold_out(make_store(cfg, model), cfg)
     for sae in saes.values():  # SAELens evaluates at the hook in the SAE's metadata
         sae.cfg.metadata.hook_name = cfg.hook_name
         sae.cfg.metadata.hook_head_index = cfg.hook_head_index
+    stories = story_activations(model, cfg, pairs)
     figures: dict[str, dict[str, float]] = {}
     for name, sae in saes.items():
 
@@ -140,6 +149,7 @@ def evaluate_saved(
             on_tokens(len(figures) * every + done, len(saes) * every)
 
         figures[name] = language_model_figures(sae, model, tokens, cfg, on_batch_of_sae)[0]
+        figures[name] |= contrastive_figures(sae, stories)
     evaluated = {name: Evaluated(values) for name, values in figures.items()}
     if letters is not None:
         found = first_letters_of(cfg, letters, lambda: model, data.folder, on_batch)

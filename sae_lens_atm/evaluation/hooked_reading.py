@@ -1,4 +1,4 @@
-"""Read the activations of a language model at a hook, at one position of each text."""
+"""Read the activations of a language model at a hook."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,7 +25,6 @@ class Hook(NamedTuple):
         return cls(run.hook_name, run.hook_head_index, run.model_kwargs, run.autocast_lm)
 
 
-@torch.no_grad()
 def activations_at(
     model: Any, hook: Hook, rows: Sequence[Sequence[int]], places: Sequence[int]
 ) -> Tensor:
@@ -39,6 +38,28 @@ def activations_at(
         rows: the tokens of each text.
         places: for each row, the place of a token.
     """
+    stream = _stream(model, hook, rows)
+    at = torch.tensor(places, device=stream.device)
+    return stream[torch.arange(len(at), device=stream.device), at].cpu()
+
+
+def activations_of(model: Any, hook: Hook, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the activations of each row at all its tokens, ``(tokens, d_in)``, on the CPU.
+
+    The model runs up to the hook.
+
+    Args:
+        model: the language model.
+        hook: where the activations are read.
+        rows: the tokens of each text.
+    """
+    stream = _stream(model, hook, rows).cpu()
+    return [part[: len(row)].clone() for part, row in zip(stream, rows, strict=True)]
+
+
+@torch.no_grad()
+def _stream(model: Any, hook: Hook, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Return the activations at all tokens of the rows and of their padding."""
     device = next(model.parameters()).device
     # Padding follows the text, and attention is causal.
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
@@ -51,7 +72,4 @@ def activations_at(
             **hook.model_kwargs,
         )
     stream: Tensor = cache[hook.name]
-    if hook.head_index is not None:
-        stream = stream[:, :, hook.head_index]
-    at = torch.tensor(places, device=stream.device)
-    return stream.flatten(2)[torch.arange(len(at), device=stream.device), at].cpu()
+    return (stream if hook.head_index is None else stream[:, :, hook.head_index]).flatten(2)

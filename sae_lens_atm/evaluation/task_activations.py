@@ -32,9 +32,9 @@ def last_token_activations(
     Returns:
         Shape ``(texts, d_in)``, on the CPU, in the dtype of the model.
     """
-    rows = [*_rows(model.tokenizer, texts, min(max_tokens, _context_of(model)))]
+    rows = [*_rows(model.tokenizer, texts, min(max_tokens, context_of(model)))]
     found: dict[int, Tensor] = {}
-    for batch in _batches(rows):
+    for batch in batches_by_length(rows):
         on_texts(batch)
         of_batch = [rows[i] for i in batch]
         last = activations_at(model, hook, of_batch, [len(row) - 1 for row in of_batch])
@@ -50,7 +50,7 @@ def _rows(tokenizer: Any, texts: Sequence[str], most: int) -> Iterator[list[int]
         yield [*first, *tokens[max(len(tokens) - max(most - len(first), 1), 0) :]] or [0]
 
 
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def batches_by_length(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Yield the places of rows, the longest first, with at most 2048 tokens in a batch."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     while order:
@@ -59,7 +59,7 @@ def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         order = order[size:]
 
 
-def _context_of(model: Any) -> int:
+def context_of(model: Any) -> int:
     """Return the largest number of tokens that a model reads."""
     cfg: Any = model.cfg if hasattr(model, "cfg") else model.model.config
     for name in ("n_ctx", "max_position_embeddings"):

@@ -1,6 +1,7 @@
 """Metrics that SAELens does not have."""
 
 from sae_lens_atm.metrics.absorption import Absorption, AbsorptionScores, absorption
+from sae_lens_atm.metrics.contrastive import ContrastiveScore
 from sae_lens_atm.metrics.decoder import DecoderCosine, NthDecoderProjection, decoder_cosine
 from sae_lens_atm.metrics.description_length import description_length
 from sae_lens_atm.metrics.hierarchy import HierarchyScore
@@ -9,6 +10,7 @@ from sae_lens_atm.metrics.stability import Stability, StabilityScores, stability
 __all__ = [
     "Absorption",
     "AbsorptionScores",
+    "ContrastiveScore",
     "DecoderCosine",
     "HierarchyScore",
     "NthDecoderProjection",

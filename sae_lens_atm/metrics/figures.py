@@ -241,6 +241,14 @@ FIGURES: dict[str, Figure] = {
         for score in ("auc", "accuracy")
         for k in (1, 5, None)
     },
+    "contrastive_score": Figure(
+        "contrastive",
+        1,
+        "How far the largest difference of a latent's mean activations on two opposite stories is "
+        "above the average one, in standard deviations over latents, averaged over pairs of "
+        "stories (CE-Bench's contrastive score).",
+        2,
+    ),
     "ce_loss_score": Figure(
         "CE loss recovered",
         1,
@@ -304,10 +312,11 @@ NEEDS = {
         "parents",
     ),
     **{name: "tasks" for name in FIGURES if re.match("probe_.*_(k[0-9]+|raw)$", name)},
+    "contrastive_score": "stories",
     "stability": "seeds",
 }
 """What a figure needs: synthetic data, a language model, first letters, tasks of sae-probes,
-several seeds, or parents, which synthetic data and first letters have."""
+contrastive stories, several seeds, or parents, which synthetic data and first letters have."""
 
 
 def figure(name: str) -> Figure:

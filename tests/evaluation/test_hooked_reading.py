@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sae_lens_atm.evaluation.hooked_reading import Hook, activations_at
+from sae_lens_atm.evaluation.hooked_reading import Hook, activations_at, activations_of
 
 ROWS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
 PLACES = [2, 1, 0]
@@ -28,6 +28,18 @@ def test_a_head_and_all_heads(hooked_model):
     assert one.shape == (3, 8)
     assert every.shape == (3, 16)
     torch.testing.assert_close(one, every[:, 8:])
+
+
+@pytest.mark.parametrize("head", [None, 1])
+def test_each_row_is_read_at_all_its_tokens(hooked_model, head):
+    name = "blocks.1.attn.hook_z"
+    found = activations_of(hooked_model, Hook(name, head), ROWS)
+    assert [x.shape for x in found] == [(len(row), 16 if head is None else 8) for row in ROWS]
+    for x, row in zip(found, ROWS, strict=True):
+        for place in range(len(row)):
+            heads = alone(hooked_model, name, row, place)
+            expected = heads.flatten() if head is None else heads[head]
+            torch.testing.assert_close(x[place], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_above_the_hook_do_not_run(hooked_model, monkeypatch):

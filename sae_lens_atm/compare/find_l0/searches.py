@@ -39,7 +39,7 @@ from sae_lens_atm.training.preflight.checks import check_devices
 SEEDS = (0, 1, 2)
 _SAMPLES = ("training_samples", "training_tokens")
 _STEPS = ("lr_warm_up_steps", "lr_decay_steps", "schedule_steps")
-_NOT_NEEDED = ("first_letters", "sae_probes", "not_ranked", "quick")
+_NOT_NEEDED = ("first_letters", "sae_probes", "contrastive_stories", "not_ranked", "quick")
 _EVALUATED = 10_000  # samples of a synthetic model: figures that the search does not use
 
 Values = dict[str, Any]

@@ -17,6 +17,7 @@ A comparison file is a run file (see `training.run_file`) with `architectures` a
     spelling_lm: {seeds: [0, 1]}   # small language models to make first (see `data.spelling`)
     first_letters: {}              # measure absorption on a language model, as SAEBench defines it
     sae_probes: {tasks: 16}        # sparse probing on a language model, on tasks of sae-probes
+    contrastive_stories: {}        # CE-Bench's contrastive score on a language model
     quick: {seeds: [0], training_samples: 204_800}   # changes that --quick makes
 """
 
@@ -45,6 +46,7 @@ from sae_lens_atm.compare.plan.planned_run import EntrySettings, PlannedRun, spe
 from sae_lens_atm.compare.report.results import Sweep
 from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.evaluation.contrastive_stories import ContrastiveStoriesConfig
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.evaluation.task_store import SaeProbesConfig
 from sae_lens_atm.training.found_l0 import FoundL0s, with_fields_of
@@ -141,8 +143,14 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
     found = FoundL0s("l0", asked, str(output)) if isinstance(asked, str) else None
     first_letters = _on_model(FirstLetterConfig, "first_letters", settings, shared)
     sae_probes = _on_model(SaeProbesConfig, "sae_probes", settings, shared)
+    stories = _on_model(ContrastiveStoriesConfig, "contrastive_stories", settings, shared)
+    measured: dict[str, Any] = {
+        "first_letters": first_letters,
+        "sae_probes": sae_probes,
+        "contrastive_stories": stories,
+    }
     planned = [
-        replace(plan, lm=lm, first_letters=first_letters, sae_probes=sae_probes)
+        replace(plan, lm=lm, **measured)
         for lm in _spelling_lms(settings)
         for entry, entry_settings in settings.architectures.items()
         for plan in _plan_entry(entry, entry_settings, _with_model(shared, lm), settings, found)

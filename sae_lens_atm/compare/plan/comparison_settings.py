@@ -69,6 +69,8 @@ class ComparisonSettings(BaseModel):
     """Fields of `FirstLetterConfig`. Without this key absorption is not measured."""
     sae_probes: dict[str, Any] | None = None
     """Fields of `SaeProbesConfig`. Without this key SAEs are not probed on these tasks."""
+    contrastive_stories: dict[str, Any] | None = None
+    """Fields of `ContrastiveStoriesConfig`. Without this key there is no contrastive score."""
 
 
 OWN_KEYS = tuple(ComparisonSettings.model_fields)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sae_lens_atm.compare.plan.l0_target import L0Parameter
 from sae_lens_atm.compare.report.results import FOUND_LEVEL, Role
 from sae_lens_atm.data.spelling.model import TOKENS, SpellingLMConfig
+from sae_lens_atm.evaluation.contrastive_stories import ContrastiveStoriesConfig
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.evaluation.task_store import SaeProbesConfig
 from sae_lens_atm.files import hash_of
@@ -65,6 +66,7 @@ class PlannedRun:
     """The language model that the comparison makes and the SAE is trained on, if there is one."""
     first_letters: FirstLetterConfig | None = None
     sae_probes: SaeProbesConfig | None = None
+    contrastive_stories: ContrastiveStoriesConfig | None = None
     is_found: bool = False
     """Whether the L0 is the one that the search found for this entry."""
 
@@ -117,7 +119,8 @@ class PlannedRun:
         """Hash of everything that affects the figures."""
         config = _config_of(self.run)
         values = [self.training_key, {name: config.get(name) for name in _EVALUATION_FIELDS}]
-        measured = [asdict(cfg) for cfg in (self.first_letters, self.sae_probes) if cfg is not None]
+        optional = (self.first_letters, self.sae_probes, self.contrastive_stories)
+        measured = [asdict(cfg) for cfg in optional if cfg is not None]
         return hash_of(values + measured)
 
     @property

@@ -92,6 +92,10 @@ def load_sweep(
 def _with_absolute_paths(base: Values, output: str) -> Values:
     local = ("dataset_path", "model_name", "synthetic_model")
     paths = {key: str(base.get(key)) for key in local if Path(str(base.get(key))).exists()}
+    stories: Any = base.get("contrastive_stories")
+    if isinstance(stories, dict) and Path(str(cast(Values, stories).get("dataset"))).exists():
+        dataset = str(Path(stories["dataset"]).absolute())
+        base = base | {"contrastive_stories": {**stories, "dataset": dataset}}
     paths["output_path"] = str(base.get("output_path", output))
     return base | {key: str(Path(path).expanduser().absolute()) for key, path in paths.items()}
 
@@ -109,6 +113,7 @@ def _check_objective(name: str, comparison: Comparison) -> None:
         "letters": first.first_letters is not None,
         "parents": comparison.is_synthetic or first.first_letters is not None,
         "tasks": first.sae_probes is not None,
+        "stories": first.contrastive_stories is not None,
         "seeds": len({planned.seed for planned in comparison.planned}) > 1,
     }
     allowed = [

@@ -92,6 +92,7 @@ _IN_MARKDOWN = (
     "probe_auc_k1",
     "probe_auc_k5",
     "probe_auc_raw",
+    "contrastive_score",
     "ce_loss_score",
     "kl_div_score",
     "dead_latents",

@@ -7,6 +7,7 @@ from sae_lens_atm.compare.plan.comparison_file import Comparison
 from sae_lens_atm.compare.run.cached import contexts_to_cache
 from sae_lens_atm.compare.run.probing import task_store
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.evaluation.contrastive_stories import read_stories
 from sae_lens_atm.training.preflight.checks import (
     check_data,
     check_dataset_exists,
@@ -47,6 +48,7 @@ def check(comparison: Comparison) -> dict[str, str]:
                 check_dataset_exists(planned.run.runner)
             if planned.sae_probes is not None:
                 task_store(planned, folder)
+            read_stories(planned.contrastive_stories)
     facts = look_up_language_models(comparison)
     warn_of_missing_masks(comparison)
     return facts

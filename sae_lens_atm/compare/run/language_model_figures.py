@@ -14,6 +14,12 @@ from sae_lens_atm.compare.run.letters import first_letters
 from sae_lens_atm.compare.run.probing import add_probing
 from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED, is_evaluated
 from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.evaluation.contrastive_stories import (
+    StoryActivations,
+    contrastive_figures,
+    read_stories,
+    story_activations,
+)
 from sae_lens_atm.evaluation.first_letters import FirstLetters, figures_of, scores_of
 from sae_lens_atm.evaluation.language_model import HeldOutTokens, language_model_figures
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
@@ -54,6 +60,7 @@ def evaluate_group(
         on_phase(Phase(what, done, total, unit))
 
     letters: FirstLetters | None = None
+    stories: StoryActivations | None = None
     for planned in group:
         if is_evaluated(planned, folder, with_map=False):
             continue
@@ -61,9 +68,16 @@ def evaluate_group(
         if letters is None:
             prompts = partial(on_batch, "first letters")
             letters = first_letters(planned, folder, lambda: model, prompts)
+        if stories is None:
+            cfg = cast(LanguageModelRun, planned.run).runner
+            reading = partial(on_batch, "reading", unit="stories")
+            pairs = read_stories(planned.contrastive_stories)
+            stories = story_activations(model, cfg, pairs, reading)
         evaluating = partial(on_batch, f"evaluating {planned.label}")
         probing = partial(on_batch, f"probing {planned.label}", unit="tasks")
-        evaluate_on_language_model(planned, folder, model, tokens, letters, evaluating, probing)
+        evaluate_on_language_model(
+            planned, folder, model, tokens, letters, stories, evaluating, probing
+        )
 
 
 @torch.no_grad()
@@ -73,6 +87,7 @@ def evaluate_on_language_model(
     model: Any,
     tokens: HeldOutTokens,
     letters: FirstLetters | None,
+    stories: StoryActivations,
     on_batch: OnBatch,
     on_task: OnBatch,
 ) -> None:
@@ -84,6 +99,7 @@ def evaluate_on_language_model(
         model: the language model.
         tokens: held-out tokens.
         letters: words and probes for absorption; None leaves absorption out.
+        stories: activations on contrastive stories; without any there is no contrastive score.
         on_batch: is called before each batch.
         on_task: is called before each task of sae-probes.
     """
@@ -104,5 +120,6 @@ def evaluate_on_language_model(
         content["first_letters"] = letters.facts()
         content["absorption_by_parent"] = scores.fraction_by_letter.tolist()
         content["parent_probability"] = letters.shares.tolist()
+    figures |= contrastive_figures(sae, stories)
     add_probing(content, planned, folder, sae, lambda: model, on_task)
     write_json(home / FIGURES, content)
