@@ -7,6 +7,7 @@ import torch
 from sae_lens import BatchTopKTrainingSAE, StandardTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor
+from torch.nn.functional import leaky_relu
 from typing_extensions import override
 
 from sae_lens_atm.method.sparse import sparse_products_are_fast
@@ -90,13 +91,17 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        """Return SAELens' auxiliary loss on clipped pre-activations.
+        """Return SAELens' auxiliary loss with a smaller slope for negative pre-activations.
 
-        Unclipped, dead latents fit the residual with negative activations.
+        With the full slope, dead latents fit the residual with negative activations, which no
+        latent has at inference. With the slope 0, latents that are negative on the whole batch get
+        no gradient and stay dead.
         """
+        slope = self.cfg.aux_negative_slope
         auxiliary_loss: Any = super().calculate_topk_aux_loss
         if hidden_pre.requires_grad or dead_neuron_mask is None or not dead_neuron_mask.any():
-            return auxiliary_loss(sae_in, sae_out, hidden_pre.relu(), dead_neuron_mask)
+            pre = leaky_relu(hidden_pre, slope)
+            return auxiliary_loss(sae_in, sae_out, pre, dead_neuron_mask)
         # The pre-activations of a sparse pass have no gradient. Compute those of the dead latents.
         dead = dead_neuron_mask.nonzero().squeeze(1)
         with restricted_to(self, dead):
@@ -104,7 +109,7 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
             if self.cfg.rescale_acts_by_decoder_norm:
                 pre = pre * self.W_dec.norm(dim=-1)  # with a gradient, as in SAELens
             everything = torch.ones_like(dead, dtype=torch.bool)
-            return auxiliary_loss(sae_in, sae_out, pre.relu(), everything)
+            return auxiliary_loss(sae_in, sae_out, leaky_relu(pre, slope), everything)
 
 
 class ReLUATM(ATMTrainingSAE, StandardTrainingSAE, activation="relu"):  # pyright: ignore[reportGeneralTypeIssues]

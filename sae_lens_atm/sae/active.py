@@ -7,6 +7,7 @@ _OF_ACTIVATION = {
         "k",
         "topk_threshold_lr",
         "aux_loss_coefficient",
+        "aux_negative_slope",
         "rescale_acts_by_decoder_norm",
         "use_sparse_activations",
     ),

@@ -57,6 +57,9 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
         parent_start: share of `schedule_steps` at which that loss begins, in [0, 1].
         parent_rows: number of latents whose parents are searched in a step. The latents take
             turns, which bounds the cost of the search.
+        aux_negative_slope: slope of dead latents' negative pre-activations in SAELens' auxiliary
+            loss, in [0, 1] (ours). At 1 it is SAELens' loss. At 0 a latent that is negative on the
+            whole batch has no gradient.
         kernels: "auto" uses sparse products where they are faster (see `method.sparse`), "dense"
             always dense ones, as SAELens does. The results are equal up to rounding.
     """
@@ -79,6 +82,7 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
     parent_chance: float = 3.0
     parent_start: float = 0.2
     parent_rows: int = 256
+    aux_negative_slope: float = 0.1
     kernels: Kernels = "auto"
 
     @override
@@ -223,6 +227,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "parent_rows": (1, _INF, "a whole number, 1 or more"),
     "topk_threshold_lr": _UNIT,
     "aux_loss_coefficient": _COEFFICIENT,
+    "aux_negative_slope": _UNIT,
     "l1_coefficient": _COEFFICIENT,
     "lp_norm": (1e-12, _INF, "above 0"),
     "l1_warm_up_steps": _NOT_NEGATIVE,

@@ -28,7 +28,8 @@ _COMMON = {
     "mask_warm_up_steps": 5,
     "mask_end": 0.6,
     "parent_rows": 16,
-    "parent_chance": 0.0,  # recorded before it existed
+    "parent_chance": 0.0,  # recorded before these two existed
+    "aux_negative_slope": 0.0,
 }
 PRESETS = {
     "default": _BATCHTOPK,
@@ -43,7 +44,8 @@ PRESETS = {
 def config(name):
     fields = {**_COMMON, **PRESETS[name]}
     if name == "paper":
-        del fields["mask_end"], fields["parent_rows"], fields["parent_chance"]
+        for key in ("mask_end", "parent_rows", "parent_chance", "aux_negative_slope"):
+            del fields[key]
         return ATMTrainingSAEConfig.paper(D_IN, D_SAE, **fields)
     return ATMTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, **fields)
 

@@ -222,20 +222,38 @@ def test_the_threshold_of_inference_follows_the_full_pass(kernels):
     assert_close(sae.topk_threshold, plain.topk_threshold)
 
 
-def test_dead_latents_are_revived_with_clipped_activations():
+@both_kernels
+@pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])
+def test_dead_latents_are_revived_with_a_smaller_slope_below_zero(slope, kernels):
     """The auxiliary loss against brute force: the residual minus the dead latents' part."""
-    sae = make_sae(mask_rate=0.0, parent_weight=0.0, d_sae=8, k=2)
+    off = {"mask_rate": 0.0, "parent_weight": 0.0}
+    sae = make_sae(**off, d_sae=32, k=2, aux_negative_slope=slope, kernels=kernels)
     x = torch.randn(64, 8)
-    dead = torch.zeros(8, dtype=torch.bool)
+    dead = torch.zeros(32, dtype=torch.bool)
     dead[[1, 4, 6]] = True
     output = sae.training_forward_pass(step_input(x, dead))
     with torch.no_grad():
-        hidden = (x - sae.b_dec) @ sae.W_enc + sae.b_enc
         norm = sae.W_dec.norm(dim=1)
-        explained = (hidden * norm).relu()[:, dead] @ (sae.W_dec / norm[:, None])[dead]
+        hidden = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * norm
+        acts = torch.where(hidden > 0, hidden, slope * hidden)
+        explained = acts[:, dead] @ (sae.W_dec / norm[:, None])[dead]
         # 3 dead latents of the 4 that SAELens would use: three quarters of the weight
         expected = 0.75 * (explained - (x - output.sae_out)).square().sum(1).mean()
     assert_close(output.losses["auxiliary_reconstruction_loss"], expected)
+
+
+@both_kernels
+def test_a_latent_that_is_negative_on_the_whole_batch_can_be_revived(kernels):
+    """Its encoder gets a gradient unless the slope is 0."""
+    x = torch.randn(64, 8)
+    dead = torch.arange(32) == 5
+    for slope in (0.0, 0.1):
+        sae = make_sae(d_sae=32, k=2, aux_negative_slope=slope, kernels=kernels)
+        with torch.no_grad():
+            sae.b_enc[5] = -100.0
+        output = sae.training_forward_pass(step_input(x, dead))
+        output.losses["auxiliary_reconstruction_loss"].backward()
+        assert (sae.W_enc.grad[:, 5].abs().max() > 0) == (slope > 0)
 
 
 def test_hooks_see_both_passes_on_the_dense_path():

@@ -385,11 +385,11 @@ def run_of_0_1(**fields):
 
 
 def test_a_checkpoint_of_version_0_1_resumes():
-    """With the rule for parents of its time."""
+    """With the rule for parents and the auxiliary loss of its time."""
     folder = Path(__file__).parent / "checkpoint_of_0_1"
     with pytest.raises(CheckpointError, match=r"parent_chance is 3\.0 in this run and 0\.0 in"):
         train(run_of_0_1(), resume=folder)
-    sae = train(run_of_0_1(parent_chance=0.0), resume=folder).sae
+    sae = train(run_of_0_1(parent_chance=0.0, aux_negative_slope=0.0), resume=folder).sae
     assert sae.tracker.steps.item() == 40
     assert (sae.parent_tracker.parents >= 0).any()
     # What 0.1 itself made of it. Machines differ in rounding.
