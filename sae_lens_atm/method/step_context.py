@@ -22,6 +22,10 @@ class StepContext:
         """Return values whose smallest positive one is that of the whole batch."""
         return values
 
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """Return which flags are true in any part of the batch."""
+        return flags
+
     def largest(self, values: Tensor, per_row: float) -> tuple[Tensor, Tensor]:
         """Return places and values of the ``per_row * rows`` largest positive values of the batch.
 

@@ -7,7 +7,6 @@ import torch
 from sae_lens import BatchTopKTrainingSAE, StandardTrainingSAE
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor
-from torch.nn.functional import leaky_relu
 from typing_extensions import override
 
 from sae_lens_atm.method.sparse import sparse_products_are_fast
@@ -91,17 +90,11 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
         hidden_pre: Tensor,
         dead_neuron_mask: Tensor | None,
     ) -> Tensor:
-        """Return SAELens' auxiliary loss with a smaller slope for negative pre-activations.
-
-        With the full slope, dead latents fit the residual with negative activations, which no
-        latent has at inference. With the slope 0, latents that are negative on the whole batch get
-        no gradient and stay dead.
-        """
-        slope = self.cfg.aux_negative_slope
+        """Return SAELens' auxiliary loss with the activations of `revival_activations`."""
         auxiliary_loss: Any = super().calculate_topk_aux_loss
         if hidden_pre.requires_grad or dead_neuron_mask is None or not dead_neuron_mask.any():
-            pre = leaky_relu(hidden_pre, slope)
-            return auxiliary_loss(sae_in, sae_out, pre, dead_neuron_mask)
+            acts = self.revival_activations(hidden_pre)
+            return auxiliary_loss(sae_in, sae_out, acts, dead_neuron_mask)
         # The pre-activations of a sparse pass have no gradient. Compute those of the dead latents.
         dead = dead_neuron_mask.nonzero().squeeze(1)
         with restricted_to(self, dead):
@@ -109,7 +102,18 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
             if self.cfg.rescale_acts_by_decoder_norm:
                 pre = pre * self.W_dec.norm(dim=-1)  # with a gradient, as in SAELens
             everything = torch.ones_like(dead, dtype=torch.bool)
-            return auxiliary_loss(sae_in, sae_out, leaky_relu(pre, slope), everything)
+            return auxiliary_loss(sae_in, sae_out, self.revival_activations(pre), everything)
+
+    def revival_activations(self, pre: Tensor) -> Tensor:
+        """Return the activations with which dead latents explain the residual.
+
+        They are ``max(pre, 0)`` for a latent that is positive somewhere in the batch. Negative
+        activations, as in SAELens, would fit the residual in a way that inference does not allow.
+        A latent that is negative on the whole batch would then get no gradient and stay dead. Its
+        activations are ``aux_negative_slope * pre``.
+        """
+        positive = self.context.anywhere((pre > 0).flatten(0, -2).any(0))
+        return torch.where(positive, pre.relu(), self.cfg.aux_negative_slope * pre)
 
 
 class ReLUATM(ATMTrainingSAE, StandardTrainingSAE, activation="relu"):  # pyright: ignore[reportGeneralTypeIssues]

@@ -57,9 +57,9 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
         parent_start: share of `schedule_steps` at which that loss begins, in [0, 1].
         parent_rows: number of latents whose parents are searched in a step. The latents take
             turns, which bounds the cost of the search.
-        aux_negative_slope: slope of dead latents' negative pre-activations in SAELens' auxiliary
-            loss, in [0, 1] (ours). At 1 it is SAELens' loss. At 0 a latent that is negative on the
-            whole batch has no gradient.
+        aux_negative_slope: SAELens' auxiliary loss multiplies the pre-activations of a dead latent
+            by this number if all of them in the batch are negative, in [0, 1] (ours). Other
+            negative pre-activations count as 0.
         kernels: "auto" uses sparse products where they are faster (see `method.sparse`), "dense"
             always dense ones, as SAELens does. The results are equal up to rounding.
     """

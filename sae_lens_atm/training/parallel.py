@@ -95,6 +95,11 @@ class AcrossRanks(UpdateQueue):
 
     @override
     @not_compiled
+    def anywhere(self, flags: Tensor) -> Tensor:
+        return self._ranks.reduce_(flags.float(), ReduceOp.MAX) > 0
+
+    @override
+    @not_compiled
     def largest(self, values: Tensor, per_row: float) -> tuple[Tensor, Tensor]:
         count = int(per_row * len(values) * self._ranks.size)
         return largest_across_ranks(values, count, self._ranks)

@@ -224,18 +224,23 @@ def test_the_threshold_of_inference_follows_the_full_pass(kernels):
 
 @both_kernels
 @pytest.mark.parametrize("slope", [0.0, 0.1, 1.0])
-def test_dead_latents_are_revived_with_a_smaller_slope_below_zero(slope, kernels):
+def test_dead_latents_are_revived_with_clipped_activations(slope, kernels):
     """The auxiliary loss against brute force: the residual minus the dead latents' part."""
     off = {"mask_rate": 0.0, "parent_weight": 0.0}
     sae = make_sae(**off, d_sae=32, k=2, aux_negative_slope=slope, kernels=kernels)
     x = torch.randn(64, 8)
     dead = torch.zeros(32, dtype=torch.bool)
     dead[[1, 4, 6]] = True
+    with torch.no_grad():
+        sae.b_enc[4] = -100.0  # the only one that is negative on the whole batch
     output = sae.training_forward_pass(step_input(x, dead))
     with torch.no_grad():
         norm = sae.W_dec.norm(dim=1)
         hidden = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * norm
-        acts = torch.where(hidden > 0, hidden, slope * hidden)
+        acts = hidden.relu()
+        acts[:, 4] = slope * hidden[:, 4]
+        assert (hidden[:, 4] < 0).all()
+        assert (hidden[:, [1, 6]] > 0).any(0).all()
         explained = acts[:, dead] @ (sae.W_dec / norm[:, None])[dead]
         # 3 dead latents of the 4 that SAELens would use: three quarters of the weight
         expected = 0.75 * (explained - (x - output.sae_out)).square().sum(1).mean()
