@@ -20,7 +20,7 @@ from sae_lens_atm.evaluation.model_from_hook import model_from_hook
 from sae_lens_atm.evaluation.next_token_loss import TOKENS
 from sae_lens_atm.evaluation.recovered_loss import HookPoint, OnBatch, SharedPasses
 from sae_lens_atm.evaluation.synthetic import decoder_figures
-from sae_lens_atm.metrics import HierarchyScore
+from sae_lens_atm.metrics.hierarchy import FEWEST_SAMPLES, HierarchyScore
 
 # SAELens' names of the figures, and ours.
 _FIGURES = {
@@ -133,7 +133,7 @@ def language_model_figures(
                 model_kwargs={},
                 ignore_tokens=_excluded(cfg, model),
             )
-            hierarchy = {"hierarchy_score": _hierarchy_score(sae, shared)}
+            hierarchy = _hierarchy_figure(sae, shared)
         found |= metrics
     figures = {ours: float(found[name]) for name, ours in _FIGURES.items() if name in found}
     alive = torch.tensor(density["feature_density"]) > 0
@@ -147,13 +147,15 @@ def language_model_figures(
 
 
 @torch.no_grad()
-def _hierarchy_score(sae: SAE[Any], shared: SharedPasses) -> float:
+def _hierarchy_figure(sae: SAE[Any], shared: SharedPasses) -> dict[str, float]:
+    if sum(len(x) for x in shared.each_inputs()) < FEWEST_SAMPLES:
+        return {}
     metric = HierarchyScore(sae.W_dec)
     for x in shared.each_inputs():
         if metric.is_full:
             break
         metric.update(x, sae.encode(x.to(sae.device, sae.dtype)).to_dense())
-    return metric.compute()
+    return {"hierarchy_score": metric.compute()}
 
 
 def _shared_passes(

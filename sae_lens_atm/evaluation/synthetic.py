@@ -24,6 +24,7 @@ from sae_lens_atm.metrics import (
     decoder_cosine,
     description_length,
 )
+from sae_lens_atm.metrics.hierarchy import FEWEST_SAMPLES
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def evaluate_closely(
     l0, true_l0, shrinkage = L0Calculator(), L0Calculator(), ShrinkageCalculator()
     explained = ExplainedVarianceCalculator()
     directions = sae.W_dec.float()
-    hierarchy = HierarchyScore(directions)
+    hierarchy = HierarchyScore(directions) if samples >= FEWEST_SAMPLES else None
     classification = ClassificationMetricsCalculator(directions, vectors)
     fired = torch.zeros(sae.cfg.d_sae, device=sae.device)
     parents_fired = torch.zeros(len(parents), device=vectors.device)
@@ -155,7 +156,8 @@ def evaluate_closely(
             shrinkage.add_batch(x_hat, x)
             explained.add_batch(x_hat, x)
             classification.add_batch(acts, features)
-            hierarchy.update(x, acts)
+            if hierarchy is not None:
+                hierarchy.update(x, acts)
             squared_error += (x - x_hat).pow(2).sum().item()
             cosine += torch.cosine_similarity(x, x_hat, dim=-1).sum().item()
             fired += (acts != 0).sum(0)
@@ -179,8 +181,9 @@ def evaluate_closely(
         "evaluated_samples": samples,
         "true_l0": true_l0.compute(),
         **decoder_figures(sae, alive, first, first_acts),
-        "hierarchy_score": hierarchy.compute(),
     }
+    if hierarchy is not None:
+        figures["hierarchy_score"] = hierarchy.compute()
     scores = None if absorption is None else absorption.compute()
     if scores is not None:
         figures |= {

@@ -47,6 +47,8 @@ CHILDREN = 5
 """Children of a parent, at most."""
 NEAREST = 5
 """Decoder rows nearest to a probe among which parent and child must be."""
+FEWEST_SAMPLES = 2**15
+"""Evaluations on fewer samples leave the score out: it is near 0 for all SAEs then."""
 MIN_FIRINGS = 100
 """Samples on which a child fires, at least."""
 _BATCH, _LEAST_BATCHES, _WEIGHT_DECAY, _SEED = 4096, 4, 1e-6, 0

@@ -2,6 +2,7 @@ import pytest
 import torch
 from sae_lens.training.activations_store import ActivationsStore
 
+from sae_lens_atm.evaluation import language_model
 from sae_lens_atm.evaluation.language_model import (
     HeldOutTokens,
     hold_out,
@@ -77,7 +78,8 @@ def test_figures_by_hand(sae, cfg, tokens, hooked_model):
     assert "ce_loss_score" in figures
 
 
-def test_the_hierarchy_score_is_that_of_all_counted_tokens(sae, cfg, hooked_model):
+def test_the_hierarchy_score_is_that_of_all_counted_tokens(sae, cfg, hooked_model, monkeypatch):
+    monkeypatch.setattr(language_model, "FEWEST_SAMPLES", 100)
     batches = [torch.randint(4, 64, (30, CONTEXT)) for _ in range(2)]
     cfg.exclude_special_tokens = [7]
     tokens = HeldOutTokens(batches, CONTEXT, 30)

@@ -5,6 +5,7 @@ from sae_lens.synthetic import SyntheticModel, SyntheticModelConfig, eval_sae_on
 from sae_lens.util import temporary_seed
 
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
+from sae_lens_atm.evaluation import synthetic
 from sae_lens_atm.evaluation.synthetic import (
     code_figure,
     decoder_of_activations,
@@ -94,7 +95,9 @@ def test_figures_of_the_decoder(model, sae):
     assert result.figures["description_length"] == pytest.approx(bits)
 
 
-def test_the_hierarchy_score_is_that_of_all_batches(model, sae):
+def test_the_hierarchy_score_is_that_of_all_batches(model, sae, monkeypatch):
+    assert "hierarchy_score" not in evaluate(sae, model, SAMPLES, 5, BATCH)
+    monkeypatch.setattr(synthetic, "FEWEST_SAMPLES", SAMPLES)
     figures = evaluate(sae, model, SAMPLES, 5, BATCH)
     score = HierarchyScore(sae.W_dec)
     with temporary_seed(5), torch.no_grad():

@@ -352,7 +352,6 @@ def test_a_tiny_gemma_2_from_disk(language_model_yaml, tmp_path):
         *("l0", "explained_variance", "mse", "cosine", "shrinkage", "ce_loss_score"),
         *("kl_div_score", "dead_latents", "evaluated_samples"),
         *("decoder_cosine", "decoder_projection", "description_length"),
-        "hierarchy_score",
     ]
     sae = SAE.load_from_disk(tmp_path / "out")
     assert type(sae) is JumpReLUSAE
