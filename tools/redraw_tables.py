@@ -144,6 +144,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "glossary": glossary,
     "chance": script("chance", "table"),
     "found_l0": found_l0,
+    "falling": script("falling_k", "table"),
     "steps": script("step_time", "table"),
     "baselines": script("baselines", "table"),
     "sentence": script("step_time", "sentence"),

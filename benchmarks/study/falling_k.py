@@ -9,6 +9,7 @@ SAE is evaluated. Its figures are to be compared with those of an SAE trained at
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,6 +69,25 @@ def answer(curve: Curve) -> float:
     width = SMOOTHED * (u.max() - u.min())
     weights = np.exp(-0.5 * ((u[:, None] - u) / width) ** 2)
     return math.exp(u[np.argmin(weights @ values / weights.sum(1))])
+
+
+def table(content: dict[str, Any]) -> str:
+    """Return the table of the lab notebook: means over seeds."""
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    for run in content["runs"]:
+        groups[run["entry"], run["until"]].append(run)
+    lines = [
+        "| architecture | k falls until | k found | true L0 | explained variance | MCC | F1 |",
+        "|---|--:|---|--:|--:|--:|--:|",
+    ]
+    for (entry, until), runs in groups.items():
+        found = ", ".join(f"{run['k']:.2f}" for run in runs)
+        figures = ("explained_variance", "mcc", "f1")
+        means = (float(np.mean([run["figures"][name] for run in runs])) for name in figures)
+        cells = " | ".join(f"{mean:.3f}" for mean in means)
+        true = float(np.mean([run["true_l0"] for run in runs]))
+        lines.append(f"| {entry} | {until:.0%} | {found} | {true:.2f} | {cells} |")
+    return "\n".join(lines)
 
 
 def main(
