@@ -13,7 +13,7 @@ run file, whose activations are read again. The script writes into the folder `o
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib as mpl
 import numpy as np
@@ -63,7 +63,9 @@ def masking(history: dict[str, Tensor], frequency: NDArray[Any]) -> dict[str, An
         "above_threshold": (importance >= threshold[:, None]).mean(1).tolist(),
         "mean_mask_probability": float(mean.mean()),
         "sd_of_mask_probability": float(mean.std()),
-        "rank_correlation_with_frequency": float(spearmanr(mean[alive], frequency[alive])[0]),
+        "rank_correlation_with_frequency": float(
+            cast(Any, spearmanr(mean[alive], frequency[alive]))[0]
+        ),
         "by_frequency": [
             {
                 "up_to": bound,
@@ -160,7 +162,7 @@ def pairs_to_judge(
     """Return some pairs as Markdown, with the strongest contexts of parent and child."""
     alive = np.flatnonzero(np.diff(reading.acts.indptr)[pairs.child] > 0)
     chosen = np.sort(np.random.default_rng(seed).permutation(alive)[:number])
-    some = Pairs(*(column[chosen] for column in pairs))
+    some = Pairs._make(column[chosen] for column in pairs)
     examples = find_examples(reading, size, Amount(top=5, part=0, pair=2), seed)
     beside = find_pair_examples(reading, some, size, Amount(top=0, part=0, pair=2))
     frequency = reading.signals.frequency
