@@ -6,7 +6,7 @@ run file, whose activations are read again. The script writes into the folder `o
 - `diagnosis.json`: importance against the threshold, masking by frequency, and figures of all pairs
   of child and parent that training found;
 - `diagnosis.png`: a picture of these;
-- `pairs.md`: some pairs, drawn at random, with the strongest contexts of both latents. A person
+- `pairs.txt`: some pairs, drawn at random, with the strongest contexts of both latents. A person
   judges them.
 
     python benchmarks/study/diagnosis.py my-run my-run.yaml folder
@@ -159,7 +159,7 @@ def contexts_of(windows: Windows, which: range, text: _Text) -> list[str]:
 def pairs_to_judge(
     reading: Reading, pairs: Pairs, text: _Text, size: int, number: int, seed: int
 ) -> str:
-    """Return some pairs as Markdown, with the strongest contexts of parent and child."""
+    """Return some pairs as text, with the strongest contexts of parent and child."""
     alive = np.flatnonzero(np.diff(reading.acts.indptr)[pairs.child] > 0)
     chosen = np.sort(np.random.default_rng(seed).permutation(alive)[:number])
     some = Pairs._make(column[chosen] for column in pairs)
@@ -224,7 +224,7 @@ def main(
     draw(of_masks, found, frequency, mean).savefig(output / "diagnosis.png", dpi=110)
     text = _Text(read, model.tokenizer)
     size = run.runner.context_size
-    (output / "pairs.md").write_text(pairs_to_judge(reading, found, text, size, pairs, seed))
+    (output / "pairs.txt").write_text(pairs_to_judge(reading, found, text, size, pairs, seed))
 
 
 if __name__ == "__main__":
