@@ -15,14 +15,16 @@ _OF_ACTIVATION = {
 }
 _OF_MASKS = ("c_start", "c_end", "mask_end", "mask_warm_up_steps", "mask_seed")
 _OF_PARENTS = ("parent_tau", "parent_chance", "parent_start", "parent_rows")
+_OF_FREQUENCY_PENALTY = ("frequency_penalty_end",)
 _OF_SCHEDULES = ("schedule_steps",)
 
 
 def active_settings(details: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that have an effect.
 
-    Settings of the other activation are left out. So are those of masks and of the loss on parents
-    if they are off, except for the field that turns them off. Other architectures keep all.
+    Settings of the other activation are left out. So are those of masks, of the loss on parents and
+    of the loss on frequent latents if they are off, except for the field that turns them off. Other
+    architectures keep all.
 
     Args:
         details: ``training_architecture_details`` in the metadata of a saved SAE.
@@ -39,6 +41,9 @@ def active_settings(details: dict[str, Any]) -> dict[str, Any]:
         inactive.update(_OF_MASKS)
     if not parents:
         inactive.update(_OF_PARENTS)
-    if not (masks or parents):
+    penalty = details.get("frequency_penalty", 0) > 0
+    if not penalty:
+        inactive.update(_OF_FREQUENCY_PENALTY)
+    if not (masks or parents or penalty):
         inactive.update(_OF_SCHEDULES)
     return {name: value for name, value in details.items() if name not in inactive}

@@ -29,6 +29,7 @@ from sae_lens_atm.method.masking import (
     uniform_at,
 )
 from sae_lens_atm.method.parents import ParentTracker, carried_energy
+from sae_lens_atm.method.sparsity import frequency_weights
 from sae_lens_atm.method.statistics import BatchStatistics
 from sae_lens_atm.method.step_context import StepContext
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
@@ -97,6 +98,9 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
             if cfg.masked_weight == 1:  # measure the pass that is trained
                 measured, keep = masked, mask.keep
         statistics = self.context.average(measured.statistics(keep))
+        if cfg.frequency_penalty > 0 and self.is_active(0, cfg.frequency_penalty_end_step):
+            losses["frequency_loss"] = self.frequency_loss(full)
+            loss = loss + losses["frequency_loss"]
         if self.parent_tracker is not None and self.is_active(cfg.parent_start_step):
             losses["parent_loss"] = self.parent_loss(self.parent_tracker, statistics)
             loss = loss + losses["parent_loss"]
@@ -191,6 +195,12 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
                     statistics.measured & (self.tracker.steps >= start),
                 )
         self.tracker.update(statistics.signals, statistics.measured)
+
+    def frequency_loss(self, full: ForwardPass) -> Tensor:
+        """Return ``frequency_penalty * sum_i v_i E[a_i |d_i|]``, with `frequency_weights` ``v``."""
+        cfg, weights = self.cfg, frequency_weights(self.tracker.averages())
+        active = self.tracker.steps < cfg.frequency_penalty_end_step
+        return cfg.frequency_penalty * full.weighted_length(weights * active)
 
     # --- pressure on children ----------------------------------------------------------------
 

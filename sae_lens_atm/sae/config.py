@@ -60,6 +60,9 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
         aux_negative_slope: SAELens' auxiliary loss multiplies the pre-activations of a dead latent
             by this number if all of them in the batch are negative, in [0, 1] (ours). Other
             negative pre-activations count as 0.
+        frequency_penalty: weight of a loss on activations that is larger for frequent latents
+            (ours, see `method.sparsity`). At 0 it is off.
+        frequency_penalty_end: share of `schedule_steps` after which that loss ends, in [0, 1].
         kernels: "auto" uses sparse products where they are faster (see `method.sparse`), "dense"
             always dense ones, as SAELens does. The results are equal up to rounding.
     """
@@ -83,6 +86,8 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
     parent_start: float = 0.2
     parent_rows: int = 256
     aux_negative_slope: float = 0.1
+    frequency_penalty: float = 0.0
+    frequency_penalty_end: float = 0.6
     kernels: Kernels = "auto"
 
     @override
@@ -140,6 +145,12 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
     def parent_start_step(self) -> int:
         """The first step with the loss on children (`parent_weight`)."""
         return round(self.parent_start * self.schedule_steps)
+
+    @property
+    def frequency_penalty_end_step(self) -> float:
+        """The first step without the loss on frequent latents. If the share is 1 it does not end."""
+        share = self.frequency_penalty_end
+        return round(share * self.schedule_steps) if share < 1 else math.inf
 
     @override
     def __post_init__(self) -> None:
@@ -225,6 +236,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "parent_chance": _NOT_NEGATIVE,
     "parent_start": _UNIT,
     "parent_rows": (1, _INF, "a whole number, 1 or more"),
+    "frequency_penalty": _COEFFICIENT,
+    "frequency_penalty_end": _UNIT,
     "topk_threshold_lr": _UNIT,
     "aux_loss_coefficient": _COEFFICIENT,
     "aux_negative_slope": _UNIT,

@@ -37,6 +37,8 @@ class ForwardPass:
     """``"mse_loss"`` and the losses that SAELens' class adds: sparsity, dead latents."""
     statistics: Callable[[Tensor], BatchStatistics]
     """Compute the statistics of the batch, given which latents were kept."""
+    weighted_length: Callable[[Tensor], Tensor]
+    """Compute ``sum_i v_i E[a_i |d_i|]`` with a gradient, given the weights ``v``."""
 
 
 def dense_pass(
@@ -56,9 +58,15 @@ def dense_pass(
         inputs, scaled, outputs = (t.flatten(0, -2) for t in (x, scaled, sae_out))
         return dense_statistics(inputs, scaled, sae.decoder_rows(), outputs, keep)
 
+    def weighted_length(weights: Tensor) -> Tensor:
+        lengths = acts.flatten(0, -2).mean(0)
+        if not sae.cfg.rescale_acts_by_decoder_norm:  # otherwise SAELens has multiplied by |d_i|
+            lengths = lengths * sae.W_dec.norm(dim=-1)
+        return lengths @ weights.to(lengths.dtype)
+
     error = sae.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
     losses = _with_auxiliary_losses(sae, step_input, error, acts, hidden_pre, sae_out)
-    return ForwardPass(acts, hidden_pre, sae_out, losses, statistics)
+    return ForwardPass(acts, hidden_pre, sae_out, losses, statistics, weighted_length)
 
 
 def sparse_pass(sae: ATMTrainingSAE, step_input: TrainStepInput, hidden_pre: Tensor) -> ForwardPass:
@@ -85,7 +93,12 @@ def sparse_pass(sae: ATMTrainingSAE, step_input: TrainStepInput, hidden_pre: Ten
         measured = keep & error.detach().isfinite()
         return sparse_statistics(target, acts, aligned, pattern, length, measured)
 
-    return ForwardPass(shown, hidden_pre, sae_out, losses, statistics)
+    def weighted_length(weights: Tensor) -> Tensor:
+        # The gradient must reach |d_i|. Otherwise longer rows with smaller activations avoid it.
+        scaled = weights.to(acts.dtype) * sae.W_dec.norm(dim=-1)
+        return (acts @ scaled[pattern.columns]) / len(x)
+
+    return ForwardPass(shown, hidden_pre, sae_out, losses, statistics, weighted_length)
 
 
 def _with_auxiliary_losses(

@@ -307,7 +307,7 @@ def _compare_run(
     _compare(folder, config, stored, ignored)
 
 
-_BEFORE = {"parent_chance": 0.0, "aux_negative_slope": 0.0}
+_BEFORE = {"parent_chance": 0.0, "aux_negative_slope": 0.0, "frequency_penalty": 0.0}
 """What an ATM SAE does whose checkpoint is older than the field."""
 
 

@@ -28,8 +28,9 @@ _COMMON = {
     "mask_warm_up_steps": 5,
     "mask_end": 0.6,
     "parent_rows": 16,
-    "parent_chance": 0.0,  # recorded before these two existed
+    "parent_chance": 0.0,  # recorded before these three existed
     "aux_negative_slope": 0.0,
+    "frequency_penalty": 0.0,
 }
 PRESETS = {
     "default": _BATCHTOPK,
@@ -44,7 +45,13 @@ PRESETS = {
 def config(name):
     fields = {**_COMMON, **PRESETS[name]}
     if name == "paper":
-        for key in ("mask_end", "parent_rows", "parent_chance", "aux_negative_slope"):
+        for key in (
+            "mask_end",
+            "parent_rows",
+            "parent_chance",
+            "aux_negative_slope",
+            "frequency_penalty",
+        ):
             del fields[key]
         return ATMTrainingSAEConfig.paper(D_IN, D_SAE, **fields)
     return ATMTrainingSAEConfig(d_in=D_IN, d_sae=D_SAE, **fields)

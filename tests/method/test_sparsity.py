@@ -1,0 +1,87 @@
+import torch
+
+from sae_lens_atm import Signals
+from sae_lens_atm.method.sparsity import frequency_weights
+from tests.helpers import make_sae, step_input
+
+
+def test_weights_by_hand():
+    # s = (1 + 2 + 0) / (.2 + .4 + 0) = 5, and the mean frequency is .2
+    signals = Signals(
+        magnitude=torch.tensor([1.0, 2.0, 0.0]),
+        frequency=torch.tensor([0.2, 0.4, 0.0]),
+        contribution=torch.zeros(3),
+    )
+    torch.testing.assert_close(frequency_weights(signals), torch.tensor([5.0, 10.0, 0.0]))
+
+
+def test_weights_have_the_scale_of_the_activations():
+    signals = Signals(torch.rand(5), torch.rand(5), torch.zeros(5))
+    scaled = signals._replace(magnitude=7 * signals.magnitude)
+    torch.testing.assert_close(frequency_weights(scaled), 7 * frequency_weights(signals))
+
+
+def test_no_weights_if_nothing_has_fired():
+    assert not frequency_weights(Signals(*torch.zeros(3, 4))).any()
+
+
+def sae_with(kernels, rescaled):
+    torch.manual_seed(0)
+    sae = make_sae(
+        d_sae=32,
+        k=2,
+        dtype="float64",
+        kernels=kernels,
+        rescale_acts_by_decoder_norm=rescaled,
+        aux_loss_coefficient=0.0,
+        mask_rate=0.0,
+        parent_weight=0.0,
+        frequency_penalty=0.5,
+    )
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.5, 2, 32, dtype=torch.float64)[:, None])
+    return sae
+
+
+def test_the_loss_in_training_is_its_formula_and_reaches_encoder_and_decoder():
+    x = torch.randn(64, 8, dtype=torch.float64)
+    for rescaled in (True, False):
+        gradients = []
+        for kernels in ("auto", "dense"):
+            sae = sae_with(kernels, rescaled)
+            assert sae.uses_sparse_kernels(x) == (kernels == "auto")
+            sae.training_forward_pass(step_input(x))
+            weights = frequency_weights(sae.tracker.averages())
+            assert weights.any()
+            loss = sae.training_forward_pass(step_input(x)).losses["frequency_loss"]
+
+            # BatchTopK by brute force: the 128 largest pre-activations of the batch
+            sizes = sae.W_dec.norm(dim=1)
+            scale = sizes if rescaled else torch.ones_like(sizes)
+            pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * scale
+            cut = pre.flatten().topk(128).values[-1]
+            lengths = pre * (pre >= cut) * sizes / scale
+            expected = 0.5 * (lengths.mean(0) @ weights.double())
+            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+
+            parameters = (sae.W_enc, sae.W_dec, sae.b_enc)
+            gradients.append(torch.autograd.grad(loss, parameters))
+            torch.testing.assert_close(
+                gradients[-1], torch.autograd.grad(expected, parameters), rtol=1e-6, atol=1e-9
+            )
+            assert all(gradient.any() for gradient in gradients[-1])
+
+
+def test_the_loss_ends_at_its_step():
+    for end, last in ((0.6, 5), (1.0, 9)):
+        sae = make_sae(schedule_steps=10, frequency_penalty=0.5, frequency_penalty_end=end)
+        x = torch.randn(64, 8)
+        for step in range(10):
+            losses = sae.training_forward_pass(step_input(x, step=step)).losses
+            assert ("frequency_loss" in losses) == (step <= last), step
+
+
+def test_no_loss_without_penalty():
+    sae = make_sae(frequency_penalty=0.0)
+    x = torch.randn(64, 8)
+    assert "frequency_loss" not in sae.training_forward_pass(step_input(x)).losses
