@@ -51,6 +51,8 @@ _ATM = (
     "importance_decay",
     "parent_weight",
     "parent_start",
+    "frequency_penalty",
+    "frequency_penalty_end",
 )
 _BETTER = {1: "more", -1: "less", 0: "-"}
 # Figures of SAELens on language models that a comparison does not report.

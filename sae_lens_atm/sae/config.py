@@ -61,7 +61,8 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             by this number if all of them in the batch are negative, in [0, 1] (ours). Other
             negative pre-activations count as 0.
         frequency_penalty: weight of a loss on activations that is larger for frequent latents
-            (ours, see `method.sparsity`). At 0 it is off.
+            (ours, see `method.sparsity`). At 0 it is off. 1 is advised on language models, with
+            `parent_weight` 0.
         frequency_penalty_end: share of `schedule_steps` after which that loss ends, in [0, 1].
         kernels: "auto" uses sparse products where they are faster (see `method.sparse`), "dense"
             always dense ones, as SAELens does. The results are equal up to rounding.
@@ -108,6 +109,7 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             "c_end": 0.0,
             "mask_end": 1.0,
             "parent_weight": 0.0,
+            "frequency_penalty": 0.0,
         }
         return cls(d_in=d_in, d_sae=d_sae, **{**literal, **overrides})
 
@@ -148,7 +150,7 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
 
     @property
     def frequency_penalty_end_step(self) -> float:
-        """The first step without the loss on frequent latents. If the share is 1 it does not end."""
+        """The first step without the loss on frequent latents. At a share of 1 it does not end."""
         share = self.frequency_penalty_end
         return round(share * self.schedule_steps) if share < 1 else math.inf
 

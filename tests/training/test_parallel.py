@@ -59,6 +59,7 @@ ATM = {
 CASES = {
     **{preset: {**ATM, **fields} for preset, fields in PRESETS.items()},
     "dense": {**ATM, "kernels": "dense"},
+    "frequency penalty": {**ATM, "frequency_penalty": 0.5, "frequency_penalty_end": 0.7},
     "mean norm": {**ATM, "normalize_activations": "expected_average_only_in"},
     "whitening": {**ATM, "normalize_activations": "covariance_whitening"},
     "batchtopk": {"architecture": "batchtopk", "k": 2.3},

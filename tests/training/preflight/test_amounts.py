@@ -28,8 +28,13 @@ def test_parts_of_the_schedule():
     assert schedule_parts(cfg, 0, 1000) == [(0, 100), (100, 100), (200, 400), (600, 400)]
     assert schedule_parts(cfg, 250, 1000) == [(250, 350), (600, 400)]
     assert schedule_parts(cfg, 0, 150) == [(0, 100), (100, 50)]
-    without = atm(mask_rate=0, parent_weight=0)
+    off = {"mask_rate": 0, "parent_weight": 0}
+    without = atm(**off)
     assert schedule_parts(without, 0, 1000) == [(0, 1000)]
+    penalty = atm(**off, frequency_penalty=0.5, frequency_penalty_end=0.3)
+    assert schedule_parts(penalty, 0, 1000) == [(0, 300), (300, 700)]
+    endless = atm(**off, frequency_penalty=0.5, frequency_penalty_end=1.0)
+    assert schedule_parts(endless, 0, 1000) == [(0, 1000)]
     other = BatchTopKTrainingSAEConfig(d_in=4, d_sae=8, k=2)
     assert schedule_parts(other, 10, 1000) == [(10, 990)]
 
