@@ -1,6 +1,7 @@
 """What identifies the activations of a language model at a hook, for files that store them."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from sae_lens import LanguageModelSAERunnerConfig
 _BLOCKS, _BLOCK_BYTES = 16, 2**16
 # Files that do not change the content; `save_to_disk` puts random numbers into the last two.
 _UNREAD = (".md", ".txt", ".png", "state.json", "dataset_info.json")
+_MAPPED = re.compile(r"cache-.*\.arrow|tmp[a-z0-9_]{8}")
+"""Names of the files that `Dataset.map` writes into the folder of its data set."""
 
 
 def model_identity(cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
@@ -43,7 +46,9 @@ def fingerprint(path: Path) -> str:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         name = str(file.relative_to(path)) if path.is_dir() else file.name
-        if file.name.endswith(_UNREAD) or any(part.startswith(".") for part in Path(name).parts):
+        if _MAPPED.fullmatch(file.name) or file.name.endswith(_UNREAD):
+            continue
+        if any(part.startswith(".") for part in Path(name).parts):
             continue
         size = file.stat().st_size
         digest.update(f"{name} {size} ".encode())

@@ -1,7 +1,7 @@
 import shutil
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 
 from sae_lens_atm.data.model_identity import fingerprint, model_identity, source_identity
 from sae_lens_atm.training.run_file import load_run
@@ -39,6 +39,14 @@ def test_a_dataset_that_is_saved_again_keeps_its_identity(tmp_path):
     assert first == second
     Dataset.from_dict({"text": ["a", "c"]}).save_to_disk(tmp_path / "third")
     assert source_identity(str(tmp_path / "third")) != first
+
+
+def test_a_dataset_that_was_mapped_keeps_its_identity(tmp_path):
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path)
+    before = source_identity(str(tmp_path))
+    load_from_disk(tmp_path).map(lambda row: {"text": 2 * row["text"]})
+    assert list(tmp_path.glob("cache-*.arrow"))
+    assert source_identity(str(tmp_path)) == before
 
 
 def test_size_and_name_count(tmp_path):
