@@ -4,7 +4,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,12 +194,25 @@ def time_steps(
             ) from error
         synchronize(run.runner.device)
 
+    sizes = usable_sizes(step, sizes_up_to(len(x)))
     found: list[tuple[Timed, int]] = []
     for start, number in parts:
         if isinstance(trainer.sae, ATMTrainingSAE):
             trainer.sae.tracker.steps.fill_(start)
-        found.append((time_work(step, sizes_up_to(len(x)), limit / len(parts)), number))
+        found.append((time_work(step, sizes, limit / len(parts)), number))
     return found
+
+
+def usable_sizes(work: Callable[[int], object], sizes: Sequence[int]) -> Sequence[int]:
+    """Return the sizes without the first ones at which the work fails. The last always stays.
+
+    An architecture may need more samples than the smallest size has.
+    """
+    for first, size in enumerate(sizes[:-1]):
+        with suppress(NotTimed):
+            work(size)
+            return sizes[first:]
+    return sizes[-1:]
 
 
 def time_checkpoint(trainer: SAETrainer[Any, Any], more_bytes: int) -> float:

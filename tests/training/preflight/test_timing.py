@@ -111,6 +111,15 @@ def test_other_architectures_are_timed_too(synthetic_yaml, architecture):
     assert seconds_per_step(load_run(synthetic_yaml, more), 0.5) > 0
 
 
+def test_an_architecture_that_needs_a_large_batch_is_timed_with_one(synthetic_yaml):
+    sae = "{architecture: archetypal, d_in: 16, k: 2, d_sae: 32, archetypal_points: 200}"
+    run = load_run(synthetic_yaml, [f"sae={sae}", "batch_size=256", "training_samples=10_240"])
+    assert seconds_per_step(run, 0.5) > 0
+    run = load_run(synthetic_yaml, [f"sae={sae}", "batch_size=128", "training_samples=5_120"])
+    with pytest.raises(NotTimed, match="archetypal_points must be at most the batch size, 128"):
+        seconds_per_step(run, 0.5)
+
+
 def test_timing_leaves_the_random_state_alone(synthetic_yaml):
     before = torch.get_rng_state()
     seconds_per_step(load_run(synthetic_yaml), 0.5)
