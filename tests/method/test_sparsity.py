@@ -6,13 +6,20 @@ from tests.helpers import make_sae, step_input
 
 
 def test_weights_by_hand():
-    # s = (1 + 2 + 0) / (.2 + .4 + 0) = 5, and the mean frequency is .2
+    # s = (1 + 2 + 0 + 6) / (.2 + .5 + 0 + 1) = 9 / 1.7; w = .2 .64, .5 .25, 0, 0; mean .06325
     signals = Signals(
-        magnitude=torch.tensor([1.0, 2.0, 0.0]),
-        frequency=torch.tensor([0.2, 0.4, 0.0]),
-        contribution=torch.zeros(3),
+        magnitude=torch.tensor([1.0, 2.0, 0.0, 6.0]),
+        frequency=torch.tensor([0.2, 0.5, 0.0, 1.0]),
+        contribution=torch.zeros(4),
     )
-    torch.testing.assert_close(frequency_weights(signals), torch.tensor([5.0, 10.0, 0.0]))
+    expected = 9 / 1.7 * torch.tensor([0.128, 0.125, 0.0, 0.0]) / 0.06325
+    torch.testing.assert_close(frequency_weights(signals), expected)
+
+
+def test_the_weight_is_largest_for_a_latent_that_fires_on_a_third_of_the_inputs():
+    frequency = torch.linspace(0, 1, 301)
+    weights = frequency_weights(Signals(frequency, frequency, torch.zeros(301)))
+    assert weights.argmax() == 100
 
 
 def test_weights_have_the_scale_of_the_activations():
