@@ -52,7 +52,7 @@ PANELS = (
 )
 COLOURS = {
     "atm": "#d62728",
-    "atm (frequency penalty)": "#ff7f0e",
+    "atm (only frequency penalty)": "#ff7f0e",
     "atm (both off)": "#f4a6a6",
     "topk": "#7f7f7f",
     "batchtopk": "#1f77b4",

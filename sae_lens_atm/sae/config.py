@@ -62,7 +62,7 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             negative pre-activations count as 0.
         frequency_penalty: weight of a loss on activations that is larger for frequent latents
             (ours, see `method.sparsity`). At 0 it is off. Try 1 on a language model, with
-            `parent_weight` 0.
+            `parent_weight` 0 and `mask_rate` 0.
         frequency_penalty_end: share of `schedule_steps` after which that loss ends, in [0, 1].
         kernels: "auto" uses sparse products where they are faster (see `method.sparse`), "dense"
             always dense ones, as SAELens does. The results are equal up to rounding.
