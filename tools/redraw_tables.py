@@ -28,6 +28,14 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks/study")]
 MARKED = re.compile(r"<!-- (?!end)(\w+)(?:: (\S+))? -->\n\n(.*?)\n\n<!-- end -->", re.DOTALL)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LETTERS = (
+    "l0",
+    "explained_variance",
+    "ce_loss_score",
+    "k1_f1",
+    "sparse_probing_1",
+    "absorption_full",
+)
 CEILING = ("explained_variance", "mcc", "f1", "absorption_full", "absorption_fraction")
 
 
@@ -117,6 +125,20 @@ def glossary(_: str) -> str:
     return "\n".join(["| figure | in results.json | definition |", "|---|---|---|", *rows])
 
 
+def weights(path: str) -> str:
+    """Return one row of an experiment's SAEs each, with the figures that decided."""
+    names = (*LETTERS, "dead_latents")
+    lines = [
+        f"| weight | {' | '.join(figure(n).label + ARROWS[figure(n).better] for n in names)} |",
+        "|---" + "|--:" * len(names) + "|",
+    ]
+    for row in read_results(ROOT / path).rows:
+        cells = [f"{row.figures[name].mean:.3f}" for name in LETTERS]
+        dead = f"{row.figures['dead_latents'].mean:.0f}"
+        lines.append(f"| {row.entry} | {' | '.join([*cells, dead])} |")
+    return "\n".join(lines)
+
+
 def found_l0(path: str) -> str:
     """Return the answers of `find-l0`, and what makes each unsure."""
     lines = [
@@ -144,6 +166,8 @@ KINDS: dict[str, Callable[[str], str]] = {
     "glossary": glossary,
     "chance": script("chance", "table"),
     "found_l0": found_l0,
+    "weights": weights,
+    "directions": script("error_directions", "table"),
     "falling": script("falling_k", "table"),
     "steps": script("step_time", "table"),
     "baselines": script("baselines", "table"),
