@@ -61,8 +61,9 @@ class ModelBatches(NamedTuple):
 class BeforeFirstStep(Hook):
     """Shows the filling of the buffer and the estimate of the scale, and stops them on request.
 
-    A stop is answered before the next training batch of the estimate. In a single process, it is
-    answered before the next batch of the language model. There is nothing to save yet.
+    A stop is answered before the next training batch of the estimate and before the first step. In
+    a single process, it is answered before the next batch of the language model. There is nothing
+    to save yet.
 
     Args:
         trainer: the trainer.
@@ -132,12 +133,10 @@ class BeforeFirstStep(Hook):
             with self._lock:
                 if self._has_stopped:
                     raise StopRequested
-                is_first, self.started = not self.started, True
-            if is_first:
-                if self._is_estimating:
-                    self._on_phase(Phase(ESTIMATING, self._taken, self._taken, "training batches"))
-                else:
-                    self._show_filled()
+                if not self.started:
+                    self._show_end()
+                    self._stop_if_requested()
+                    self.started = True
             return step(batch)
 
         return step_after_phases
@@ -160,6 +159,12 @@ class BeforeFirstStep(Hook):
         else:
             total = max(model.fill, self._computed + 1)
             self._on_phase(Phase(FILLING, self._computed, total, "model batches"))
+
+    def _show_end(self) -> None:
+        if self._is_estimating:
+            self._on_phase(Phase(ESTIMATING, self._taken, self._taken, "training batches"))
+        else:
+            self._show_filled()
 
     def _show_filled(self) -> None:
         if self._computed:

@@ -87,7 +87,7 @@ def test_the_evaluation_is_shown(language_model_yaml):
 @pytest.mark.parametrize("prefetch", [0, 3])
 @pytest.mark.parametrize(
     ("settings", "what", "after"),
-    [(BUFFER, FILLING, 2), (SCALED, FILLING, 3), (SCALED, ESTIMATING, 7)],
+    [(BUFFER, FILLING, 2), (BUFFER, FILLING, 4), (SCALED, FILLING, 3), (SCALED, ESTIMATING, 7)],
 )
 def test_a_stop_is_answered_before_the_next_model_batch(
     language_model_yaml, computed, prefetch, settings, what, after
