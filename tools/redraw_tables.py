@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sae_lens_atm.compare import read_results
+from sae_lens_atm.compare import Results, read_results
 from sae_lens_atm.compare.find_l0 import FoundL0
 from sae_lens_atm.compare.find_l0.minimum import mean_curve
 from sae_lens_atm.compare.report.tables import markdown
@@ -36,6 +36,19 @@ LETTERS = (
     "sparse_probing_1",
     "absorption_full",
 )
+ON_A_LANGUAGE_MODEL = (
+    "l0",
+    "explained_variance",
+    "ce_loss_score",
+    "sparse_probing_1",
+    "k1_f1",
+    "absorption_full",
+    "absorption_fraction",
+    "l0_words",
+    "probe_auc_k1",
+    "dead_latents",
+    "stability",
+)
 CEILING = ("explained_variance", "mcc", "f1", "absorption_full", "absorption_fraction")
 
 
@@ -44,8 +57,8 @@ def load(path: str) -> Any:
     return json.loads((ROOT / path).read_text(encoding="utf-8"))
 
 
-def comparison(path: str) -> str:
-    """Return the tables of a results.json, as `sae-lens-atm report` writes them.
+def complete(path: str) -> Results:
+    """Return the results of a file.
 
     Raises:
         ValueError: the results are of a `--quick` comparison, or SAEs failed.
@@ -53,7 +66,17 @@ def comparison(path: str) -> str:
     results = read_results(ROOT / path)
     if results.quick or results.failed:
         raise ValueError(f"{path} is quick or has failed SAEs: run the whole comparison again")
-    return markdown(results).strip()
+    return results
+
+
+def comparison(path: str) -> str:
+    """Return the tables of a results.json, as `sae-lens-atm report` writes them."""
+    return markdown(complete(path)).strip()
+
+
+def language_model(path: str) -> str:
+    """Return the tables of a results.json on a language model, with the columns that a page needs."""
+    return markdown(complete(path), ON_A_LANGUAGE_MODEL).strip()
 
 
 def script(name: str, function: str) -> Callable[[str], str]:
@@ -158,6 +181,7 @@ def found_l0(path: str) -> str:
 
 KINDS: dict[str, Callable[[str], str]] = {
     "table": comparison,
+    "language_model": language_model,
     "targets": targets,
     "summary": summary,
     "ceiling": ceiling,

@@ -1,7 +1,7 @@
 """The tables of a comparison, for the terminal and as Markdown."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from markupsafe import escape
 from rich.table import Table
@@ -100,20 +100,26 @@ _IN_MARKDOWN = (
 )
 
 
-def markdown(results: Results) -> str:
-    """Return one Markdown table for each target L0, with the best ranked values in bold."""
+def markdown(results: Results, figures: Sequence[str] = ()) -> str:
+    """Return one Markdown table for each target L0, with the best ranked values in bold.
+
+    Args:
+        results: the results.
+        figures: the columns, without intervals. If empty, all main figures with their intervals.
+    """
     blocks: list[str] = []
     for l0 in dict.fromkeys(row.l0_target for row in results.rows):
         rows = [row for row in results.rows if row.l0_target == l0]
-        names = [name for name in _IN_MARKDOWN if any(name in row.figures for row in rows)]
-        if "k1_f1" in names:
+        wanted = figures or _IN_MARKDOWN
+        names = [name for name in wanted if any(name in row.figures for row in rows)]
+        if "k1_f1" in names and not figures:
             names.insert(names.index("parents_learned"), "absorption_fraction_learned")
         heads = [figure(name).label + ARROWS[figure(name).better] for name in names]
         best = {name: best_rows(results, name) for name in names}
         lines = ["| " + " | ".join([f"L0 {show_l0(l0)}", *heads]) + " |"]
         lines.append("|---" + "|--:" * len(names) + "|")
         for row in rows:
-            cells = [_markdown_cell(row, name, best[name]) for name in names]
+            cells = [_markdown_cell(row, name, best[name], not figures) for name in names]
             lines.append("| " + " | ".join([_markdown_name(row.entry) + signs(row), *cells]) + " |")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
@@ -137,13 +143,16 @@ def _escaped(text: str) -> str:
     return re.sub(r"[\\`*|\[\]~]|\b_|_\b", r"\\\g<0>", escaped)
 
 
-def _markdown_cell(row: Row, name: str, best: set[tuple[str, float]]) -> str:
+def _markdown_cell(
+    row: Row, name: str, best: set[tuple[str, float]], with_interval: bool
+) -> str:
     if name not in row.figures:
         return ""
     digits = figure(name).digits
     text = show_spread(row.figures[name], digits).replace(" ± ", "±")
     text = f"**{text}**" if (row.entry, row.l0_target) in best else text
-    return f"{text} {show_interval(row.intervals.get(name), digits)}".strip()
+    interval = show_interval(row.intervals.get(name), digits) if with_interval else ""
+    return f"{text} {interval}".strip()
 
 
 def signs(row: Row) -> str:

@@ -87,6 +87,14 @@ def test_markdown_by_hand():
     )
 
 
+def test_markdown_with_chosen_columns():
+    # without a column that no row has, in the order asked for, and without intervals
+    figures = ["absorption_fraction", "stability", "l0"]
+    table = markdown(measured_on_words(), figures).splitlines()
+    assert table[0] == "| L0 4 | absorption, fraction ↓ | L0 |"
+    assert table[2] == "| atm | **0.150±0.071** | 4.00±0.00 |"
+
+
 def test_intervals_and_the_definition_of_absorption_in_markdown():
     table, below = tables.markdown_page(measured_on_words()).split("\n\n")
     assert table.splitlines()[2:] == [
