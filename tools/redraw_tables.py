@@ -75,7 +75,7 @@ def comparison(path: str) -> str:
 
 
 def language_model(path: str) -> str:
-    """Return the tables of a results.json on a language model, with the columns that a page needs."""
+    """Return the tables of a results.json on a language model, with their main columns."""
     return markdown(complete(path), ON_A_LANGUAGE_MODEL).strip()
 
 
