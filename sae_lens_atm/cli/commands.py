@@ -202,7 +202,7 @@ def find_l0(
     ] = 2.0,
     jobs: Jobs = 1,
     only_plan: Annotated[
-        bool, typer.Option("--dry-run", help="Check the file, print the plan, and stop.")
+        bool, typer.Option("--dry-run", help="Check the file, estimate the time, and stop.")
     ] = False,
     threads: Threads = None,
 ) -> None:

@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 from sae_lens_atm.cli.progress import RunsProgress
-from sae_lens_atm.cli.terminal import config_path, console, facts_table
+from sae_lens_atm.cli.terminal import config_path, console, facts_table, timing_status
 from sae_lens_atm.cli.threads import warn_if_busy
-from sae_lens_atm.compare.find_l0 import Searches, find_l0, load_searches
+from sae_lens_atm.compare.find_l0 import find_l0, load_searches
+from sae_lens_atm.compare.find_l0.dry_run import dry_run
 from sae_lens_atm.compare.find_l0.report import PICTURE, answers_table, draw, problem_lines
 from sae_lens_atm.compare.run.processes import Job, threads_per_job
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.found_l0 import FILENAME
+from sae_lens_atm.training.quiet import silence_saelens
 
 
 def range_of(text: str | None) -> tuple[float, float] | None:
@@ -40,7 +42,10 @@ def find_l0_of_file(
     """Search for the L0 of each architecture of a file, and print and draw the answers."""
     searches = load_searches(config_path(config), overrides, range(seeds), range_of(l0), longest)
     if only_plan:
-        console.print(facts_table(_plan(searches)))
+        silence_saelens()
+        with timing_status() as report:
+            facts = dry_run(searches, jobs, report, threads)
+        console.print(facts_table(facts))
         return
     first = searches.searches[0].comparison(1, [1], [0])
     warn_if_busy(first.planned[0].run.runner.device, threads or threads_per_job(jobs))
@@ -62,15 +67,3 @@ def find_l0_of_file(
         markup=False,
         soft_wrap=True,
     )
-
-
-def _plan(searches: Searches) -> dict[str, str]:
-    limits = searches.searches[0].limits
-    return {
-        "architectures": ", ".join(one.entry for one in searches.searches),
-        "L0": f"{limits.low:g} to {limits.high:g}",
-        "seeds": ", ".join(map(str, searches.searches[0].seeds)),
-        "rounds": "1/4, 1/2 and 1 of the training"
-        + (f", up to {limits.longest:g} if the answer moves" if limits.longest > 1 else ""),
-        "output": str(searches.output),
-    }

@@ -44,12 +44,7 @@ def dry_run(
         SettingsError: the output folder is not writable, or the data do not fit.
     """
     facts = describe_plan(comparison, at_once)
-    try:
-        for p in comparison.planned:
-            check_devices(p.run)
-    except SettingsError as error:  # a dry run may be on another machine than the comparison
-        return {**facts, "estimate": f"none: {error}"}
-    return {**facts, **_estimate(comparison, _to_train(comparison), at_once, report, threads)}
+    return {**facts, **estimate([comparison], at_once, report, threads)}
 
 
 def describe_plan(comparison: Comparison, at_once: int) -> dict[str, Any]:
@@ -84,13 +79,32 @@ def _to_train(comparison: Comparison) -> list[PlannedRun]:
     ]
 
 
-def _estimate(
-    comparison: Comparison,
-    left: Sequence[PlannedRun],
+def estimate(
+    comparisons: Sequence[Comparison],
     at_once: int,
     report: Report,
     threads: int | None,
+    evaluates: bool = True,
 ) -> dict[str, str]:
+    """Estimate the time of what is left to do, from a few steps of each entry.
+
+    Args:
+        comparisons: plans with the same data and output folder.
+        at_once: maximum number of processes.
+        report: is called before each measurement.
+        threads: number of threads of each process; None divides the cores among the processes.
+        evaluates: whether the SAEs are evaluated after their training.
+
+    Returns:
+        Names and values for a table.
+    """
+    try:
+        for comparison in comparisons:
+            for p in comparison.planned:
+                check_devices(p.run)
+    except SettingsError as error:  # a dry run may be on another machine than the comparison
+        return {"estimate": f"none: {error}"}
+    left = [p for comparison in comparisons for p in _to_train(comparison)]
     before = torch.get_num_threads()
     torch.set_num_threads(threads or threads_per_job(at_once))
     steps: dict[str, float] = {}
@@ -99,12 +113,12 @@ def _estimate(
         for name, p in {p.entry: p for p in left}.items():
             report(f"training steps of {name}")
             steps[name] = seconds_per_step(p.run, _SECONDS_PER_ENTRY)
-        if not comparison.is_synthetic:
+        if not comparisons[0].is_synthetic:
             try:
-                model = time_language_model(comparison, report)
+                model = time_language_model(comparisons, report, evaluates)
             except NotTimed as reason:
                 missing = f" without the language model ({reason})"
-        data = _seconds_of_data(comparison, left)
+        data = _seconds_of_data(comparisons[0], left)
     except NotTimed as reason:
         return {"estimate": f"none: {reason}"}
     finally:

@@ -28,37 +28,51 @@ class ModelTime(NamedTuple):
     """Of all jobs together."""
 
 
-def time_language_model(comparison: Comparison, report: Report) -> ModelTime:
+def time_language_model(
+    comparisons: Sequence[Comparison], report: Report, evaluates: bool = True
+) -> ModelTime:
     """Estimate the time of model batches, evaluations and prompts that are left to do.
 
     Args:
-        comparison: the plan.
+        comparisons: plans with the same language model and output folder.
         report: is called before each measurement.
+        evaluates: whether the SAEs are evaluated.
 
     Raises:
         SettingsError: hook, width or context do not fit the model.
         NotTimed: the model or the dataset is not here.
     """
-    left = [p for p in comparison.planned if not is_evaluated(p, comparison.output, with_map=False)]
+    unfinished = [_left(comparison, evaluates) for comparison in comparisons]
+    left = [planned for one in unfinished for planned in one]
     if not left:
         return ModelTime({}, 0)
+    output = comparisons[0].output
     run = cast(LanguageModelRun, left[0].run)
     if left[0].lm is not None and not Path(run.runner.model_name).is_dir():
         raise NotTimed("the comparison makes it first")
     report("loading the language model")
     model = TimedModel.load(run.runner)
-    parts = [
-        *_batches(comparison, left, model, report),
-        *_evaluations(left, model, report),
-        *_prompts(comparison, left, model, report),
-    ]
-    loads = len(_jobs(left)) * model.loading
+    jobs = [job for one in unfinished for job in _jobs(one)]
+    parts = _batches(jobs, output, model, report)
+    if evaluates:
+        parts += [*_evaluations(left, model, report), *_prompts(left, output, model, report)]
+    # Without an evaluation, SAEs on cached activations need no model.
+    loads = (len(jobs) if evaluates or run.activations is None else 1) * model.loading
     facts = {name: f"{what}, {duration(seconds)}" for name, what, seconds in parts}
     return ModelTime(facts, loads + sum(seconds for *_, seconds in parts))
 
 
 _Part = tuple[str, str, float]
 """The name of a row, what it counts, and the seconds."""
+
+
+def _left(comparison: Comparison, evaluates: bool) -> list[PlannedRun]:
+    def is_done(planned: PlannedRun) -> bool:
+        if evaluates:
+            return is_evaluated(planned, comparison.output, with_map=False)
+        return is_trained(planned, comparison.output)
+
+    return [planned for planned in comparison.planned if not is_done(planned)]
 
 
 def _jobs(left: Iterable[PlannedRun]) -> list[list[PlannedRun]]:
@@ -72,24 +86,26 @@ def _jobs(left: Iterable[PlannedRun]) -> list[list[PlannedRun]]:
 
 
 def _batches(
-    comparison: Comparison, left: Sequence[PlannedRun], model: TimedModel, report: Report
+    jobs: Sequence[Sequence[PlannedRun]], output: Path, model: TimedModel, report: Report
 ) -> list[_Part]:
     cfg = model.cfg
     report("batches of the language model")
     timed = model.time_batch(0.3 * _SECONDS)
     shape = f"{cfg.store_batch_size_prompts:,} x {cfg.context_size:,} tokens{timed.note}"
-    if cast(LanguageModelRun, left[0].run).activations is not None:
-        batches = -(-contexts_to_cache(comparison.planned) // cfg.store_batch_size_prompts)
+    if cast(LanguageModelRun, jobs[0][0].run).activations is not None:
+        planned = [p for job in jobs for p in job]
+        batches = -(-contexts_to_cache(planned) // cfg.store_batch_size_prompts)
         name, what = "cache", f"{batches:,} model batches of {shape}"
         return [(name, what, batches * timed.seconds)] if batches else []
     number = for_scale = 0
-    for job in _jobs(left):
-        to_train = [p for p in job if p.settings.trained and not is_trained(p, comparison.output)]
+    for job in jobs:
+        to_train = [p for p in job if p.settings.trained and not is_trained(p, output)]
         if to_train:
             served = max(estimation_batches(p.run) for p in to_train) * cfg.train_batch_size_tokens
             before = llm_batches_of(cfg, served + 1, model.share_kept)
             for_scale += before if served else 0
-            number += llm_batches_of(cfg, served + cfg.training_tokens, model.share_kept)
+            tokens = cast(LanguageModelRun, to_train[0].run).runner.training_tokens
+            number += llm_batches_of(cfg, served + tokens, model.share_kept)
     what = f"{number:,} model batches of {shape}"
     if for_scale:
         what += f", at most {for_scale:,} of them before step 1 for the scale"
@@ -109,9 +125,9 @@ def _evaluations(left: Sequence[PlannedRun], model: TimedModel, report: Report) 
 
 
 def _prompts(
-    comparison: Comparison, left: Sequence[PlannedRun], model: TimedModel, report: Report
+    left: Sequence[PlannedRun], output: Path, model: TimedModel, report: Report
 ) -> list[_Part]:
-    firsts = {p.model_seed: p for p in reversed(left) if not has_letters(p, comparison.output)}
+    firsts = {p.model_seed: p for p in reversed(left) if not has_letters(p, output)}
     cfg = next((p.first_letters for p in firsts.values()), None)
     if cfg is None:
         return []

@@ -111,6 +111,16 @@ def search(measure: Measure, seeds: Sequence[int], limits: Limits) -> FoundL0:
     )
 
 
+def expected_rounds(
+    seeds: Sequence[int], limits: Limits
+) -> list[tuple[float, list[float], list[int]]]:
+    """Return length, L0s and seeds of each round, for a minimum in the middle of the L0s."""
+    low, high, whole, _ = limits
+    around = window(math.sqrt(low * high), low, high, whole)
+    tried = distinct([*grid(low, high, GRID_RATIO, whole), *around], whole)
+    return [(FIRST, tried, list(seeds[:1]))] + [(n, around, list(seeds)) for n in (SECOND, 1)]
+
+
 def _first_round(measure: Measure, seeds: Sequence[int], limits: Limits) -> Round:
     found: dict[tuple[float, int], Measured] = {}
     to_try = grid(limits.low, limits.high, GRID_RATIO, limits.whole)

@@ -143,9 +143,7 @@ def _escaped(text: str) -> str:
     return re.sub(r"[\\`*|\[\]~]|\b_|_\b", r"\\\g<0>", escaped)
 
 
-def _markdown_cell(
-    row: Row, name: str, best: set[tuple[str, float]], with_interval: bool
-) -> str:
+def _markdown_cell(row: Row, name: str, best: set[tuple[str, float]], with_interval: bool) -> str:
     if name not in row.figures:
         return ""
     digits = figure(name).digits

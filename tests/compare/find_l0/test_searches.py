@@ -3,6 +3,7 @@ import json
 import pytest
 
 from sae_lens_atm.compare.find_l0 import find_l0, load_searches
+from sae_lens_atm.compare.find_l0.dry_run import dry_run
 from sae_lens_atm.compare.find_l0.searches import scaled
 from sae_lens_atm.compare.run.stored_run import FIGURES, TRAINING
 from sae_lens_atm.compare.run.tasks import make_jobs
@@ -128,3 +129,28 @@ def test_saes_on_a_language_model_are_trained_and_not_evaluated(language_model_c
     assert not (home / FIGURES).exists()
     assert not any(make_jobs(comparison, evaluate=False))
     assert any(make_jobs(comparison))
+
+
+def test_a_dry_run_has_the_plan_and_an_estimate(comparison_yaml, tmp_path):
+    searches = load_searches(comparison_yaml, ["architectures={atm: {}, topk: {}}"], l0=(1, 8))
+    facts = dry_run(searches, 2, lambda _: None)
+    assert facts["architectures"] == "atm, topk"
+    # Around sqrt(8): 5 L0s for atm. For topk the whole ones of 1.8, 2.3, 2.8, 3.5, 4.4 are 2, 3, 4.
+    # First round: 1, 2, 4, 8 and these. Then three seeds, twice.
+    assert facts["SAEs"] == f"about {4 + 5 + 2 * 5 * 3 + 5 + 2 * 3 * 3}"
+    assert {"atm", "topk"} <= set(facts["ms a step"].replace(",", "").split())
+    assert facts["estimate"].startswith("about ")
+    assert not (tmp_path / "out-l0").exists()
+
+
+def test_a_dry_run_checks_and_times_the_language_model(language_model_comparison_yaml):
+    more = ["architectures={topk: {}}", "n_batches_in_buffer=16", "activations_mixing_fraction=0"]
+    searches = load_searches(language_model_comparison_yaml, more, [0], l0=(2, 4))
+    facts = dry_run(searches, 1, lambda _: None)
+    assert facts["checked"].startswith("hook and d_in")
+    # One pass of the model for each round, for 5, 10 and 20 batches, in whole buffers of 4.
+    assert facts["language model"].startswith("40 model batches of 4 x 16 tokens")
+    assert "evaluation" not in facts
+    wrong = load_searches(language_model_comparison_yaml, [*more, "hook_name=model.layers.99"])
+    with pytest.raises(SettingsError, match="hook_name"):
+        dry_run(wrong, 1, lambda _: None)
