@@ -13,6 +13,7 @@ COMPARISONS = (
     "compare-sister-a",
     "compare-sister-a-peers",
     "compare-sister-b",
+    "compare-sister-b-peers",
     "compare-spelling-lm",
     "compare-gemma-2-2b-l12-16k",
 )
