@@ -15,7 +15,8 @@ Open, and our choice:
 
 - C: the paper takes k-means centroids of the data set. A trainer of SAELens has not seen the data,
   so C holds the centroids of the first batch (`archetypal_points` of them).
-- With fewer points than latents, several latents begin at one point; their encoders are random.
+- With fewer points than latents, several latents begin at one point; their encoders are random,
+  and divided by the median length of the points.
 - L_aux is SAELens' own. delta is in units of the inputs.
 """
 
@@ -142,6 +143,9 @@ class ArchetypalTrainingSAE(TopKTrainingSAE):
             centres, _ = means(samples, count, minit="++", seed=self.cfg.archetypal_seed)
         self.points.copy_(torch.from_numpy(centres))
         self.has_points.fill_(True)
+        # Rows of D are as long as inputs. With shorter encoders, the first reconstructions are not
+        # much longer than the inputs.
+        self.W_enc.data /= self.points.norm(dim=1).median().clamp(min=_TINY)
 
     @torch.no_grad()
     def project(self) -> None:

@@ -44,6 +44,15 @@ def test_points_are_centroids_of_the_first_batch_and_stay():
     assert torch.equal(sae.points, before)
 
 
+def test_encoders_are_short_where_the_points_are_long():
+    short, long = make(), make()
+    long.load_state_dict(short.state_dict())
+    batch = torch.randn(60, 8)
+    for sae, scale in ((short, 1.0), (long, 100.0)):
+        sae.training_forward_pass(step_input(scale * batch))
+    torch.testing.assert_close(long.W_enc, short.W_enc / 100)
+
+
 def test_a_small_batch_is_refused():
     with pytest.raises(ValueError, match="archetypal_points must be at most the batch size, 5"):
         make().training_forward_pass(step_input(torch.randn(5, 8)))
