@@ -151,14 +151,17 @@ def glossary(_: str) -> str:
 def weights(path: str) -> str:
     """Return one row of an experiment's SAEs each, with the figures that decided."""
     names = (*LETTERS, "dead_latents")
+    rows = read_results(ROOT / path).rows
+    several = len({row.l0_target for row in rows}) > 1
     lines = [
-        f"| weight | {' | '.join(figure(n).label + ARROWS[figure(n).better] for n in names)} |",
+        f"| variant | {' | '.join(figure(n).label + ARROWS[figure(n).better] for n in names)} |",
         "|---" + "|--:" * len(names) + "|",
     ]
-    for row in read_results(ROOT / path).rows:
+    for row in rows:
         cells = [f"{row.figures[name].mean:.3f}" for name in LETTERS]
         dead = f"{row.figures['dead_latents'].mean:.0f}"
-        lines.append(f"| {row.entry} | {' | '.join([*cells, dead])} |")
+        entry = f"{row.entry}, L0 {show_l0(row.l0_target)}" if several else row.entry
+        lines.append(f"| {entry} | {' | '.join([*cells, dead])} |")
     return "\n".join(lines)
 
 
