@@ -33,7 +33,7 @@ class Panel(NamedTuple):
 PANELS = (
     Panel(
         "synthetic hierarchy (sister A), true L0",
-        ("docs/sister-a/results.json",),
+        ("docs/sister-a/results.json", "docs/sister-a/peers.json"),
         4,
         ("absorption_fraction", "absorbed fraction (left is better)"),
         ("f1", "F1 (up is better)"),
@@ -43,6 +43,7 @@ PANELS = (
         (
             "benchmarks/study/results/frequency-penalty-smollm2.json",
             "docs/smollm2-135m-l12/results.json",
+            "docs/smollm2-135m-l12/peers.json",
         ),
         64,
         PROBED,
@@ -60,6 +61,9 @@ COLOURS = {
     "jumprelu": "#2ca02c",
     "gated": "#bcbd22",
     "standard": "#8c564b",
+    "hierarchical_topk": "#17becf",
+    "lista_matryoshka": "#e377c2",
+    "ortsae": "#000000",
 }
 FAR = 0.15
 """Rows whose L0 is further from the target than this share are not drawn."""
