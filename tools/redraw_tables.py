@@ -175,10 +175,7 @@ def found_l0(path: str) -> str:
         answer = FoundL0.model_validate(content)
         least = min(mean_curve(answer.rounds[-1].values).values())
         reasons = "; ".join(answer.problems) or "-"
-        lines.append(
-            f"| {name} | {answer.l0:.2f} | {answer.low:.2f} to {answer.high:.2f} | {least:.4f} "
-            f"| {reasons} |"
-        )
+        lines.append(f"| {name} | {' | '.join(answer.as_text)} | {least:.4f} | {reasons} |")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@
 the file's own search. A path in its place reads that file.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,8 @@ class FoundL0s:
             architecture: name in SAELens' registry.
 
         Raises:
-            SettingsError: the search has no such entry, or is of other data or another SAE.
+            SettingsError: the search has no such entry, is of other data or another SAE, or found
+                no minimum.
         """
         answers = self._found.get("entries")
         answer = answers.get(entry) if isinstance(answers, dict) else None
@@ -110,4 +112,18 @@ class FoundL0s:
                 "architecture, width, model, hook and data: run `sae-lens-atm find-l0` with this "
                 "file"
             )
-        return float(answer["l0"])
+        l0 = float(answer["l0"])
+        if answer.get("at_edge"):
+            raise SettingsError(
+                f"{self._asked}, but the search found no minimum for {shown(entry)}: c_dec is "
+                f"least at the end of the L0s tried, {l0:g}. Set a number, or search others with "
+                "--l0 LOW,HIGH"
+            )
+        if answer.get("problems"):
+            reasons = "; ".join(answer["problems"])
+            warnings.warn(
+                f"{self._asked}, but the search is not sure of L0 {l0:.3g} for {shown(entry)}: "
+                f"{reasons}",
+                stacklevel=2,
+            )
+        return l0

@@ -23,8 +23,7 @@ def answers_table(found: Mapping[str, FoundL0]) -> Table:
         least = min(mean_curve(answer.rounds[-1].values).values())
         table.add_row(
             escape(name),
-            f"{answer.l0:.3g}",
-            f"{answer.low:.3g} to {answer.high:.3g}",
+            *answer.as_text,
             f"{least:.4f}",
             "no" if answer.problems else "yes",
         )
@@ -60,7 +59,7 @@ def draw(found: Mapping[str, FoundL0], path: Path) -> None:
                 list(curve), list(curve.values()), "o-", ms=3, alpha=shade, color="C0", label=label
             )
         axis.axvspan(answer.low, answer.high, color="C1", alpha=0.2, lw=0)
-        axis.axvline(answer.l0, color="C1", label=f"found: {answer.l0:.3g}")
+        axis.axvline(answer.l0, color="C1", label=f"found: {answer.as_text[0]}")
         axis.set(xscale="log", title=name, xlabel="L0", ylabel=figure("decoder_cosine").label)
         axis.legend(fontsize="small")
     picture.savefig(path, dpi=120)

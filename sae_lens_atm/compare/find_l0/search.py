@@ -72,9 +72,19 @@ class FoundL0(BaseModel):
     low: float
     high: float
     """A 95% interval, within the L0s that are allowed: the jackknife over seeds."""
+    at_edge: bool = False
+    """Whether the least value is at the smallest or the largest L0 tried: there is no minimum."""
     problems: list[str]
     """Why the answer is unsure; empty if nothing speaks against it."""
     rounds: list[Round]
+
+    @property
+    def as_text(self) -> tuple[str, str]:
+        """The L0 and its interval. At an edge, the L0 is a bound, and there is no interval."""
+        if not self.at_edge:
+            return f"{self.l0:.3g}", f"{self.low:.3g} to {self.high:.3g}"
+        sign = "≤" if self.l0 == min(self.rounds[-1].values) else "≥"
+        return f"{sign} {self.l0:.3g}", "-"
 
 
 class Limits(NamedTuple):
@@ -107,7 +117,12 @@ def search(measure: Measure, seeds: Sequence[int], limits: Limits) -> FoundL0:
     last = rounds[-1]
     low, high = (min(max(end, limits.low), limits.high) for end in interval(last.values))
     return FoundL0(
-        l0=last.l0, low=low, high=high, problems=_problems(rounds, low, high, limits), rounds=rounds
+        l0=last.l0,
+        low=low,
+        high=high,
+        at_edge=is_at_edge(mean_curve(last.values)),
+        problems=_problems(rounds, low, high, limits),
+        rounds=rounds,
     )
 
 

@@ -79,6 +79,29 @@ def test_mistakes_are_one_line(searched, overrides, message):
     assert "\n" not in str(caught.value)
 
 
+def answers_with(**fields):
+    path = Path("out-l0") / FILENAME
+    content = json.loads(path.read_text())
+    content["entries"]["topk"] |= fields
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.usefixtures("searched")
+def test_an_l0_at_the_edge_is_refused(comparison_yaml):
+    answers_with(at_edge=True, l0=8, problems=["the minimum is at the largest L0 tried, 8"])
+    message = r"^l0 is 'found', but the search found no minimum for 'topk': .* L0s tried, 8\. Set a"
+    with pytest.raises(SettingsError, match=message):
+        load_comparison(comparison_yaml, ["l0=found"])
+
+
+@pytest.mark.usefixtures("searched")
+def test_an_unsure_l0_warns(comparison_yaml):
+    answers_with(problems=["one seed: the error is unknown", "train longer"])
+    message = "not sure of L0 2.6 for 'topk': one seed: the error is unknown; train longer"
+    with pytest.warns(UserWarning, match=message):
+        assert load_comparison(comparison_yaml, ["l0=found"]).planned
+
+
 def test_quick_needs_a_list(searched):
     with pytest.raises(SettingsError, match="l0: --quick needs a list, name it under `quick`"):
         load_comparison(searched, ["l0=found", "quick={training_samples: 640}"], quick=True)

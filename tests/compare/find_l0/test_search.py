@@ -98,6 +98,19 @@ def test_what_makes_an_answer_unsure_is_told(bench, seeds, message):
     assert any(message in problem for problem in found.problems), found.problems
 
 
+@pytest.mark.parametrize(("best", "text"), [(0.5, "≤ 1"), (500, "≥ 64")])
+def test_at_an_edge_the_answer_is_a_bound(best, text):
+    found = search(Bench(best), [0, 1], WIDE)
+    assert found.at_edge
+    assert found.as_text == (text, "-")
+
+
+def test_an_answer_as_text():
+    found = search(Bench(4.2, noise=0.02), [0, 1, 2], WIDE)
+    assert not found.at_edge
+    assert found.as_text == ("4.2", f"{found.low:.3g} to {found.high:.3g}")
+
+
 def test_an_l0_without_a_value_is_left_out():
     class Dead(Bench):
         def value(self, length, l0, seed):
