@@ -17,6 +17,7 @@ Open, and our choice:
   so C holds the centroids of the first batch (`archetypal_points` of them).
 - With fewer points than latents, several latents begin at one point; their encoders are random,
   and divided by the median length of the points.
+- One process only: the points of several processes would differ.
 - L_aux is SAELens' own. delta is in units of the inputs.
 """
 
@@ -49,7 +50,7 @@ class ArchetypalTrainingSAEConfig(TopKTrainingSAEConfig):
     Args:
         archetypal_points: number of points in C, at most the size of a batch.
         archetypal_delta: delta, the longest deviation of a decoder row from the hull.
-        archetypal_seed: seed of the centroids.
+        archetypal_seed: seed of the centroids and of the first encoders.
     """
 
     archetypal_points: int = 256
@@ -109,8 +110,13 @@ class ArchetypalTrainingSAE(TopKTrainingSAE):
         points = torch.randn(cfg.archetypal_points, cfg.d_in, **options)
         self.register_buffer("points", points / points.norm(dim=1, keepdim=True))
         self.register_buffer("has_points", torch.zeros((), dtype=torch.bool, device=self.device))
-        encoder = torch.empty(cfg.d_in, cfg.d_sae, **options)
-        self.W_enc = nn.Parameter(nn.init.kaiming_uniform_(encoder, mode="fan_out"))
+        self.W_enc = nn.Parameter(self._random_encoders())
+
+    def _random_encoders(self) -> Tensor:
+        generator = torch.Generator().manual_seed(self.cfg.archetypal_seed)
+        encoders = torch.empty(self.cfg.d_in, self.cfg.d_sae)
+        nn.init.kaiming_uniform_(encoders, mode="fan_out", generator=generator)
+        return encoders.to(dtype=self.dtype, device=self.device)
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
@@ -143,9 +149,11 @@ class ArchetypalTrainingSAE(TopKTrainingSAE):
             centres, _ = means(samples, count, minit="++", seed=self.cfg.archetypal_seed)
         self.points.copy_(torch.from_numpy(centres))
         self.has_points.fill_(True)
-        # Rows of D are as long as inputs. With shorter encoders, the first reconstructions are not
-        # much longer than the inputs.
-        self.W_enc.data /= self.points.norm(dim=1).median().clamp(min=_TINY)
+        # Rows of D are as long as inputs, so activations of usual size would give reconstructions
+        # far too long. Drawn again, because a first batch that was rejected has divided them, too.
+        self.W_enc.copy_(
+            self._random_encoders() / self.points.norm(dim=1).median().clamp(min=_TINY)
+        )
 
     @torch.no_grad()
     def project(self) -> None:

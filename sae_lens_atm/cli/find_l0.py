@@ -60,9 +60,14 @@ def find_l0_of_file(
     for line in problem_lines(found):
         console.print(f"not sure: {line}", highlight=False, markup=False)
     draw(found, searches.output / PICTURE)
+    advice = (
+        "`found` refuses an L0 at the edge."
+        if all(answer.at_edge for answer in found.values())
+        else "`k: found` under `sae` of the run file, or `l0: found` in the comparison file, "
+        "trains at this L0."
+    )
     console.print(
-        f"{searches.output / FILENAME} and {PICTURE} written. `k: found` under `sae` of the run "
-        "file, or `l0: found` in the comparison file, trains at this L0.",
+        f"{searches.output / FILENAME} and {PICTURE} written. {advice}",
         highlight=False,
         markup=False,
         soft_wrap=True,

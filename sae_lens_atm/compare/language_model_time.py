@@ -48,6 +48,8 @@ def time_language_model(
         return ModelTime({}, 0)
     output = comparisons[0].output
     run = cast(LanguageModelRun, left[0].run)
+    if not evaluates and run.activations is not None and not contexts_to_cache(left):
+        return ModelTime({}, 0)  # the SAEs are trained on stored activations
     if left[0].lm is not None and not Path(run.runner.model_name).is_dir():
         raise NotTimed("the comparison makes it first")
     report("loading the language model")

@@ -11,6 +11,7 @@ from typing import Any
 
 from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.files import hash_of, read_json
+from sae_lens_atm.torchrun import rank
 
 FILENAME = "found_l0.json"
 FOUND = "found"
@@ -119,7 +120,7 @@ class FoundL0s:
                 f"least at the end of the L0s tried, {l0:g}. Set a number, or search others with "
                 "--l0 LOW,HIGH"
             )
-        if answer.get("problems"):
+        if answer.get("problems") and rank() == 0:
             reasons = "; ".join(answer["problems"])
             warnings.warn(
                 f"{self._asked}, but the search is not sure of L0 {l0:.3g} for {shown(entry)}: "

@@ -20,8 +20,11 @@ _TIMEOUT = timedelta(minutes=30)  # all ranks wait while one evaluates or saves
 _DIGIT_BITS = 11  # bits of a floating-point number in one histogram
 
 
+_TAKE_DATA = ("archetypal", "itda")
+
+
 def check_shares(run: Run) -> None:
-    """Check that batch and GPUs can be divided among the processes.
+    """Check that architecture, batch and GPUs suit the number of processes.
 
     Raises:
         SettingsError: they cannot. The message names the setting.
@@ -36,6 +39,12 @@ def check_shares(run: Run) -> None:
     if size() > 1 and getattr(cfg, "use_cached_activations", False):
         # SAELens stores the position in the cache for one process only.
         raise SettingsError("use_cached_activations must be False with several processes, got True")
+    architecture = cfg.sae.architecture()
+    if size() > 1 and architecture in _TAKE_DATA:
+        raise SettingsError(
+            f"sae.architecture must not be {architecture!r} with several processes: it takes "
+            "samples into its dictionary, and each process has others. Train it in one process"
+        )
     for where, device in gpu_settings(run).items():
         if size() > 1 and ":" in device:
             raise SettingsError(f"{where} must be 'cuda' with several processes, got {device!r}")

@@ -44,13 +44,19 @@ def test_points_are_centroids_of_the_first_batch_and_stay():
     assert torch.equal(sae.points, before)
 
 
-def test_encoders_are_short_where_the_points_are_long():
-    short, long = make(), make()
-    long.load_state_dict(short.state_dict())
-    batch = torch.randn(60, 8)
-    for sae, scale in ((short, 1.0), (long, 100.0)):
-        sae.training_forward_pass(step_input(scale * batch))
-    torch.testing.assert_close(long.W_enc, short.W_enc / 100)
+def test_encoders_are_divided_once_by_the_length_of_the_points():
+    sae, batch = make(), torch.randn(60, 8)
+    first = sae.W_enc.detach().clone()
+    sae.take_points(1e20 * batch)  # a batch that is then rejected
+    sae.take_points(batch)
+    torch.testing.assert_close(sae.W_enc, first / sae.points.norm(dim=1).median())
+    sae.training_forward_pass(step_input(100 * batch))
+    torch.testing.assert_close(sae.W_enc, first / sae.points.norm(dim=1).median())
+
+
+def test_a_seed_is_that_of_the_encoders():
+    assert torch.equal(make().W_enc, make().W_enc)
+    assert not torch.equal(make().W_enc, make(archetypal_seed=1).W_enc)
 
 
 def test_a_small_batch_is_refused():

@@ -62,6 +62,14 @@ class Round(BaseModel):
     """For each L0 the value of each seed."""
     moving: int
     """Number of SAEs that still changed at the end of their training."""
+    without_value: list[float] = []
+    """L0s at which fewer than two latents fire, so that there is nothing to compare."""
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the least value is at the smallest or the largest L0 tried."""
+        tried = [*self.values, *self.without_value]
+        return lowest(mean_curve(self.values)) in (min(tried), max(tried))
 
 
 class FoundL0(BaseModel):
@@ -120,7 +128,7 @@ def search(measure: Measure, seeds: Sequence[int], limits: Limits) -> FoundL0:
         l0=last.l0,
         low=low,
         high=high,
-        at_edge=is_at_edge(mean_curve(last.values)),
+        at_edge=last.at_edge,
         problems=_problems(rounds, low, high, limits),
         rounds=rounds,
     )
@@ -129,11 +137,20 @@ def search(measure: Measure, seeds: Sequence[int], limits: Limits) -> FoundL0:
 def expected_rounds(
     seeds: Sequence[int], limits: Limits
 ) -> list[tuple[float, list[float], list[int]]]:
-    """Return length, L0s and seeds of each round, for a minimum in the middle of the L0s."""
+    """Return length, L0s and seeds of each call of `Measure`, for a minimum in the middle."""
     low, high, whole, _ = limits
-    around = window(math.sqrt(low * high), low, high, whole)
-    tried = distinct([*grid(low, high, GRID_RATIO, whole), *around], whole)
-    return [(FIRST, tried, list(seeds[:1]))] + [(n, around, list(seeds)) for n in (SECOND, 1)]
+    middle = math.sqrt(low * high)
+    first: list[list[float]] = []
+    curve: dict[float, float] = {}
+    to_try = grid(low, high, GRID_RATIO, whole)
+    while to_try:
+        first.append(to_try)
+        curve |= {l0: abs(math.log(l0 / middle)) for l0 in to_try}
+        to_try = between(curve, whole)
+    around = window(middle, low, high, whole)
+    return [(FIRST, l0s, list(seeds[:1])) for l0s in first] + [
+        (length, around, list(seeds)) for length in (SECOND, 1)
+    ]
 
 
 def _first_round(measure: Measure, seeds: Sequence[int], limits: Limits) -> Round:
@@ -176,7 +193,9 @@ def _by_l0(found: Mapping[tuple[float, int], Measured]) -> dict[float, dict[int,
 def _as_round(length: float, found: Mapping[tuple[float, int], Measured]) -> Round:
     # Without two latents that fire there is no value. JSON has no infinity, either.
     values = _by_l0({key: one for key, one in found.items() if math.isfinite(one.value)})
+    without_value = sorted({l0 for l0, _ in found} - values.keys())
     return Round(
+        without_value=without_value,
         length=length,
         l0=vertex(mean_curve(values)),
         values=values,
@@ -193,7 +212,9 @@ def _problems(rounds: Sequence[Round], low: float, high: float, limits: Limits) 
     before, last = rounds[-2:]
     curve = mean_curve(last.values)
     problems: list[str] = []
-    if is_at_edge(curve):
+    if is_at_edge(curve) and not last.at_edge:
+        problems.append("at L0s beyond the minimum fewer than two latents fire")
+    elif is_at_edge(curve):
         end = "smallest" if lowest(curve) == min(curve) else "largest"
         problems.append(
             f"the minimum is at the {end} L0 tried, {last.l0:g}: allow others with --l0 LOW,HIGH"

@@ -24,17 +24,20 @@ from sae_lens_atm.compare.plan.l0_target import direct_l0_field, is_whole_number
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.plan.sweep_file import as_comparison
 from sae_lens_atm.compare.report.results import Curve
+from sae_lens_atm.compare.run.cached import longest_run
 from sae_lens_atm.compare.run.checks import check
 from sae_lens_atm.compare.run.comparison import run_lists
 from sae_lens_atm.compare.run.curve import still_moving
 from sae_lens_atm.compare.run.processes import Job, JobEvents, run_jobs
 from sae_lens_atm.compare.run.stored_run import TRAINING
 from sae_lens_atm.compare.run.tasks import make_jobs
+from sae_lens_atm.data.cache_writer import plan_cache
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import locked, read_json, write_json
 from sae_lens_atm.training.found_l0 import FILENAME, key_of, search_folder, with_fields_of
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.preflight.checks import check_devices
+from sae_lens_atm.training.run_file import LanguageModelRun
 
 SEEDS = (0, 1, 2)
 _SAMPLES = ("training_samples", "training_tokens")
@@ -97,7 +100,8 @@ def load_searches(
         path: the YAML file.
         overrides: `key.subkey=value` pairs.
         seeds: seeds of the SAEs.
-        l0: smallest and largest L0 to try. By default from `d_sae / 1024` to half of `d_in`.
+        l0: smallest and largest L0 to try. By default from `d_sae / 1024`, at least 1, to half of
+            the smaller of `d_in` and `d_sae`.
         longest: longest training, in units of the file's.
 
     Raises:
@@ -121,6 +125,7 @@ def load_searches(
         raise SettingsError("spelling_lm: find-l0 takes one language model, use `make-lm` first")
     name = str(content.get("name", Path(path).stem))
     planned = parse_comparison(content, name).planned  # the mistakes of the file, before anything
+    content = _with_size_of_cache(content, planned)
     saes = {p.entry: p for p in planned if p.settings.trained}
     searches = [
         Search(
@@ -132,6 +137,19 @@ def load_searches(
         for entry, plan in saes.items()
     ]
     return Searches(name, output, searches)
+
+
+def _with_size_of_cache(content: Values, planned: Sequence[PlannedRun]) -> Values:
+    """Return the content with the number of tokens to cache.
+
+    The first round writes the cache. By default it would have the tokens of that round.
+    """
+    run = planned[0].run
+    if not isinstance(run, LanguageModelRun) or run.activations is None:
+        return content
+    contexts = plan_cache(longest_run(planned).runner, run.activations).contexts
+    tokens = contexts * run.runner.context_size
+    return content | {"activations": content["activations"] | {"tokens": tokens}}
 
 
 def _limits(planned: PlannedRun, l0: tuple[float, float] | None, longest: float) -> Limits:

@@ -2,7 +2,13 @@ import math
 
 import pytest
 
-from sae_lens_atm.compare.find_l0.search import FoundL0, Limits, Measured, search
+from sae_lens_atm.compare.find_l0.search import (
+    FoundL0,
+    Limits,
+    Measured,
+    expected_rounds,
+    search,
+)
 
 WIDE = Limits(1, 64)
 
@@ -120,6 +126,29 @@ def test_an_l0_without_a_value_is_left_out():
     assert found.l0 == pytest.approx(4.2, rel=0.02)
     assert all(min(one.values) >= 3 for one in found.rounds)
     assert FoundL0.model_validate_json(found.model_dump_json()) == found
+
+
+def test_an_l0_beside_those_without_a_value_is_no_edge():
+    class Dead(Bench):
+        def value(self, length, l0, seed):
+            return math.inf if l0 < 6 else super().value(length, l0, seed)
+
+    found = search(Dead(2), [0, 1], WIDE)
+    assert not found.at_edge
+    assert 6 <= found.l0 < 8
+    assert found.rounds[-1].without_value
+    assert "at L0s beyond the minimum fewer than two latents fire" in found.problems
+
+
+@pytest.mark.parametrize(("seeds", "whole"), [([0], False), ([0, 1, 2], False), ([0, 1], True)])
+def test_the_expected_rounds_are_those_of_a_minimum_in_the_middle(seeds, whole):
+    limits = WIDE._replace(whole=whole)
+    bench = Bench(8)
+    search(bench, seeds, limits)
+    expected = expected_rounds(seeds, limits)
+    assert [(n, len(l0s), s) for n, l0s, s in expected] == [
+        (n, len(l0s), s) for n, l0s, s in bench.calls
+    ]
 
 
 def test_the_interval_stays_within_the_limits():

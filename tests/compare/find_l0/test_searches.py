@@ -111,6 +111,9 @@ def test_a_search_trains_resumes_and_fills_in_k(synthetic_yaml):
     # The run file trains at the answer. So short a training has its minimum at the edge.
     answers = searches.output / FILENAME
     content = json.loads(answers.read_text())
+    assert content["entries"]["atm"]["at_edge"]
+    with pytest.raises(SettingsError, match="the search found no minimum for 'atm'"):
+        load_run(synthetic_yaml)
     content["entries"]["atm"]["at_edge"] = False
     answers.write_text(json.dumps(content))
     run = load_run(synthetic_yaml)
@@ -139,9 +142,10 @@ def test_a_dry_run_has_the_plan_and_an_estimate(comparison_yaml, tmp_path):
     searches = load_searches(comparison_yaml, ["architectures={atm: {}, topk: {}}"], l0=(1, 8))
     facts = dry_run(searches, 2, lambda _: None)
     assert facts["architectures"] == "atm, topk"
-    # Around sqrt(8): 5 L0s for atm. For topk the whole ones of 1.8, 2.3, 2.8, 3.5, 4.4 are 2, 3, 4.
-    # First round: 1, 2, 4, 8 and these. Then three seeds, twice.
-    assert facts["SAEs"] == f"about {4 + 5 + 2 * 5 * 3 + 5 + 2 * 3 * 3}"
+    # The middle is sqrt(8) = 2.83. First round of atm: 1, 2, 4, 8, then 2.83, 5.66, then 2.38,
+    # 3.36. Of topk: 1, 2, 4, 8, then 3, 6. Then with three seeds, twice: 1.8, 2.3, 2.8, 3.5 and
+    # 4.4, of which the whole ones are 2, 3 and 4.
+    assert facts["SAEs"] == f"about {8 + 2 * 5 * 3 + 6 + 2 * 3 * 3}"
     assert {"atm", "topk"} <= set(facts["ms a step"].replace(",", "").split())
     assert facts["estimate"].startswith("about ")
     assert not (tmp_path / "out-l0").exists()
@@ -152,9 +156,19 @@ def test_a_dry_run_checks_and_times_the_language_model(language_model_comparison
     searches = load_searches(language_model_comparison_yaml, more, [0], l0=(2, 4))
     facts = dry_run(searches, 1, lambda _: None)
     assert facts["checked"].startswith("hook and d_in")
-    # One pass of the model for each round, for 5, 10 and 20 batches, in whole buffers of 4.
-    assert facts["language model"].startswith("40 model batches of 4 x 16 tokens")
+    # Passes of the model for L0s 2 and 4 and for 3, with 5 batches each, then with 10 and 20. A
+    # pass has whole buffers of 4 batches.
+    assert facts["language model"].startswith("48 model batches of 4 x 16 tokens")
     assert "evaluation" not in facts
     wrong = load_searches(language_model_comparison_yaml, [*more, "hook_name=model.layers.99"])
     with pytest.raises(SettingsError, match="hook_name"):
         dry_run(wrong, 1, lambda _: None)
+
+
+def test_the_cache_has_the_size_of_the_whole_training(language_model_comparison_yaml):
+    more = ["architectures={topk: {}}", "activations={cache: acts}"]
+    (one,) = load_searches(language_model_comparison_yaml, more, [0]).searches
+    short, whole = (one.comparison(n, [2], [0]).planned[0].run for n in (0.25, 1))
+    assert short.activations.tokens == whole.activations.tokens
+    assert short.runner.training_tokens == whole.runner.training_tokens / 4
+    assert whole.activations.tokens >= whole.runner.training_tokens
