@@ -15,8 +15,8 @@ Open, and our choice:
 
 - C: the paper takes k-means centroids of the data set. A trainer of SAELens has not seen the data,
   so C holds the centroids of the first batch (`archetypal_points` of them).
-- With fewer points than latents, several latents begin at one point; their encoders are random,
-  and divided by the median length of the points.
+- With fewer points than latents, several latents begin at one point.
+- The first encoders are random. They are divided by the median length of the points.
 - One process only: the points of several processes would differ.
 - L_aux is SAELens' own. delta is in units of the inputs.
 """
