@@ -1,0 +1,127 @@
+"""The L0 that `find-l0` finds on synthetic models, beside the true L0.
+
+    python benchmarks/study/found_l0.py commands          # print the searches to run
+    python benchmarks/study/found_l0.py collect RUNS OUT   # RUNS has the folders that they write
+
+The searches write to `RUNS/l0-NAME-l0`. They can be stopped and repeated.
+"""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from sae_lens.synthetic import L0Calculator
+from sae_lens.util import temporary_seed
+
+from sae_lens_atm.compare.find_l0 import FoundL0
+from sae_lens_atm.compare.plan.comparison_file import load_comparison
+from sae_lens_atm.compare.run.batch_pool import synthetic_model
+from sae_lens_atm.files import read_json, to_json
+from sae_lens_atm.training.run_file import SyntheticRun
+
+ROOT = Path(__file__).parents[2]
+SAMPLES, BATCH, SEED = 100_000, 10_000, 0
+CLOSE = 1.15
+"""The target: found and true L0 within this ratio."""
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "atm": {"role": "candidate"},
+    "batchtopk": {},
+}
+_SISTER_A = "configs/compare-sister-a.yaml"
+_ROOTS = {"max_root_probability": 0.25, "min_root_probability": 0.04, "lone_probability": 0.02}
+
+
+def _sister_a_times(factor: float) -> tuple[str, list[str]]:
+    """Return sister A with all probabilities of roots and lone features multiplied."""
+    return _SISTER_A, [f"hierarchy_model.{k}={v * factor:g}" for k, v in _ROOTS.items()]
+
+
+MODELS: dict[str, tuple[str, list[str]]] = {
+    "sister-a": (_SISTER_A, []),
+    "halved": _sister_a_times(0.5),
+    "doubled": _sister_a_times(2),
+    "cov20": ("benchmarks/study/held-out-coverage-20.yaml", []),
+    "cov80": ("benchmarks/study/held-out-coverage-80.yaml", []),
+    "flat": ("benchmarks/study/held-out-flat.yaml", []),
+    "not-exclusive": ("benchmarks/study/held-out-not-exclusive.yaml", []),
+    "sister-b": ("configs/compare-sister-b.yaml", []),
+}
+LABELS = {
+    "sister-a": "sister A",
+    "halved": "sister A, roots half as frequent",
+    "doubled": "sister A, roots twice as frequent",
+    "cov20": "held out: coverage .2",
+    "cov80": "held out: coverage .8",
+    "flat": "held out: one level",
+    "not-exclusive": "held out: not exclusive",
+    "sister-b": "sister B",
+}
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def commands() -> None:
+    """Print the command of each search."""
+    for name, (config, overrides) in MODELS.items():
+        settings = [f"architectures={json.dumps(ARCHITECTURES)}", *overrides]
+        settings.append(f"output_path=runs/l0-{name}")
+        words = [word for setting in settings for word in ("--set", setting)]
+        print(shlex.join(["sae-lens-atm", "find-l0", config, *words, "--jobs", "2"]))
+
+
+def true_l0(config: str, overrides: list[str]) -> float:
+    """Return the mean number of active features of a sample."""
+    run = load_comparison(ROOT / config, overrides).planned[0].run
+    assert isinstance(run, SyntheticRun)
+    model, mean = synthetic_model(run, Path("runs")), L0Calculator()
+    with temporary_seed(SEED):
+        for _ in range(SAMPLES // BATCH):
+            mean.add_batch(model.sample_with_features(BATCH)[1].to_dense())
+    return float(mean.compute())
+
+
+@app.command()
+def collect(
+    runs: Annotated[Path, typer.Argument(help="Folder with the searches.")],
+    output: Annotated[Path, typer.Argument(help="JSON file to write.")],
+) -> None:
+    """Write the answers of the finished searches, and the true L0s."""
+    content: dict[str, Any] = {}
+    for name, (config, overrides) in MODELS.items():
+        path = runs / f"l0-{name}-l0/found_l0.json"
+        if not path.exists():
+            continue
+        answers = {n: FoundL0.model_validate(a) for n, a in read_json(path)["entries"].items()}
+        content[name] = {
+            "true_l0": round(true_l0(config, overrides), 3),
+            "entries": {n: a.model_dump(exclude={"rounds"}) for n, a in answers.items()},
+            "c_dec_by_length": {
+                n: {f"{r.length:g}": round(r.l0, 3) for r in a.rounds} for n, a in answers.items()
+            },
+        }
+        print(name, content[name]["true_l0"], {n: a.as_text[0] for n, a in answers.items()})
+    output.write_text(to_json(content), encoding="utf-8")
+
+
+def table(content: dict[str, Any]) -> str:
+    """Return a row for each model: the true L0, and what is found with each architecture."""
+    names = list(dict.fromkeys(n for model in content.values() for n in model["entries"]))
+    lines = [f"| | true L0 | {' | '.join(names)} |", "|---" + "|--:" * (len(names) + 1) + "|"]
+    for name, model in content.items():
+        cells = [_cell(model["entries"].get(n), model["true_l0"]) for n in names]
+        lines.append(f"| {LABELS[name]} | {model['true_l0']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(answer: dict[str, Any] | None, true: float) -> str:
+    if answer is None:
+        return "-"
+    found = answer["l0"]
+    text = f"{found:.2f} ({100 * (found / true - 1):+.0f}%)".replace("-", "−")
+    return f"**{text}**" if max(found / true, true / found) <= CLOSE else text
+
+
+if __name__ == "__main__":
+    app()
