@@ -9,7 +9,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -164,6 +164,32 @@ def saved_at_once(folder: Path, last: str = "cfg.json") -> Generator[Path]:
         except BaseException:  # do not leave half an SAE on a full disk
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def replace_folder(partial: Path, folder: Path) -> None:
+    """Give a complete folder its final name, in place of an older one.
+
+    If the process ends in between, `restore_replaced` brings the older one back.
+    """
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def restore_replaced(base: Path) -> None:
+    """Rename a folder back if a process ended between the two renames of a replacement.
+
+    Args:
+        base: the folder that holds it.
+    """
+    for replaced in base.glob(".*.replaced"):
+        original = base / replaced.name.removeprefix(".").removesuffix(".replaced")
+        if not original.exists():
+            with suppress(OSError):
+                replaced.rename(original)
 
 
 # --- JSON ----------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from sae_lens_atm.files import (
     manifest_mismatch,
     read_json,
     read_manifest,
+    replace_folder,
+    restore_replaced,
     saved_at_once,
     saving,
     to_json,
@@ -63,6 +65,30 @@ def test_files_move_together_and_the_last_one_completes_the_folder(tmp_path):
     with saved_at_once(out, last="z") as partial:  # what the failure left is removed
         assert names(partial) == []
     assert names(out) == ["a", "cfg.json", "z"]
+
+
+def folder_with(path, text):
+    path.mkdir()
+    (path / "a").write_text(text)
+    return path
+
+
+def test_a_folder_is_replaced(tmp_path):
+    final = tmp_path / "final"
+    for text in ("first", "second"):
+        replace_folder(folder_with(tmp_path / ".partial", text), final)
+        assert (final / "a").read_text() == text
+    assert names(tmp_path) == ["final"]
+
+
+def test_a_replacement_that_did_not_end_is_undone(tmp_path):
+    folder_with(tmp_path / ".final.replaced", "old")
+    folder_with(tmp_path / ".other.replaced", "old")
+    folder_with(tmp_path / "other", "new")
+    restore_replaced(tmp_path)
+    assert (tmp_path / "final/a").read_text() == "old"
+    assert (tmp_path / "other/a").read_text() == "new"
+    restore_replaced(tmp_path / "absent")
 
 
 def test_json_has_null_for_nan_and_short_lists(tmp_path):

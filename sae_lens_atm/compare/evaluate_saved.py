@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from sae_lens import SAE
@@ -84,9 +84,9 @@ def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
     if content.pop("sweep", None) is not None and not is_comparison(content):
         content = as_comparison(content)
     if not is_comparison(content):
-        return EvaluationData(parse_run(content))
-    if isinstance(content.get("l0"), str):
-        content["l0"] = [1]  # saved SAEs have their own, and it may not have been found yet
+        return EvaluationData(parse_run(_with_any_k(content)))
+    if isinstance(content.get("l0"), str):  # `found`
+        content["l0"] = [1]
     comparison = parse_comparison(content, Path(path).stem)
     first = comparison.planned[0]
     if first.lm is not None:
@@ -95,6 +95,14 @@ def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
     stored = letters is not None or probes is not None
     folder = activations_folder(first, comparison.output) if stored else None
     return EvaluationData(first.run, letters, probes, first.contrastive_stories, folder)
+
+
+def _with_any_k(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content with a number for `k: found`. Saved SAEs have their own L0."""
+    sae = content.get("sae")
+    if not isinstance(sae, dict) or not isinstance(cast(dict[str, Any], sae).get("k"), str):
+        return content
+    return {**content, "sae": {**cast(dict[str, Any], sae), "k": 1}}
 
 
 def evaluate_saved(

@@ -15,6 +15,7 @@ _METADATA = (
     *("model_name", "model_class_name", "model_from_pretrained_kwargs"),
     *("hook_name", "hook_head_index", "dataset_path", "context_size", "prepend_bos"),
     *("seqpos_slice", "exclude_special_tokens"),
+    *("sequence_separator_token", "disable_concat_sequences"),
 )
 
 

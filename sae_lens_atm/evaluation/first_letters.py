@@ -224,15 +224,24 @@ def look_at_first_letters(
 # --- an SAE --------------------------------------------------------------------------------------
 
 
+class LatentsOnWords(NamedTuple):
+    """Activations of an SAE's latents on the words, each of shape ``(words, d_sae)``."""
+
+    train: Tensor
+    test: Tensor
+    asked: Tensor
+
+
 @torch.no_grad()
-def scores_of(
+def latents_on_words(
     sae: SAE[Any], letters: FirstLetters, target_l0: float | None = None
-) -> FirstLetterScores:
-    """Return the scores of an SAE, trained at the hook where the activations were read.
+) -> LatentsOnWords:
+    """Encode the words. With `match_l0`, keep only the largest activations.
 
     Args:
-        sae: the SAE. Its activations are multiplied by the lengths of the decoder rows that they
-            belong to, since the definition of absorption assumes rows of unit length.
+        sae: the SAE, trained at the hook where the activations were read. Its activations are
+            multiplied by the lengths of the decoder rows that they belong to, since the definition
+            of absorption assumes rows of unit length.
         letters: words, activations and probes.
         target_l0: the L0 that the SAE was trained for. Only `match_l0: true` needs it.
 
@@ -245,14 +254,23 @@ def scores_of(
         rows = [sae.encode(part.to(sae.device, sae.dtype)).to_dense() for part in x.split(4096)]
         return (torch.cat(rows).float() * lengths).to(x.device)
 
-    train, test, asked = (acts(x) for x in (letters.train.x, letters.test.x, letters.asked))
+    found = LatentsOnWords(*(acts(x) for x in (letters.train.x, letters.test.x, letters.asked)))
     l0 = matched_l0(letters.cfg, target_l0)
     if l0 is not None:
-        keep_largest((train, test, asked), l0)
+        keep_largest(found, l0)
+    return found
+
+
+@torch.no_grad()
+def scores_of(
+    sae: SAE[Any], letters: FirstLetters, target_l0: float | None = None
+) -> FirstLetterScores:
+    """Return the scores of an SAE. The arguments are those of `latents_on_words`."""
+    acts = latents_on_words(sae, letters, target_l0)
     return first_letter_scores(
-        letters.train._replace(x=train),
-        letters.test._replace(x=test),
-        asked,
+        letters.train._replace(x=acts.train),
+        letters.test._replace(x=acts.test),
+        acts.asked,
         letters.asked,
         sae.W_dec.to(letters.asked),
         letters.probe,

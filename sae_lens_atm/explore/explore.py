@@ -12,6 +12,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from sae_lens_atm.data.language_model import load_language_model
+from sae_lens_atm.evaluation.first_letters import matched_l0
 from sae_lens_atm.explore.checks import check_sae
 from sae_lens_atm.explore.content import Described, Material, Subject, describe, write_page
 from sae_lens_atm.explore.examples import WINDOW
@@ -72,9 +73,11 @@ def explore(
     Raises:
         SettingsError: the SAE cannot be loaded, was trained on other activations than the run's, or
             the page does not fit into `megabytes`. The folder `neuronpedia` has files, or the data
-            is synthetic.
+            is synthetic. `first_letters.match_l0` is true: a saved SAE has no target L0.
     """
     check_devices(run)
+    if letters is not None:
+        matched_l0(letters.settings, None)
     folder = None if neuronpedia is None else Path(neuronpedia)
     if folder is not None:
         check_export(folder, run)

@@ -9,10 +9,9 @@ from sae_lens import SAE
 from torch import Tensor
 from torch.nn import functional
 
-from sae_lens_atm.evaluation.first_letters import FirstLetters, scores_of
+from sae_lens_atm.evaluation.first_letters import FirstLetters, latents_on_words, scores_of
 from sae_lens_atm.evaluation.letter_store import first_letters_of
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
-from sae_lens_atm.evaluation.synthetic import decoder_of_activations
 from sae_lens_atm.metrics.first_letter import absorbed
 from sae_lens_atm.training.before_first_step import OnPhase, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun
@@ -74,12 +73,7 @@ def read_letters(
 def describe_letters(sae: SAE[Any], letters: FirstLetters) -> list[Letter]:
     """Return what an SAE knows of each letter that counts."""
     scores = scores_of(sae, letters)
-    lengths = decoder_of_activations(sae).norm(dim=-1)
-    parts = [
-        sae.encode(x.to(sae.device, sae.dtype)).to_dense().float() * lengths
-        for x in letters.asked.split(4096)
-    ]
-    asked = torch.cat(parts).cpu()
+    asked = latents_on_words(sae, letters).asked.cpu()
     direction = functional.normalize(letters.probe.weight.float(), dim=-1).cpu()
     cosine = functional.normalize(sae.W_dec.float().cpu(), dim=-1) @ direction.T
     lies_along = letters.asked.float().cpu() @ direction.T

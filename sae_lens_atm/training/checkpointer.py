@@ -14,8 +14,8 @@ from sae_lens.training.prefetch import PrefetchingIterator
 from typing_extensions import override
 
 from sae_lens_atm.data.random_state import save_random_state
-from sae_lens_atm.files import saving, write_manifest
-from sae_lens_atm.training.checkpoints import is_checkpoint, restore_replaced, samples_of
+from sae_lens_atm.files import replace_folder, restore_replaced, saving, write_manifest
+from sae_lens_atm.training.checkpoints import is_checkpoint, samples_of
 from sae_lens_atm.training.supervise import Hook, Save
 
 
@@ -67,11 +67,7 @@ class Checkpointer(Hook):
             except BaseException:  # a full disk must not keep half a checkpoint
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
-            replaced = base / f".{name}.replaced"
-            if final.exists():  # an earlier checkpoint of the same step
-                final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced, ignore_errors=True)
+            replace_folder(partial, final)  # there may be an earlier one of the same step
             if self._keep is not None:
                 _remove_older(final, self._keep)
 

@@ -9,7 +9,7 @@ import json
 import math
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from sae_lens_atm.data.random_state import RANDOM_STATE_FILENAME
 from sae_lens_atm.errors import CheckpointError, SettingsError, shown
-from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest
+from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest, restore_replaced
 from sae_lens_atm.sae.removed import drop_removed
 from sae_lens_atm.training.run_file import Run, SyntheticRun, batch_size_of
 
@@ -59,15 +59,6 @@ def run_config(run: Run) -> dict[str, Any]:
     if isinstance(run, SyntheticRun) and run.hierarchy is not None:
         config["hierarchy_model"] = asdict(run.hierarchy)  # SAELens' config lacks its options
     return {**config, **run.runner.to_dict(), "seed": run.seed}
-
-
-def restore_replaced(base: Path) -> None:
-    """Rename a checkpoint back if the process ended between the two renames of a replacement."""
-    for replaced in base.glob(".*.replaced"):
-        original = base / replaced.name.removeprefix(".").removesuffix(".replaced")
-        if not original.exists():
-            with suppress(OSError):
-                replaced.rename(original)
 
 
 # --- finding -------------------------------------------------------------------------------------

@@ -147,15 +147,20 @@ class StepTimer(Hook):
     @override
     def wrap_step(self, step: Step) -> Step:
         def timed_step(batch: Tensor) -> TrainStepOutput:
-            self._wait()
+            synchronize(self._device)
             start = time.perf_counter()
             output = step(batch)
-            self._wait()
+            synchronize(self._device)
             self.seconds.append(time.perf_counter() - start)
             return output
 
         return timed_step
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+
+def synchronize(device: str | torch.device) -> None:
+    """Wait until a device has done all work."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.synchronize(device)
+    elif kind == "mps":
+        torch.mps.synchronize()

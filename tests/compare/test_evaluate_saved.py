@@ -48,6 +48,11 @@ def test_an_sae_of_another_width_is_an_error(synthetic_yaml, tmp_path):
         evaluate_saved([str(tmp_path / "narrow")], data_of(str(synthetic_yaml)))
 
 
+def test_a_run_file_whose_k_is_still_to_be_found(synthetic_yaml):
+    run = data_of(str(synthetic_yaml), ["sae.k=found"]).run
+    assert run.runner.sae.d_in == 16
+
+
 def test_the_data_of_a_run_file_with_a_sweep(synthetic_yaml):
     more = "sweep: {over: {lr: [0.01]}}\nl0: [3]\n"
     synthetic_yaml.write_text(synthetic_yaml.read_text() + more)

@@ -1,7 +1,15 @@
+from types import SimpleNamespace
+
 import pytest
 from datasets import Dataset, DatasetDict
+from sae_lens import LanguageModelSAETrainingRunner
 
-from sae_lens_atm.data.language_model import check_hook, load_language_model, saved_dataset
+from sae_lens_atm.data.language_model import (
+    check_hook,
+    load_language_model,
+    saved_dataset,
+    set_metadata,
+)
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.training.run_file import load_run
 
@@ -51,6 +59,18 @@ def test_a_chat_format_needs_a_template(language_model_yaml):
     cfg = load_run(language_model_yaml, ["use_chat_formatting=true"]).runner
     with pytest.raises(SettingsError, match=r"^use_chat_formatting must be False, as the tokenize"):
         load_language_model(cfg)
+
+
+def test_the_metadata_is_that_of_saelens_runner(language_model_yaml):
+    settings = ["sequence_separator_token=eos", "disable_concat_sequences=true"]
+    cfg = load_run(language_model_yaml, settings).runner
+    ours, theirs = (
+        SimpleNamespace(cfg=SimpleNamespace(metadata=SimpleNamespace())) for _ in range(2)
+    )
+    set_metadata(ours, cfg)
+    runner = SimpleNamespace(sae=theirs, cfg=cfg)
+    LanguageModelSAETrainingRunner._set_sae_metadata(runner)
+    assert vars(ours.cfg.metadata) == vars(theirs.cfg.metadata)
 
 
 def test_saved_datasets(tmp_path):

@@ -21,6 +21,7 @@ from sae_lens_atm.compare.run.curve import CurveRecorder
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.random_state import load_random_state, save_random_state
 from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.files import replace_folder
 from sae_lens_atm.training.before_first_step import BeforeFirstStep, ModelBatches, OnPhase
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
 from sae_lens_atm.training.history import History
@@ -193,12 +194,7 @@ class GroupRunner(MultiSAETrainingRunner):
         shutil.rmtree(partial_folder, ignore_errors=True)
         trainer.save_checkpoint(partial_folder.name)
         save_random_state(partial_folder)
-        replaced = self.saved_state.with_name(".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if self.saved_state.exists():
-            self.saved_state.rename(replaced)
-        partial_folder.rename(self.saved_state)
-        shutil.rmtree(replaced, ignore_errors=True)
+        replace_folder(partial_folder, self.saved_state)
 
     def _resume(self, trainer: MultiSAETrainer) -> None:
         # SAELens has loaded the state into trainers that were replaced since.

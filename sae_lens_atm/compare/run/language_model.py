@@ -20,7 +20,7 @@ from sae_lens_atm.compare.run.language_model_figures import evaluate_group
 from sae_lens_atm.compare.run.stored_run import TRAINING, is_trained
 from sae_lens_atm.data.language_model import load_language_model, saved_dataset, set_metadata
 from sae_lens_atm.evaluation.language_model import hold_out, make_store
-from sae_lens_atm.files import saved_at_once, write_json
+from sae_lens_atm.files import restore_replaced, saved_at_once, write_json
 from sae_lens_atm.training.before_first_step import LOADING, OnPhase, Phase, unseen
 from sae_lens_atm.training.curves_page import write_curves
 from sae_lens_atm.training.hooks import (
@@ -69,6 +69,7 @@ def train_group(
     with temporary_seed(group[0].seed):
         if to_train:
             stopped = folder / "groups" / _group_key(to_train) / "stopped"
+            restore_replaced(stopped.parent)
             config = _multi_config(cfg, {name: p.run.runner.sae for name, p in to_train.items()})
             config.resume_from_checkpoint = str(stopped) if stopped.exists() else None
             runner = GroupRunner(

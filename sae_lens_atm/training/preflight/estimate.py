@@ -10,6 +10,7 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.synthetic import evaluate
 from sae_lens_atm.torchrun import size as number_of_processes
 from sae_lens_atm.training.checkpoints import samples_of
+from sae_lens_atm.training.hooks import synchronize
 from sae_lens_atm.training.preflight.amounts import (
     checkpoints_left,
     estimation_batches,
@@ -28,7 +29,6 @@ from sae_lens_atm.training.preflight.timing import (
     Report,
     Timed,
     sizes_up_to,
-    synchronize,
     time_checkpoint,
     time_steps,
     time_work,

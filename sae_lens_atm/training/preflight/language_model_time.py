@@ -9,6 +9,7 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from torch import Tensor
 
 from sae_lens_atm.evaluation.language_model import HeldOutTokens
+from sae_lens_atm.training.hooks import synchronize
 from sae_lens_atm.training.preflight.amounts import (
     SCALED,
     estimation_batches,
@@ -23,7 +24,6 @@ from sae_lens_atm.training.preflight.timing import (
     Entry,
     NotTimed,
     Report,
-    synchronize,
     time_work,
 )
 from sae_lens_atm.training.run_file import LanguageModelRun

@@ -21,6 +21,7 @@ from sae_lens_atm.evaluation.letter_words import (
     FirstLetterConfig,
     split_and_prompts,
 )
+from sae_lens_atm.training.hooks import synchronize
 from sae_lens_atm.training.preflight.memory import available_bytes, size_text
 from sae_lens_atm.training.preflight.model_facts import (
     NotChecked,
@@ -28,7 +29,7 @@ from sae_lens_atm.training.preflight.model_facts import (
     look_up_model,
     shape_of,
 )
-from sae_lens_atm.training.preflight.timing import NotTimed, Timed, synchronize, time_work
+from sae_lens_atm.training.preflight.timing import NotTimed, Timed, time_work
 
 
 class EvaluationTime(NamedTuple):

@@ -17,6 +17,7 @@ from sae_lens_atm.errors import one_line
 from sae_lens_atm.files import write_manifest
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
+from sae_lens_atm.training.hooks import synchronize
 from sae_lens_atm.training.preflight.amounts import schedule_parts
 from sae_lens_atm.training.preflight.memory import available_bytes, sae_size, size_text, step_bytes
 from sae_lens_atm.training.run_file import Run, batch_size_of
@@ -234,14 +235,6 @@ def time_checkpoint(trainer: SAETrainer[Any, Any], more_bytes: int) -> float:
         write_manifest(Path(folder) / "timed")
         seconds = time.perf_counter() - start
     return seconds * (needed + more_bytes) / needed
-
-
-def synchronize(device: str) -> None:
-    """Wait until a device has done all work."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-    elif device.startswith("mps"):
-        torch.mps.synchronize()
 
 
 def duration(seconds: float) -> str:

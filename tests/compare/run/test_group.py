@@ -40,8 +40,11 @@ def spoil(monkeypatch):
     return spoil
 
 
-def train_one_group(path, *overrides, stop_in=None):
-    """Train a group and return its weights, or stop it in a phase."""
+def train_one_group(path, *overrides, stop_in=None, stop_after=None, steps=None):
+    """Train a group and return its weights, or stop it in a phase or after some steps.
+
+    The number of each step of the first SAE is appended to `steps`.
+    """
     comparison = load_comparison(path, ["seeds=[0]", *overrides])
     stop, phases = StopFlag(), []
 
@@ -50,7 +53,13 @@ def train_one_group(path, *overrides, stop_in=None):
         if stop_in is not None and phase.what.startswith(stop_in) and phase.done > 0:
             stop.request()
 
-    train_group(comparison.planned, comparison.output, 4, lambda *_: None, stop, on_phase)
+    def on_step(trainer, _):
+        if steps is not None:
+            steps.append(trainer.n_training_steps)
+        if trainer.n_training_steps == stop_after:
+            stop.request()
+
+    train_group(comparison.planned, comparison.output, 4, on_step, stop, on_phase)
     weights = comparison.output.glob("runs/*/sae/sae_weights.safetensors")
     return {p.parent.parent.name: load_file(p) for p in weights}
 
@@ -90,6 +99,16 @@ def test_a_group_that_is_stopped_before_its_first_step_saves_nothing(
     assert straight.keys() == found.keys()
     for name, state in straight.items():
         assert state_equal(state, found[name]), name
+
+
+def test_a_group_that_died_between_two_renames_is_resumed(language_model_comparison_yaml):
+    with pytest.raises(Interrupted):
+        train_one_group(language_model_comparison_yaml, stop_after=9)
+    (stopped,) = Path("out").rglob("groups/*/stopped")
+    stopped.rename(stopped.with_name(".stopped.replaced"))
+    steps = []
+    train_one_group(language_model_comparison_yaml, steps=steps)
+    assert min(steps) == 10
 
 
 def test_an_evaluation_is_stopped_and_done_later(language_model_comparison_yaml, monkeypatch):
