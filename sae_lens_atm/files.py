@@ -16,12 +16,17 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from sae_lens_atm.errors import RankLostError, SaveError, SettingsError
+from sae_lens_atm.errors import RankLostError, SaveError, SettingsError, one_line
 
 MANIFEST_FILENAME = "manifest.json"
 LOCK_FILENAME = ".lock"
 _CHUNK = 2**20
 _LONGEST = 300  # characters of a path in a message
+
+
+def existing_parent(folder: Path) -> Path:
+    """Return a folder if it exists, or else the nearest folder above it that does."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def check_writable(name: str, folder: Path) -> None:
@@ -35,7 +40,7 @@ def check_writable(name: str, folder: Path) -> None:
         SettingsError: they cannot.
     """
     try:
-        existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        existing = existing_parent(folder)
     except (OSError, ValueError) as error:  # not a path: too long, or with a null character
         shown = str(folder) if len(str(folder)) < _LONGEST else f"{str(folder)[:_LONGEST]}..."
         raise SettingsError(f"{name} {shown!r} cannot be written: {error.args[-1]}") from error
@@ -71,7 +76,7 @@ def saving(folder: Path) -> Generator[None]:
     except (SaveError, RankLostError):
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if _disk_is_full(folder, error):
             reason = "No space left on the disk"
         raise SaveError(f"cannot save {folder}: {reason}") from error
@@ -80,9 +85,8 @@ def saving(folder: Path) -> Generator[None]:
 def _disk_is_full(folder: Path, error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     # safetensors and torch pass on no error number.
-    return "code: 28," in str(error) or shutil.disk_usage(existing).free < _CHUNK
+    return "code: 28," in str(error) or shutil.disk_usage(existing_parent(folder)).free < _CHUNK
 
 
 @contextmanager
@@ -297,7 +301,7 @@ def manifest_mismatch(folder: Path, checksums: bool = True) -> str | None:
             if checksums and _checksum(path) != entry["crc32"]:
                 return f"{name} does not match its checksum"
     except (OSError, ValueError) as error:
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 

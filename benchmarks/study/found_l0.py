@@ -119,7 +119,7 @@ def _cell(answer: dict[str, Any] | None, true: float) -> str:
     if answer is None:
         return "-"
     found = answer["l0"]
-    text = f"{found:.2f} ({100 * (found / true - 1):+.0f}%)".replace("-", "−")
+    text = f"{found:.2f} ({100 * (found / true - 1):+.0f}%)".replace("-", "\N{MINUS SIGN}")
     return f"**{text}**" if max(found / true, true / found) <= CLOSE else text
 
 

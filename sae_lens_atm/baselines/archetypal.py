@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from sae_lens_atm.baselines.shared import require, require_one_scale
+from sae_lens_atm.method.buffers import ExactBuffers
 
 _TINY = 1e-8
 
@@ -74,7 +75,7 @@ class ArchetypalTrainingSAEConfig(TopKTrainingSAEConfig):
         super().__post_init__()
 
 
-class ArchetypalTrainingSAE(TopKTrainingSAE):
+class ArchetypalTrainingSAE(ExactBuffers, TopKTrainingSAE):
     """An archetypal SAE. It is saved as SAELens' `topk`."""
 
     cfg: ArchetypalTrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -182,12 +183,6 @@ class ArchetypalTrainingSAE(TopKTrainingSAE):
             del state_dict[name]
         state_dict["W_dec"] = self.W_dec.clone()
         super().process_state_dict_for_saving_inference(state_dict)
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        if "has_points" in state_dict:
-            state_dict["has_points"] = state_dict["has_points"].to(torch.bool)
 
 
 register_sae_training_class("archetypal", ArchetypalTrainingSAE, ArchetypalTrainingSAEConfig)

@@ -208,8 +208,6 @@ class ITDATrainingSAE(ExactBuffers, TrainingSAE[ITDATrainingSAEConfig]):
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_loading(state_dict)
-        if "size" in state_dict:
-            state_dict["size"] = state_dict["size"].to(torch.int64)
         self._products = None
 
 

@@ -258,13 +258,6 @@ class ListaMatryoshkaTrainingSAE(CountsSteps, BatchTopKTrainingSAE):
             state_dict.pop(name)
         state_dict["thresholds"] = state_dict["thresholds"].to(self.dtype)
 
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        for name in ("thresholds", "frequencies"):
-            if name in state_dict:
-                state_dict[name] = state_dict[name].to(torch.float64)
-
 
 register_sae_class("lista_matryoshka", ListaMatryoshkaSAE, ListaMatryoshkaSAEConfig)
 register_sae_training_class(

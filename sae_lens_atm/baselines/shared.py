@@ -43,8 +43,3 @@ class CountsSteps(ExactBuffers):
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)  # pyright: ignore
         state_dict.pop("steps")
-
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)  # pyright: ignore
-        if "steps" in state_dict:  # SAELens casts every tensor to the SAE's dtype
-            state_dict["steps"] = state_dict["steps"].to(torch.int64)

@@ -182,10 +182,9 @@ class TreeSAE(ExactBuffers, StandardSAE):
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
         if state_dict["parents"].dtype in (torch.float16, torch.bfloat16):
             raise ValueError("dtype must be float32 or float64: less rounds the tree of a Tree SAE")
-        state_dict["parents"] = state_dict["parents"].to(torch.int64)
+        super().process_state_dict_for_loading(state_dict)
 
 
 class TreeTrainingSAE(CountsSteps, TopKTrainingSAE):
@@ -292,12 +291,6 @@ class TreeTrainingSAE(CountsSteps, TopKTrainingSAE):
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving_inference(state_dict)
         state_dict.pop("capacity")
-
-    @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
-        if "parents" in state_dict:
-            state_dict["parents"] = state_dict["parents"].to(torch.int64)
 
 
 register_sae_class("tree_sae", TreeSAE, TreeSAEConfig)

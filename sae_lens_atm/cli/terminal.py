@@ -22,6 +22,7 @@ from sae_lens_atm.errors import (
     RankLostError,
     SAEBenchError,
     SettingsError,
+    with_type,
 )
 from sae_lens_atm.torchrun import is_main_of_node, rank
 from sae_lens_atm.yaml_files import apply_overrides, read_yaml, shipped_config
@@ -56,7 +57,7 @@ def clear_errors() -> Generator[None]:
     except Exception as error:
         if os.environ.get("SAE_LENS_ATM_DEBUG"):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = with_type(error)
         where = f"process {rank()}: " if rank() else ""
         hint = "set SAE_LENS_ATM_DEBUG=1 for the traceback"
         exit_with(f"{where}{reason} ({hint})", 1, on_every_rank=True)

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,9 +18,9 @@ from sae_lens_atm.cli.terminal import (
     timing_status,
 )
 from sae_lens_atm.cli.threads import use_threads, warn_if_busy
-from sae_lens_atm.errors import CheckpointError, Interrupted, SaveError, SettingsError
+from sae_lens_atm.errors import Interrupted, SaveError, SettingsError
 from sae_lens_atm.torchrun import rank, size
-from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
+from sae_lens_atm.training.checkpoints import any_checkpoint, extended, newest_checkpoint
 from sae_lens_atm.training.preflight.checks import check_run
 from sae_lens_atm.training.preflight.estimate import estimate_time
 from sae_lens_atm.training.preflight.timing import Entry, duration
@@ -107,12 +106,7 @@ def resume_hint(run: Run, arguments: list[str]) -> Generator[None]:
         command = resume_command(run, arguments, stop.checkpoint)
         exit_with(f"{stop}; resume with: {command}", 128 + stop.signal_number)
     except SaveError as error:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                checkpoint = newest_checkpoint(run.runner.checkpoint_path or "")
-            except CheckpointError:
-                checkpoint = None
+        checkpoint = any_checkpoint(Path(run.runner.checkpoint_path or ""))
         then = "then resume with" if checkpoint else "there is no checkpoint, then train again with"
         command = resume_command(run, arguments, checkpoint)
         exit_with(f"{error}; free some space, {then}: {command}", 1)

@@ -20,7 +20,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from torch import Tensor
 
 from sae_lens_atm.data.model_identity import model_identity, source_identity
-from sae_lens_atm.errors import CheckpointError, SettingsError
+from sae_lens_atm.errors import CheckpointError, SettingsError, one_line
 from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest, write_json
 
 FACTS_FILENAME = "cache.json"
@@ -181,7 +181,7 @@ def _checked(folder: Path, cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, 
         facts = read_json(folder / FACTS_FILENAME)
         is_complete = read_manifest(folder) is not None
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise SettingsError(f"activations.cache {folder} is damaged: {reason}") from error
     if facts:
         check_facts(folder, facts["key"], cfg)

@@ -27,6 +27,7 @@ from sae_lens_atm.data.activation_cache import (
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import (
     MANIFEST_FILENAME,
+    existing_parent,
     hash_of,
     read_json,
     saving,
@@ -93,9 +94,8 @@ def check_cache_folder(
     elif folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
         raise SettingsError(f"activations.cache {folder} is not empty: choose another folder")
     done = sum((folder / plan.file_name(i)).exists() for i in range(plan.files))
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     needed = plan.bytes * (plan.files - done) // plan.files
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(existing_parent(folder)).free
     if needed > free:
         raise SettingsError(
             f"activations.cache {folder} needs {needed / 2**30:.1f} GiB, and the disk has "

@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from sae_lens import LanguageModelSAERunnerConfig
 from sae_lens.load_model import load_model
 
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import SettingsError, with_type
 
 _METADATA = (
     *("model_name", "model_class_name", "model_from_pretrained_kwargs"),
@@ -43,9 +43,8 @@ def load_language_model(cfg: LanguageModelSAERunnerConfig[Any]) -> Any:
                 raise
             model = load(None)  # with all hooks, so that `check_hook` can name similar ones
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise SettingsError(
-            f"cannot load model_name {cfg.model_name!r}: {type(error).__name__}: {reason}"
+            f"cannot load model_name {cfg.model_name!r}: {with_type(error)}"
         ) from error
     check_hook(cfg, model)
     return model

@@ -16,7 +16,7 @@ from sae_lens import SAE, LanguageModelSAERunnerConfig
 from torch import Tensor
 
 from sae_lens_atm.data.language_model import saved_dataset
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import SettingsError, with_type
 from sae_lens_atm.evaluation.hooked_reading import Hook, activations_of
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.task_activations import batches_by_length, context_of
@@ -60,10 +60,9 @@ def read_stories(cfg: ContrastiveStoriesConfig | None) -> list[StoryPair]:
         stored: Any = saved_dataset(cfg.dataset)
         dataset: Any = load_dataset(cfg.dataset, split="train") if stored is None else stored
     except (OSError, ValueError, LookupError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise SettingsError(
             f"{_KEY}.dataset must be a name on the Hub or a folder with a dataset, got "
-            f"{cfg.dataset!r}: {type(error).__name__}: {reason}"
+            f"{cfg.dataset!r}: {with_type(error)}"
         ) from error
     if not set(_COLUMNS) <= set(dataset.column_names):
         raise SettingsError(

@@ -15,7 +15,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_lens_atm.data.language_model import saved_dataset
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import SettingsError, with_type
 from sae_lens_atm.evaluation.model_from_hook import model_from_hook
 from sae_lens_atm.evaluation.next_token_loss import TOKENS
 from sae_lens_atm.evaluation.recovered_loss import HookPoint, OnBatch, SharedPasses
@@ -85,8 +85,7 @@ def make_store(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> Activation
         return ActivationsStore.from_config(model, cfg, override_dataset=dataset)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SettingsError(
-            f"cannot read dataset_path {cfg.dataset_path!r}: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}"
+            f"cannot read dataset_path {cfg.dataset_path!r}: {with_type(error)}"
         ) from error
 
 

@@ -147,7 +147,8 @@ def split_and_prompts(tokenizer: Any, most: int | None, seed: int) -> tuple[Spli
     randomness = random.Random(seed)
     every = words_of(tokenizer, most)
     shuffled = randomness.sample(every, len(every))
-    split = Split(shuffled[: _train_words(len(every))], shuffled[_train_words(len(every)) :])
+    size = int(_TRAIN_SHARE * len(every))
+    split = Split(shuffled[:size], shuffled[size:])
     if len(split.test) <= _EXAMPLES:
         raise SettingsError(
             f"first_letters: there are {len(every)} words of ASCII letters, too few for prompts "
@@ -160,13 +161,3 @@ def split_and_prompts(tokenizer: Any, most: int | None, seed: int) -> tuple[Spli
     train = prompts(split.train, split.train)
     test = prompts(split.test, split.test)
     return split, Prompts(train, test, prompts(split.test, every))
-
-
-def number_of_prompts(tokenizer: Any, cfg: FirstLetterConfig) -> int:
-    """Return the number of prompts of a model. `PROMPTS_IN_BATCH` of them make a batch."""
-    words = len(words_of(tokenizer, cfg.words))
-    return 2 * words - _train_words(words)
-
-
-def _train_words(words: int) -> int:
-    return int(_TRAIN_SHARE * words)

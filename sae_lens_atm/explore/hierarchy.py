@@ -64,13 +64,6 @@ class PairExamples(NamedTuple):
     parent: Windows
 
 
-class Hierarchy(NamedTuple):
-    """All pairs, and their contexts."""
-
-    pairs: Pairs
-    examples: PairExamples
-
-
 def is_absorbed(
     child: NDArray[np.float32],
     parent: NDArray[np.float32],

@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from sae_lens_atm.explore.beside import SAME
 from sae_lens_atm.explore.packing import pack
 from sae_lens_atm.explore.wording import Words, meanings
 from sae_lens_atm.metrics.absorption import ABSORBED_SHARE
-from sae_lens_atm.page import theme_css, theme_script
+from sae_lens_atm.page import templates, theme_css, theme_script
 
 _SCRIPTS = ("data", "table", "latent", "tree", "letters", "beside", "main")
 _SECTIONS = (
@@ -43,13 +42,7 @@ def page_html(
     has_letters = any(sae["letters"] is not None for sae in data["saes"])
     extra = [("letters", "First letters")] if has_letters else []
     extra += [("beside", "Side by side")] if len(names) > 1 else []
-    environment = Environment(
-        loader=PackageLoader("sae_lens_atm.explore", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("sae_lens_atm.explore")
     text = meanings(words)
     if len(names) == 1:
         del text["match"]

@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from sae_lens_atm.errors import HubError, SettingsError
+from sae_lens_atm.errors import HubError, SettingsError, one_line, with_type
 
 
 @contextmanager
@@ -47,12 +47,12 @@ def explained(error: Exception, what: str) -> Exception | None:
         if isinstance(cause, HfHubHTTPError):
             return _answered(cause, what)
         if isinstance(cause, HTTPError):
-            reason = " ".join(f"{type(cause).__name__}: {cause}".split())
+            reason = with_type(cause)
             return HubError(
                 f"{what}: no connection to {constants.ENDPOINT}, or it was lost ({reason})"
             )
     if isinstance(error, OSError):
-        return HubError(f"{what}: {' '.join(str(error).split())}")
+        return HubError(f"{what}: {one_line(error)}")
     return None
 
 

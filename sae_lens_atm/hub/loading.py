@@ -9,7 +9,7 @@ from sae_lens.constants import SAE_CFG_FILENAME
 from sae_lens.registry import SAE_CLASS_REGISTRY
 
 from sae_lens_atm.baselines import inference_class
-from sae_lens_atm.errors import SettingsError, shown
+from sae_lens_atm.errors import SettingsError, shown, with_type
 from sae_lens_atm.hub.errors import explained
 from sae_lens_atm.training.checkpoints import is_broken
 
@@ -39,7 +39,7 @@ def load_sae(reference: str) -> SAE[Any]:
         of_hub = None if Path(reference).exists() else explained(error, reference)
         if of_hub is not None:
             raise of_hub from error
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = with_type(error)
         raise SettingsError(f"cannot load {reference}: {reason}") from error
 
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, cast
 
 import yaml
 from huggingface_hub import RepoCard
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from sae_lens import SAE
 from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.metrics.figures import FIGURES
 from sae_lens_atm.metrics.figures import figure as figure_info
+from sae_lens_atm.page import templates
 
 _HEAD = """
 # Sparse autoencoders
@@ -106,12 +106,7 @@ def section(described: Described, repo_id: str, revision: str, sae_id: str) -> s
     training = {label: described.runner.get(key) for key, label in _TRAINING.items()}
     training["seed"] = described.runner.get("seed") and str(described.runner["seed"])
     package = type(sae).__module__.partition(".")[0]
-    environment = Environment(
-        loader=PackageLoader("sae_lens_atm.hub", ""),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("sae_lens_atm.hub", autoescape=False)
     environment.filters["cell"] = _cell
     text = environment.get_template("model_card.md.j2").render(
         sae_id=sae_id,

@@ -28,7 +28,7 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
 )
 
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import SettingsError, one_line
 from sae_lens_atm.files import read_json
 from sae_lens_atm.hub.errors import clear_hub_errors
 from sae_lens_atm.hub.loading import load_sae
@@ -240,7 +240,7 @@ def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise SettingsError(
             f"repo id must be NAMESPACE/NAME, got {repo_id!r} ({reason})"
         ) from error

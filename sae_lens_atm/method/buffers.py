@@ -1,4 +1,4 @@
-"""Buffers that keep their dtype when a module is cast."""
+"""Buffers that keep their dtype when a module is cast or loaded."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -24,3 +24,10 @@ class ExactBuffers(nn.Module):
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return result
+
+    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
+        """Give each buffer its own dtype. SAELens calls this, after a cast to the SAE's dtype."""
+        super().process_state_dict_for_loading(state_dict)  # pyright: ignore
+        for name, buffer in self.named_buffers():
+            if name in state_dict:
+                state_dict[name] = state_dict[name].to(buffer.dtype)

@@ -1,9 +1,26 @@
-"""What all HTML pages share: typography, colours of the light and the dark theme, their choice."""
+"""What all HTML pages share: template settings, typography, the light and the dark theme."""
 
 from functools import cache
 from importlib.resources import files
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+
+def templates(package: str, autoescape: bool = True) -> Environment:
+    """Return the templates of a package. A name that a template lacks is an error.
+
+    Args:
+        package: the package with the files.
+        autoescape: whether values are escaped, as HTML needs.
+    """
+    return Environment(
+        loader=PackageLoader(package, ""),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
 
 
 @cache

@@ -256,13 +256,10 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 
     @override
     def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
         parents = state_dict.get("parent_tracker.parents")
         if parents is not None and parents.dtype in (torch.float16, torch.bfloat16):
             parents.fill_(-1)  # rounded indices; training searches for parents again
-        for name, buffer in self.named_buffers():
-            if name in state_dict:  # SAELens casts every tensor to the SAE's dtype, counters too
-                state_dict[name] = state_dict[name].to(buffer.dtype)
+        super().process_state_dict_for_loading(state_dict)
 
     @override
     def save_inference_model(self, path: str | Path) -> tuple[Path, Path]:

@@ -32,7 +32,6 @@ class ATMSAE(ExactBuffers, JumpReLUSAE):
         """Convert the tensors of a training checkpoint, or of a saved `ATMSAE`."""
         super().process_state_dict_for_loading(state_dict)
         if "importance" in state_dict:
-            state_dict["importance"] = state_dict["importance"].float()
             return
         cfg = self._training_config()
         sae = cast(Any, ATMTrainingSAE)(cfg)  # an instance of the subclass for its activation

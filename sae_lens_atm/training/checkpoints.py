@@ -27,7 +27,7 @@ from sae_lens.constants import (
 from safetensors import safe_open
 
 from sae_lens_atm.data.random_state import RANDOM_STATE_FILENAME
-from sae_lens_atm.errors import CheckpointError, SettingsError, shown
+from sae_lens_atm.errors import CheckpointError, SettingsError, shown, with_type
 from sae_lens_atm.files import manifest_mismatch, read_json, read_manifest, restore_replaced
 from sae_lens_atm.sae.removed import drop_removed
 from sae_lens_atm.training.run_file import Run, SyntheticRun, batch_size_of
@@ -157,7 +157,7 @@ def reading(folder: Path) -> Generator[None]:
     except CheckpointError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = with_type(error)
         raise CheckpointError(f"cannot resume: {folder} is damaged ({reason})") from error
 
 

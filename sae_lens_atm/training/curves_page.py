@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from sae_lens_atm.files import write_text
-from sae_lens_atm.page import theme_css, theme_script
+from sae_lens_atm.page import templates, theme_css, theme_script
 from sae_lens_atm.training.history import HISTORY_FILENAME
 
 CURVES_FILENAME = "training.html"
@@ -114,13 +112,7 @@ def curves_html(title: str, facts: Mapping[str, str], rows: Sequence[Mapping[str
         facts: names and values above the charts.
         rows: the history of the run.
     """
-    environment = Environment(
-        loader=PackageLoader("sae_lens_atm.training", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("sae_lens_atm.training")
     charts = [chart for name in CURVES if (chart := draw_chart(name, rows)) is not None]
     return environment.get_template("curves.html.j2").render(
         theme_css=theme_css,

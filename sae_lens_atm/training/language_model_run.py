@@ -11,7 +11,7 @@ from typing_extensions import override
 from sae_lens_atm.data.activation_cache import POSITION_FILENAME
 from sae_lens_atm.data.activation_stream import ActivationStream
 from sae_lens_atm.data.language_model import load_language_model, saved_dataset
-from sae_lens_atm.errors import CheckpointError, SettingsError
+from sae_lens_atm.errors import CheckpointError, SettingsError, with_type
 from sae_lens_atm.evaluation.language_model import (
     HeldOutTokens,
     hold_out,
@@ -107,10 +107,9 @@ def prepare_language_model(run: LanguageModelRun, context: RunContext) -> Prepar
         dataset = saved_dataset(cfg.dataset_path)
         runner = SupervisedRunner(cfg, override_dataset=dataset, override_model=model)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise SettingsError(
             f"cannot use dataset_path {cfg.dataset_path!r} with model_name {cfg.model_name!r}: "
-            f"{type(error).__name__}: {reason}"
+            f"{with_type(error)}"
         ) from error
     runner.context, runner.run_settings, store = context, run, runner.activations_store
     estimated = estimation_batches(run) * cfg.train_batch_size_tokens

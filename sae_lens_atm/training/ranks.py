@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ReduceOp
 
-from sae_lens_atm.errors import RankLostError, SettingsError
+from sae_lens_atm.errors import RankLostError, SettingsError, one_line
 from sae_lens_atm.method.selection import candidates
 from sae_lens_atm.torchrun import rank, size
 from sae_lens_atm.training.run_file import Run, SyntheticRun
@@ -121,7 +121,7 @@ def _lost_ranks_noticed() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        where, bracket, reason = " ".join(str(error).split()).partition("] ")
+        where, bracket, reason = one_line(error).partition("] ")
         reason = (reason if bracket else where)[:80]
         raise RankLostError(f"another process of this training has ended ({reason})") from error
 

@@ -8,10 +8,8 @@ import yaml
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.letter_words import (
-    PROMPTS_IN_BATCH,
     FirstLetterConfig,
     letter_of,
-    number_of_prompts,
     prompt,
     split_and_prompts,
     words_of,
@@ -107,14 +105,6 @@ def test_the_split_is_seeded_and_known_by_its_hash():
     # The examples of test prompts are test words, those for absorption are any words.
     shown = {line[:3] for text in prompts.test for line in text.split("\n")[1:]}
     assert shown == set(split.test)
-
-
-@pytest.mark.parametrize("words", [60, 100, None])
-def test_the_number_of_prompts_is_told_beforehand(words):
-    cfg = FirstLetterConfig(words=words)
-    _, prompts = split_and_prompts(many(90), words, 0)
-    assert number_of_prompts(many(90), cfg) == sum(map(len, prompts))
-    assert PROMPTS_IN_BATCH == 64
 
 
 def test_too_few_words_are_one_line():

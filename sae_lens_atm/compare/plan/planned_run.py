@@ -16,6 +16,7 @@ from sae_lens_atm.evaluation.contrastive_stories import ContrastiveStoriesConfig
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.evaluation.task_store import SaeProbesConfig
 from sae_lens_atm.files import hash_of
+from sae_lens_atm.training.checkpoints import run_config
 from sae_lens_atm.training.run_file import Run, SyntheticRun
 
 TRAINER_FIELDS = (
@@ -99,7 +100,7 @@ class PlannedRun:
     @property
     def training_key(self) -> str:
         """Hash of everything that affects the trained SAE."""
-        config = _config_of(self.run)
+        config = run_config(self.run)
         if self.lm is not None:  # the config of the model, not its path
             config |= {"model_name": asdict(self.lm), "dataset_path": TOKENS}
         # On a language model, training starts after the tokens that are held out for evaluation.
@@ -117,7 +118,7 @@ class PlannedRun:
     @property
     def evaluation_key(self) -> str:
         """Hash of everything that affects the figures."""
-        config = _config_of(self.run)
+        config = run_config(self.run)
         values = [self.training_key, {name: config.get(name) for name in _EVALUATION_FIELDS}]
         optional = (self.first_letters, self.sae_probes, self.contrastive_stories)
         measured = [asdict(cfg) for cfg in optional if cfg is not None]
@@ -126,7 +127,7 @@ class PlannedRun:
     @property
     def data_key(self) -> str:
         """Hash of everything that affects the training batches."""
-        config = _config_of(self.run)
+        config = run_config(self.run)
         names = ("hierarchy_model", "synthetic_model", "batch_size", "seed")
         different = min(self.pool_batches or math.inf, self.run.runner.total_training_steps)
         return hash_of([{name: config.get(name) for name in names}, different])
@@ -148,18 +149,9 @@ def spelling_lm_folder(output: Path, lm: SpellingLMConfig) -> Path:
     return output / "models" / f"spelling-lm-{lm.seed}-{hash_of(asdict(lm))}"
 
 
-def _config_of(run: Run) -> dict[str, Any]:
-    """Return all settings of a run as plain values."""
-    config: dict[str, Any] = dict(run.runner.to_dict())
-    config["seed"] = run.seed
-    if isinstance(run, SyntheticRun) and run.hierarchy is not None:
-        config["hierarchy_model"] = asdict(run.hierarchy)
-    return config
-
-
 def settings_of(planned: PlannedRun) -> dict[str, Any]:
     """Return the training settings of an entry, without those that differ between its runs."""
-    config = _config_of(planned.run)
+    config = run_config(planned.run)
     names = (*TRAINER_FIELDS, *planned.settings.run)
     trainer = {name: config[name] for name in names if name in config}
     parameter = planned.l0_parameter

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
@@ -65,7 +64,7 @@ from sae_lens_atm.compare.report.wording import (
 )
 from sae_lens_atm.files import write_text
 from sae_lens_atm.metrics.figures import FIGURES, figure
-from sae_lens_atm.page import theme_css, theme_script
+from sae_lens_atm.page import templates, theme_css, theme_script
 
 
 class Line(NamedTuple):
@@ -181,13 +180,7 @@ def report_html(results: Results) -> str:
         *(panel for _, panel in importance),
         *([parents] if parents else []),
     ]
-    environment = Environment(
-        loader=PackageLoader("sae_lens_atm.compare.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates("sae_lens_atm.compare.report")
     functions = (
         *(
             breakable,

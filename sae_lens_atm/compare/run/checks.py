@@ -1,13 +1,12 @@
 """Checks of a comparison before it starts."""
 
-import os
 import warnings
 
 from sae_lens_atm.compare.plan.comparison_file import Comparison
 from sae_lens_atm.compare.run.cached import contexts_to_cache
 from sae_lens_atm.compare.run.probing import task_store
-from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.contrastive_stories import read_stories
+from sae_lens_atm.files import check_writable
 from sae_lens_atm.training.preflight.checks import (
     check_data,
     check_dataset_exists,
@@ -34,11 +33,7 @@ def check(comparison: Comparison) -> dict[str, str]:
         SettingsError: the folder is not writable, or model, hook or data do not fit the runs.
     """
     folder = comparison.output
-    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise SettingsError(
-            f"output_path must be a writable folder, got {folder}: {existing} is not writable"
-        )
+    check_writable("output_path", folder)
     for planned in {planned.group: planned for planned in comparison.planned}.values():
         if isinstance(planned.run, LanguageModelRun):
             check_data(planned.run, exists=False)

@@ -1,7 +1,7 @@
 """The first letters of the language models of a comparison, which its runs share."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +16,9 @@ from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 
-@dataclass(frozen=True)
-class _ReadWords:
-    planned: PlannedRun
-    folder: Path
-
-    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        on_batch = watched(on_progress, stop, "batches of prompts")
-        first_letters(self.planned, self.folder, on_batch=on_batch)
+def _read_words(planned: PlannedRun, folder: Path, on_progress: OnProgress, stop: StopFlag) -> None:
+    on_batch = watched(on_progress, stop, "batches of prompts")
+    first_letters(planned, folder, on_batch=on_batch)
 
 
 def letter_jobs(left: Iterable[PlannedRun], folder: Path) -> list[Job]:
@@ -37,7 +32,7 @@ def letter_jobs(left: Iterable[PlannedRun], folder: Path) -> list[Job]:
         "first letters",
         left,
         lambda planned: not has_letters(planned, folder),
-        lambda planned: _ReadWords(planned, folder),
+        lambda planned: partial(_read_words, planned, folder),
     )
 
 

@@ -1,7 +1,7 @@
 """The tasks of sae-probes in a comparison: activations of the model once, then each SAE."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,15 +18,10 @@ from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 
-@dataclass(frozen=True)
-class _ReadTasks:
-    planned: PlannedRun
-    folder: Path
-
-    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        on_batch = watched(on_progress, stop, "characters")
-        cfg = cast(LanguageModelRun, self.planned.run).runner
-        task_store(self.planned, self.folder).fill(lambda: load_language_model(cfg), on_batch)
+def _read_tasks(planned: PlannedRun, folder: Path, on_progress: OnProgress, stop: StopFlag) -> None:
+    on_batch = watched(on_progress, stop, "characters")
+    cfg = cast(LanguageModelRun, planned.run).runner
+    task_store(planned, folder).fill(lambda: load_language_model(cfg), on_batch)
 
 
 def task_store(planned: PlannedRun, folder: Path) -> TaskStore:
@@ -55,7 +50,9 @@ def probing_jobs(left: Iterable[PlannedRun], folder: Path) -> list[Job]:
     def is_needed(planned: PlannedRun) -> bool:
         return planned.sae_probes is not None and bool(task_store(planned, folder).missing())
 
-    return jobs_of_models("probing tasks", left, is_needed, lambda p: _ReadTasks(p, folder))
+    return jobs_of_models(
+        "probing tasks", left, is_needed, lambda p: partial(_read_tasks, p, folder)
+    )
 
 
 def add_probing(

@@ -19,7 +19,7 @@ import sae_lens
 import torch
 from sae_lens import SAETrainer
 
-from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.errors import Interrupted, with_type
 from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.quiet import silence_saelens
@@ -160,7 +160,7 @@ def _run_in_process(job: Job, connection: Connection, threads: int) -> None:
     except Exception as error:
         if os.environ.get("SAE_LENS_ATM_DEBUG"):
             raise
-        connection.send(describe_error(error))
+        connection.send(with_type(error))
         sys.exit(1)
 
 
@@ -168,11 +168,6 @@ def prepare_process() -> None:
     """Silence SAELens in the process of a job, as all jobs share one terminal."""
     silence_saelens()
     sae_lens.logger.setLevel(logging.ERROR)
-
-
-def describe_error(error: Exception) -> str:
-    """Return the type and the message of an error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 class StepCounter:

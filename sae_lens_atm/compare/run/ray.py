@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from sae_lens_atm.compare.run.processes import Job, JobEvents, describe_error, prepare_process
-from sae_lens_atm.errors import Interrupted, SettingsError
+from sae_lens_atm.compare.run.processes import Job, JobEvents, prepare_process
+from sae_lens_atm.errors import Interrupted, SettingsError, one_line, with_type
 from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
 
@@ -88,7 +88,7 @@ def _connect(ray: Any, address: str) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(**cluster, log_to_driver=False, include_dashboard=False, configure_logging=False)
     except Exception as error:  # Ray raises many types, also `Exception` itself
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise SettingsError(f"--ray {address}: no cluster at this address ({reason})") from error
 
 
@@ -97,7 +97,7 @@ def _error_of(ray: Any, reference: Any) -> str | None:
     try:
         return ray.get(reference)
     except ray.exceptions.RayError as error:  # its process died, or it was cancelled
-        return describe_error(error)[:300]
+        return with_type(error)[:300]
 
 
 def _run_on_ray(job: Job, i: int, messages: Any) -> str | None:
@@ -110,5 +110,5 @@ def _run_on_ray(job: Job, i: int, messages: Any) -> str | None:
         with stop.on_signals():  # Ray cancels a task with SIGINT
             job.work(lambda progress: messages.put((i, progress)), stop)
     except Exception as error:
-        return describe_error(error)
+        return with_type(error)
     return None

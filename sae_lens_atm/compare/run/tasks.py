@@ -1,6 +1,6 @@
 """The jobs of a comparison that are left to do."""
 
-from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import cast
@@ -39,108 +39,86 @@ from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun, training_steps
 
 
-@dataclass(frozen=True)
-class _MakeSyntheticModel:
-    run: SyntheticRun
-    folder: Path
-
-    def __call__(self, _on_progress: OnProgress, _stop: StopFlag) -> None:
-        synthetic_model(self.run, self.folder)
+def _make_synthetic_model(
+    run: SyntheticRun, folder: Path, _on_progress: OnProgress, _stop: StopFlag
+) -> None:
+    synthetic_model(run, folder)
 
 
-@dataclass(frozen=True)
-class _MakeLanguageModel:
-    lm: SpellingLMConfig
-    folder: Path
+def _make_language_model(
+    lm: SpellingLMConfig, folder: Path, on_progress: OnProgress, stop: StopFlag
+) -> None:
+    counter = StepCounter(on_progress)
 
-    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        counter = StepCounter(on_progress)
+    def on_step(_loss: float) -> None:
+        counter.count()
+        stop_if_requested(stop)
 
-        def on_step(_loss: float) -> None:
-            counter.count()
-            stop_if_requested(stop)
-
-        make_spelling_lm(self.lm, self.folder, on_step)
+    make_spelling_lm(lm, folder, on_step)
 
 
-@dataclass(frozen=True)
-class _DrawPool:
-    planned: PlannedRun
-    folder: Path
-
-    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        run = cast(SyntheticRun, self.planned.run)
-        model = synthetic_model(run, self.folder)
-        counter = StepCounter(on_progress)
-        for _ in pool_of(self.planned, self.folder).draw(model, self.planned.seed):
-            counter.count()
-            stop_if_requested(stop)
+def _draw_pool(planned: PlannedRun, folder: Path, on_progress: OnProgress, stop: StopFlag) -> None:
+    run = cast(SyntheticRun, planned.run)
+    model = synthetic_model(run, folder)
+    counter = StepCounter(on_progress)
+    for _ in pool_of(planned, folder).draw(model, planned.seed):
+        counter.count()
+        stop_if_requested(stop)
 
 
-@dataclass(frozen=True)
-class _RunOne:
-    planned: PlannedRun
-    folder: Path
-    points: int
-    with_map: bool
-
-    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        model = synthetic_model(cast(SyntheticRun, self.planned.run), self.folder)
-        data = SyntheticData(self.planned, model, self.folder)
-        on_step = StepCounter(on_progress).on_step
-        train_one(self.planned, data, self.folder, self.points, on_step, stop)
-        evaluate_one(self.planned, model, self.folder, self.with_map)
-
-
-@dataclass(frozen=True)
-class _MakeCache:
-    planned: tuple[PlannedRun, ...]
-
-    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        before = 0
-        on_progress(Phase(LOADING))
-
-        def count(done: int, contexts: int) -> None:
-            nonlocal before
-            on_progress(done - before)
-            before = done
-            on_progress(Phase("caching", done, contexts, "contexts"))
-            stop_if_requested(stop)
-
-        make_cache(self.planned, count)
+def _run_one(
+    planned: PlannedRun,
+    folder: Path,
+    points: int,
+    with_map: bool,
+    on_progress: OnProgress,
+    stop: StopFlag,
+) -> None:
+    model = synthetic_model(cast(SyntheticRun, planned.run), folder)
+    data = SyntheticData(planned, model, folder)
+    on_step = StepCounter(on_progress).on_step
+    train_one(planned, data, folder, points, on_step, stop)
+    evaluate_one(planned, model, folder, with_map)
 
 
-@dataclass(frozen=True)
-class _TrainCached:
-    planned: PlannedRun
-    folder: Path
-    points: int
+def _make_cache(planned: tuple[PlannedRun, ...], on_progress: OnProgress, stop: StopFlag) -> None:
+    before = 0
+    on_progress(Phase(LOADING))
 
-    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        data = CachedData(self.planned, open_cache(cast(LanguageModelRun, self.planned.run)))
-        on_step = StepCounter(on_progress).on_step
-        train_one(self.planned, data, self.folder, self.points, on_step, stop)
+    def count(done: int, contexts: int) -> None:
+        nonlocal before
+        on_progress(done - before)
+        before = done
+        on_progress(Phase("caching", done, contexts, "contexts"))
+        stop_if_requested(stop)
 
-
-@dataclass(frozen=True)
-class _EvaluateCached:
-    group: tuple[PlannedRun, ...]
-    folder: Path
-
-    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        evaluate_cached(self.group, self.folder, stop, on_progress, on_progress)
+    make_cache(planned, count)
 
 
-@dataclass(frozen=True)
-class _RunGroup:
-    group: tuple[PlannedRun, ...]
-    folder: Path
-    points: int
-    evaluate: bool
+def _train_cached(
+    planned: PlannedRun, folder: Path, points: int, on_progress: OnProgress, stop: StopFlag
+) -> None:
+    data = CachedData(planned, open_cache(cast(LanguageModelRun, planned.run)))
+    on_step = StepCounter(on_progress).on_step
+    train_one(planned, data, folder, points, on_step, stop)
 
-    def __call__(self, on_progress: OnProgress, stop: StopFlag) -> None:
-        on_step = StepCounter(on_progress).on_step
-        train_group(self.group, self.folder, self.points, on_step, stop, on_progress, self.evaluate)
+
+def _evaluate_cached(
+    group: tuple[PlannedRun, ...], folder: Path, on_progress: OnProgress, stop: StopFlag
+) -> None:
+    evaluate_cached(group, folder, stop, on_progress, on_progress)
+
+
+def _run_group(
+    group: tuple[PlannedRun, ...],
+    folder: Path,
+    points: int,
+    evaluate: bool,
+    on_progress: OnProgress,
+    stop: StopFlag,
+) -> None:
+    on_step = StepCounter(on_progress).on_step
+    train_group(group, folder, points, on_step, stop, on_progress, evaluate)
 
 
 def make_jobs(comparison: Comparison, evaluate: bool = True) -> list[list[Job]]:
@@ -174,14 +152,18 @@ def _cached_jobs(comparison: Comparison, evaluate: bool) -> list[list[Job]]:
     folder = comparison.output
     left = [p for p in comparison.planned if not _is_done(p, folder, evaluate)]
     contexts = contexts_to_cache(comparison.planned) if left else 0
-    cache = Job("cache", contexts, _MakeCache(tuple(comparison.planned)), True, alone=True)
+    cache = Job(
+        "cache", contexts, partial(_make_cache, tuple(comparison.planned)), True, alone=True
+    )
     jobs = [[cache] if contexts else [], _reading_jobs(left, folder, evaluate)]
     for _, runs in groupby(left, key=lambda p: p.seed):  # complete results seed by seed
         group = list(runs)
         to_train = (p for p in group if not is_trained(p, folder))
         jobs.append(
             [
-                Job(p.label, steps_of(p), _TrainCached(p, folder, comparison.curve_points))
+                Job(
+                    p.label, steps_of(p), partial(_train_cached, p, folder, comparison.curve_points)
+                )
                 for p in to_train
             ]
         )
@@ -193,7 +175,7 @@ def _cached_jobs(comparison: Comparison, evaluate: bool) -> list[list[Job]]:
                 Job(
                     f"evaluate L0 {show_l0(l0)}, {group[0].seeds}",
                     sum(p.level == l0 for p in group),
-                    _EvaluateCached(tuple(p for p in group if p.level == l0), folder),
+                    partial(_evaluate_cached, tuple(p for p in group if p.level == l0), folder),
                 )
                 for l0 in levels
             ]
@@ -208,7 +190,7 @@ def _language_model_jobs(comparison: Comparison, evaluate: bool) -> list[list[Jo
         Job(
             group[0].group,
             sum(steps_of(p) for p in group if not is_trained(p, folder)),
-            _RunGroup(tuple(group), folder, points, evaluate),
+            partial(_run_group, tuple(group), folder, points, evaluate),
         )
         for group in groups
         if not all(_is_done(p, folder, evaluate) for p in group)
@@ -216,7 +198,7 @@ def _language_model_jobs(comparison: Comparison, evaluate: bool) -> list[list[Jo
     lms = {p.lm.seed: p.lm for p in comparison.planned if p.lm is not None} if runs else {}
     homes = {seed: spelling_lm_folder(folder, lm) for seed, lm in lms.items()}
     models = [
-        Job(f"model {seed}", lm.steps, _MakeLanguageModel(lm, homes[seed]), needed=True)
+        Job(f"model {seed}", lm.steps, partial(_make_language_model, lm, homes[seed]), needed=True)
         for seed, lm in lms.items()
         if not is_spelling_lm(lm, homes[seed])
     ]
@@ -239,14 +221,14 @@ def _synthetic_jobs(comparison: Comparison) -> list[list[Job]]:
             pool = pool_of(planned, folder)
             if pool.is_worth_keeping and not pool.path.exists():
                 label = f"{pool.shape[0]} batches of {pool.shape[1]}, seed {planned.seed}"
-                draw = _DrawPool(planned, folder)
+                draw = partial(_draw_pool, planned, folder)
                 pools.setdefault(pool.path, Job(label, pool.shape[0], draw))
-        work = _RunOne(planned, folder, points, with_map)
+        work = partial(_run_one, planned, folder, points, with_map)
         runs.append(Job(planned.label, steps_of(planned) if to_train else 0, work))
     run = cast(SyntheticRun, comparison.planned[0].run)
     stored = model_folder(run, folder)
     if runs and stored is not None and not stored.exists():
-        models.append(Job("synthetic model", 0, _MakeSyntheticModel(run, folder)))
+        models.append(Job("synthetic model", 0, partial(_make_synthetic_model, run, folder)))
     return [models, list(pools.values()), runs]
 
 

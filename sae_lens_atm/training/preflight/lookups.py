@@ -14,6 +14,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_lens_atm.data.language_model import saved_dataset
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.files import existing_parent
 from sae_lens_atm.training.preflight import memory
 from sae_lens_atm.training.preflight.memory import GIB
 from sae_lens_atm.training.preflight.model_facts import (
@@ -146,8 +147,7 @@ def _describe(shape: ModelShape) -> str:
 
 
 def _disk(cfg: LanguageModelSAERunnerConfig[Any]) -> str:
-    output = Path(cfg.output_path or "").absolute()
-    existing = next(folder for folder in (output, *output.parents) if folder.exists())
+    existing = existing_parent(Path(cfg.output_path or ""))
     free, needed = shutil.disk_usage(existing).free, memory.disk(cfg)
     enough = "free here" if needed < free else "free here: TOO LITTLE"
     sizes = memory.size_text(needed), memory.size_text(free)

@@ -22,7 +22,7 @@ from transformer_lens.loading_from_pretrained import (
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from sae_lens_atm.data.language_model import check_hook
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import SettingsError, with_type
 
 _T = TypeVar("_T")
 _HUB_TIMEOUT, _CONFIG_TIMEOUT = 3.0, 15.0  # seconds
@@ -263,5 +263,5 @@ def check_hook_without_weights(
 
 def short(error: BaseException, most: int = 160) -> str:
     """Return the type and message of an error in one short line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = with_type(error)
     return text if len(text) <= most else f"{text[:most]}..."
