@@ -53,6 +53,8 @@ _ATM = (
     "parent_start",
     "frequency_penalty",
     "frequency_penalty_end",
+    "budget_weight",
+    "budget_end",
 )
 _BETTER = {1: "more", -1: "less", 0: "-"}
 # Figures of SAELens on language models that a comparison does not report.

@@ -131,6 +131,28 @@ class _SquaredError(Function):
         return None, scale * aligned, to_rows, scale * residual.sum(0), None
 
 
+class _Product(Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, values: Tensor, rows: Tensor, pattern: Pattern) -> Tensor:
+        ctx.save_for_backward(values, rows)
+        ctx.pattern = pattern
+        return pattern.matrix(values) @ rows
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        (grad,) = grad_outputs
+        values, rows = ctx.saved_tensors
+        pattern: Pattern = ctx.pattern
+        return _sampled(pattern, grad, rows), pattern.transposed_matrix(values) @ grad, None
+
+
+def product(values: Tensor, rows: Tensor, pattern: Pattern) -> Tensor:
+    """Return ``S rows``; ``S`` holds the values at the entries of the pattern."""
+    return _Product.apply(values, rows, pattern)  # pyright: ignore[reportReturnType]
+
+
 def dots_at(
     left: Tensor,
     right: Tensor,

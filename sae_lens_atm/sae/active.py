@@ -16,15 +16,15 @@ _OF_ACTIVATION = {
 _OF_MASKS = ("c_start", "c_end", "mask_end", "mask_warm_up_steps", "mask_seed")
 _OF_PARENTS = ("parent_tau", "parent_chance", "parent_start", "parent_rows")
 _OF_FREQUENCY_PENALTY = ("frequency_penalty_end",)
+_OF_BUDGETS = ("budget_end",)
 _OF_SCHEDULES = ("schedule_steps",)
 
 
 def active_settings(details: dict[str, Any]) -> dict[str, Any]:
     """Return the settings that have an effect.
 
-    Settings of the other activation are left out. So are those of masks, of the loss on parents and
-    of the loss on frequent latents if they are off, except for the field that turns them off. Other
-    architectures keep all.
+    Settings of the other activation are left out. So are those of masks and of our losses if they
+    are off, except for the field that turns them off. Other architectures keep all.
 
     Args:
         details: ``training_architecture_details`` in the metadata of a saved SAE.
@@ -44,6 +44,9 @@ def active_settings(details: dict[str, Any]) -> dict[str, Any]:
     penalty = details.get("frequency_penalty", 0) > 0
     if not penalty:
         inactive.update(_OF_FREQUENCY_PENALTY)
-    if not (masks or parents or penalty):
+    budgets = details.get("budget_weight", 0) > 0
+    if not budgets:
+        inactive.update(_OF_BUDGETS)
+    if not (masks or parents or penalty or budgets):
         inactive.update(_OF_SCHEDULES)
     return {name: value for name, value in details.items() if name not in inactive}

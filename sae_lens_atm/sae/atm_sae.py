@@ -18,6 +18,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_atm.method.budgets import smaller_budgets
 from sae_lens_atm.method.buffers import ExactBuffers
 from sae_lens_atm.method.importance import ImportanceTracker, combine_signals, effective_latents
 from sae_lens_atm.method.masking import (
@@ -101,6 +102,9 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         if cfg.frequency_penalty > 0 and self.is_active(0, cfg.frequency_penalty_end_step):
             losses["frequency_loss"] = self.frequency_loss(full)
             loss = loss + losses["frequency_loss"]
+        if cfg.budget_weight > 0 and self.is_active(0, cfg.budget_end_step):
+            losses["budget_loss"] = self.budget_loss(full)
+            loss = loss + losses["budget_loss"]
         if self.parent_tracker is not None and self.is_active(cfg.parent_start_step):
             losses["parent_loss"] = self.parent_loss(self.parent_tracker, statistics)
             loss = loss + losses["parent_loss"]
@@ -201,6 +205,13 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         cfg, weights = self.cfg, frequency_weights(self.tracker.averages())
         active = self.tracker.steps < cfg.frequency_penalty_end_step
         return cfg.frequency_penalty * full.weighted_length(weights * active)
+
+    def budget_loss(self, full: ForwardPass) -> Tensor:
+        """Return ``budget_weight * (mean_b E_b - L)``; the budgets ``b`` include k itself."""
+        cfg, error = self.cfg, full.losses["mse_loss"]
+        errors = [*full.budget_errors(smaller_budgets(cfg.k)), error]
+        excess = torch.stack(errors).mean() - error
+        return cfg.budget_weight * excess * (self.tracker.steps < cfg.budget_end_step)
 
     # --- pressure on children ----------------------------------------------------------------
 

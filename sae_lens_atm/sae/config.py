@@ -64,6 +64,9 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             (ours, see `method.sparsity`). At 0 it is off. Try 1 on a language model, with
             `parent_weight` 0 and `mask_rate` 0.
         frequency_penalty_end: share of `schedule_steps` after which that loss ends, in [0, 1].
+        budget_weight: weight of a loss on smaller budgets (ours, see `method.budgets`), in [0, 1].
+            It needs activation "batchtopk". At 0 it is off.
+        budget_end: share of `schedule_steps` after which that loss ends, in [0, 1].
         kernels: "auto" uses sparse products where they are faster (see `method.sparse`), "dense"
             always dense ones, as SAELens does. The results are equal up to rounding.
     """
@@ -89,6 +92,8 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
     aux_negative_slope: float = 0.1
     frequency_penalty: float = 0.0
     frequency_penalty_end: float = 0.6
+    budget_weight: float = 0.0
+    budget_end: float = 0.6
     kernels: Kernels = "auto"
 
     @override
@@ -110,6 +115,7 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             "mask_end": 1.0,
             "parent_weight": 0.0,
             "frequency_penalty": 0.0,
+            "budget_weight": 0.0,
         }
         return cls(d_in=d_in, d_sae=d_sae, **{**literal, **overrides})
 
@@ -151,7 +157,14 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
     @property
     def frequency_penalty_end_step(self) -> float:
         """The first step without the loss on frequent latents. At a share of 1 it does not end."""
-        share = self.frequency_penalty_end
+        return self._end_step(self.frequency_penalty_end)
+
+    @property
+    def budget_end_step(self) -> float:
+        """The first step without the loss on smaller budgets. At a share of 1 it does not end."""
+        return self._end_step(self.budget_end)
+
+    def _end_step(self, share: float) -> float:
         return round(share * self.schedule_steps) if share < 1 else math.inf
 
     @override
@@ -175,7 +188,10 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
                 "magnitude_weight, frequency_weight and contribution_weight are all 0: at least "
                 "one must be above 0"
             )
-        if self.activation == "batchtopk":
+        if self.activation != "batchtopk":
+            allowed = "0 with activation='relu', which has no k"
+            self._require("budget_weight", self.budget_weight == 0, allowed)
+        else:
             self._require("k", _is_number(self.k), "a number")
             self._require("k", 0 < self.k <= self.d_sae, f"in (0, d_sae = {self.d_sae}]")
             # SAELens' auxiliary loss raises at the first dead latent, long into training.
@@ -240,6 +256,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "parent_rows": (1, _INF, "a whole number, 1 or more"),
     "frequency_penalty": _COEFFICIENT,
     "frequency_penalty_end": _UNIT,
+    "budget_weight": _UNIT,
+    "budget_end": _UNIT,
     "topk_threshold_lr": _UNIT,
     "aux_loss_coefficient": _COEFFICIENT,
     "aux_negative_slope": _UNIT,

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from sae_lens import TrainingSAE
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
+from sae_lens_atm.method.budgets import largest_of_each, sparse_errors
 from sae_lens_atm.method.sparse import Pattern, dots_at, squared_error
 from sae_lens_atm.method.statistics import BatchStatistics, dense_statistics, sparse_statistics
 
@@ -39,6 +41,8 @@ class ForwardPass:
     """Compute the statistics of the batch, given which latents were kept."""
     weighted_length: Callable[[Tensor], Tensor]
     """Compute ``sum_i v_i E[a_i |d_i|]`` with a gradient, given the weights ``v``."""
+    budget_errors: Callable[[Sequence[int]], list[Tensor]]
+    """Compute ``E_b`` of `method.budgets` with a gradient, given the budgets ``b``."""
 
 
 def dense_pass(
@@ -47,9 +51,17 @@ def dense_pass(
     """Decode activations with SAELens' own code, and compute the losses."""
     x = step_input.sae_in
     state = {name: getattr(sae, name) for name in _NORMALIZATION_STATE if hasattr(sae, name)}
-    sae_out = sae.decode(acts)
-    for name, value in state.items():  # a step may decode twice
-        setattr(sae, name, value)
+
+    def decode(acts: Tensor) -> Tensor:
+        decoded = sae.decode(acts)
+        for name, value in state.items():  # a step may decode twice
+            setattr(sae, name, value)
+        return decoded
+
+    def mean_error(decoded: Tensor) -> Tensor:
+        return sae.mse_loss_fn(decoded, x).sum(dim=-1).mean()
+
+    sae_out = decode(acts)
 
     def statistics(keep: Tensor) -> BatchStatistics:
         scaled = acts.detach()
@@ -64,9 +76,14 @@ def dense_pass(
             lengths = lengths * sae.W_dec.norm(dim=-1)
         return lengths @ weights.to(lengths.dtype)
 
-    error = sae.mse_loss_fn(sae_out, x).sum(dim=-1).mean()
+    def budget_errors(budgets: Sequence[int]) -> list[Tensor]:
+        return [mean_error(decode(part)) for part in largest_of_each(acts, budgets)]
+
+    error = mean_error(sae_out)
     losses = _with_auxiliary_losses(sae, step_input, error, acts, hidden_pre, sae_out)
-    return ForwardPass(acts, hidden_pre, sae_out, losses, statistics, weighted_length)
+    return ForwardPass(
+        acts, hidden_pre, sae_out, losses, statistics, weighted_length, budget_errors
+    )
 
 
 def sparse_pass(sae: ATMTrainingSAE, step_input: TrainStepInput, hidden_pre: Tensor) -> ForwardPass:
@@ -98,7 +115,10 @@ def sparse_pass(sae: ATMTrainingSAE, step_input: TrainStepInput, hidden_pre: Ten
         scaled = weights.to(acts.dtype) * sae.W_dec.norm(dim=-1)
         return (acts @ scaled[pattern.columns]) / len(x)
 
-    return ForwardPass(shown, hidden_pre, sae_out, losses, statistics, weighted_length)
+    budget_errors = partial(sparse_errors, target, acts, sae.W_dec, sae.b_dec, pattern, chosen)
+    return ForwardPass(
+        shown, hidden_pre, sae_out, losses, statistics, weighted_length, budget_errors
+    )
 
 
 def _with_auxiliary_losses(

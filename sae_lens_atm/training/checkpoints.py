@@ -298,7 +298,12 @@ def _compare_run(
     _compare(folder, config, stored, ignored)
 
 
-_BEFORE = {"parent_chance": 0.0, "aux_negative_slope": 0.0, "frequency_penalty": 0.0}
+_BEFORE = {
+    "parent_chance": 0.0,
+    "aux_negative_slope": 0.0,
+    "frequency_penalty": 0.0,
+    "budget_weight": 0.0,
+}
 """What an ATM SAE does whose checkpoint is older than the field."""
 
 

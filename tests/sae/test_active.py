@@ -15,20 +15,23 @@ def left_out(**overrides):
 
 def test_settings_of_the_other_activation_are_left_out():
     of_relu = {"l1_coefficient", "lp_norm", "l1_warm_up_steps"}
-    assert left_out(frequency_penalty=0.1) == of_relu
+    assert left_out(frequency_penalty=0.1, budget_weight=0.1) == of_relu
     assert {"k", "aux_loss_coefficient"} <= left_out(activation="relu")
 
 
 def test_settings_of_what_is_off_are_left_out():
-    with_all = left_out(frequency_penalty=0.1)
-    masks = left_out(mask_rate=0.0, frequency_penalty=0.1) - with_all
-    parents = left_out(parent_weight=0.0, frequency_penalty=0.1) - with_all
-    penalty = left_out(frequency_penalty=0.0) - with_all
+    losses = {"frequency_penalty": 0.1, "budget_weight": 0.1}
+    with_all = left_out(**losses)
+    masks = left_out(mask_rate=0.0, **losses) - with_all
+    parents = left_out(parent_weight=0.0, **losses) - with_all
+    penalty = left_out(budget_weight=0.1) - with_all
+    budgets = left_out(frequency_penalty=0.1) - with_all
     assert masks == {"c_start", "c_end", "mask_end", "mask_warm_up_steps", "mask_seed"}
     assert parents == {"parent_tau", "parent_chance", "parent_start", "parent_rows"}
     assert penalty == {"frequency_penalty_end"}
-    nothing = left_out(mask_rate=0.0, parent_weight=0.0, frequency_penalty=0.0) - with_all
-    assert nothing == masks | parents | penalty | {"schedule_steps"}
+    assert budgets == {"budget_end"}
+    nothing = left_out(mask_rate=0.0, parent_weight=0.0) - with_all
+    assert nothing == masks | parents | penalty | budgets | {"schedule_steps"}
 
 
 def test_the_fields_that_turn_parts_off_are_shown():
@@ -38,7 +41,7 @@ def test_the_fields_that_turn_parts_off_are_shown():
 
 def test_every_name_is_a_field():
     names = [*active._OF_MASKS, *active._OF_PARENTS, *active._OF_SCHEDULES]
-    names += active._OF_FREQUENCY_PENALTY
+    names += [*active._OF_FREQUENCY_PENALTY, *active._OF_BUDGETS]
     names += [name for group in active._OF_ACTIVATION.values() for name in group]
     assert set(names) <= set(details())
 

@@ -352,7 +352,11 @@ def test_batch_of_one_and_single_latent():
     assert sae.draw_mask().keep.tolist() == [True]
 
 
-@every_preset
+@pytest.mark.parametrize(
+    "preset",
+    [*PRESETS.values(), {"frequency_penalty": 0.5}, {"budget_weight": 0.5}],
+    ids=[*PRESETS, "frequency penalty", "budgets"],
+)
 def test_a_compiled_step_equals_an_eager_one(preset):
     x = torch.randn(64, 8)
     sae = with_importance(

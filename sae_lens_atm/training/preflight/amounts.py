@@ -32,8 +32,8 @@ def schedule_parts(cfg: Any, first: int, steps: int) -> list[tuple[int, int]]:
 
     Returns:
         The first step and the number of steps of each part. An ATM SAE has a new part where
-        masking starts, where it ends, where the pressure on children starts, and where the loss on
-        frequent latents ends.
+        masking starts, where it ends, where the pressure on children starts, and where the losses
+        on frequent latents and on smaller budgets end.
     """
     edges = {first, steps}
     if isinstance(cfg, ATMTrainingSAEConfig):
@@ -43,6 +43,8 @@ def schedule_parts(cfg: Any, first: int, steps: int) -> list[tuple[int, int]]:
         edges |= {cfg.parent_start_step} if cfg.parent_weight > 0 else set()
         if cfg.frequency_penalty > 0 and cfg.frequency_penalty_end < 1:
             edges |= {round(cfg.frequency_penalty_end_step)}
+        if cfg.budget_weight > 0 and cfg.budget_end < 1:
+            edges |= {round(cfg.budget_end_step)}
     inside = sorted(edge for edge in edges if first <= edge <= steps)
     return [(a, b - a) for a, b in pairwise(inside)]
 

@@ -35,6 +35,8 @@ def test_parts_of_the_schedule():
     assert schedule_parts(penalty, 0, 1000) == [(0, 300), (300, 700)]
     endless = atm(**off, frequency_penalty=0.5, frequency_penalty_end=1.0)
     assert schedule_parts(endless, 0, 1000) == [(0, 1000)]
+    budgets = atm(**off, budget_weight=0.5, budget_end=0.3)
+    assert schedule_parts(budgets, 0, 1000) == [(0, 300), (300, 700)]
     other = BatchTopKTrainingSAEConfig(d_in=4, d_sae=8, k=2)
     assert schedule_parts(other, 10, 1000) == [(10, 990)]
 

@@ -1,0 +1,107 @@
+import pytest
+import torch
+
+from sae_lens_atm.method.budgets import (
+    largest_of_each,
+    ranks,
+    smaller_budgets,
+    sparse_errors,
+)
+from sae_lens_atm.method.sparse import Pattern
+from tests.helpers import make_sae, step_input
+
+
+@pytest.mark.parametrize(
+    ("k", "budgets"), [(64, [8, 16, 32]), (4, [1, 2]), (2.5, [1]), (1, []), (12, [2, 3, 6])]
+)
+def test_budgets_below_k(k, budgets):
+    assert smaller_budgets(k) == budgets  # halves are rounded to even numbers, as Python does
+
+
+def test_ranks_by_hand():
+    rows, columns = torch.tensor([0, 0, 0, 2, 2]), torch.tensor([0, 1, 3, 1, 2])
+    values = torch.tensor([1.0, 5.0, 3.0, 2.0, 7.0])
+    assert ranks(values, Pattern(rows, columns, (3, 4))).tolist() == [2, 0, 1, 1, 0]
+    assert ranks(values[:0], Pattern(rows[:0], columns[:0], (3, 4))).tolist() == []
+
+
+def test_the_largest_activations_of_each_sample():
+    acts = torch.tensor([[3.0, 0.0, 1.0, 2.0], [0.0, 4.0, 0.0, 0.0]])
+    one, two = largest_of_each(acts, [1, 2])
+    assert one.tolist() == [[3, 0, 0, 0], [0, 4, 0, 0]]
+    assert two.tolist() == [[3, 0, 0, 2], [0, 4, 0, 0]]
+
+
+def test_sparse_errors_and_their_gradients_are_those_of_dense_products():
+    mask = torch.rand(20, 12) < 0.4
+    pattern = Pattern(*mask.nonzero(as_tuple=True), (20, 12))
+    x = torch.randn(20, 5, dtype=torch.float64)
+    leaves = [
+        torch.rand(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((int(mask.sum()),), (12, 5), (5,))
+    ]
+    values, rows, bias = leaves
+    acts = torch.zeros(20, 12, dtype=torch.float64).masked_scatter(mask, values)
+    budgets = [1, 2, 4]
+    expected = [
+        (x - part @ rows - bias).square().sum(1).mean() for part in largest_of_each(acts, budgets)
+    ]
+    found = sparse_errors(x, values, rows, bias, pattern, values.detach(), budgets)
+    torch.testing.assert_close(found, expected)
+    weights = (1.0, 2.0, 3.0)
+    gradients = [
+        torch.autograd.grad(sum(w * e for w, e in zip(weights, errors, strict=True)), leaves)
+        for errors in (found, expected)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("rescaled", [True, False])
+def test_the_loss_in_training_is_its_formula(rescaled):
+    x, gradients = torch.randn(64, 8, dtype=torch.float64), []
+    for kernels in ("auto", "dense"):
+        torch.manual_seed(0)
+        sae = make_sae(
+            d_sae=64,
+            k=4,
+            dtype="float64",
+            kernels=kernels,
+            rescale_acts_by_decoder_norm=rescaled,
+            mask_rate=0.0,
+            parent_weight=0.0,
+            budget_weight=0.5,
+        )
+        with torch.no_grad():
+            sae.W_dec.mul_(torch.linspace(0.5, 2, 64, dtype=torch.float64)[:, None])
+        assert sae.uses_sparse_kernels(x) == (kernels == "auto")
+        loss = sae.training_forward_pass(step_input(x)).losses["budget_loss"]
+
+        # BatchTopK by brute force: the 256 largest pre-activations of the batch
+        sizes = sae.W_dec.norm(dim=1) if rescaled else torch.ones(64, dtype=torch.float64)
+        pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * sizes
+        acts = (pre * (pre >= pre.flatten().topk(256).values[-1])).relu()
+
+        def error(number, acts=acts, sae=sae, sizes=sizes):
+            cut = acts.sort(descending=True).values[:, number - 1 : number]
+            decoded = (acts * (acts >= cut) / sizes) @ sae.W_dec + sae.b_dec
+            return (x - decoded).square().sum(1).mean()
+
+        whole = error(64)
+        expected = 0.5 * ((error(1) + error(2) + whole) / 3 - whole)
+        torch.testing.assert_close(loss, expected)
+        parameters = (sae.W_enc, sae.W_dec, sae.b_enc, sae.b_dec)
+        gradients.append(torch.autograd.grad(loss, parameters))
+        torch.testing.assert_close(gradients[-1], torch.autograd.grad(expected, parameters))
+
+
+def test_the_loss_ends_at_its_step():
+    for end, last in ((0.6, 5), (1.0, 9)):
+        sae = make_sae(k=4, schedule_steps=10, budget_weight=0.5, budget_end=end)
+        for step in range(10):
+            losses = sae.training_forward_pass(step_input(torch.randn(64, 8), step=step)).losses
+            assert ("budget_loss" in losses) == (step <= last), step
+
+
+def test_relu_has_no_budgets():
+    with pytest.raises(ValueError, match="budget_weight must be 0 with activation='relu'"):
+        make_sae(activation="relu", budget_weight=0.5)
