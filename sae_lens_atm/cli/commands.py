@@ -193,7 +193,7 @@ def find_l0(
     overrides: Overrides = None,
     l0: Annotated[
         str | None,
-        typer.Option("--l0", help="LOW,HIGH. By default from d_sae / 1024 to half of d_in."),
+        typer.Option("--l0", help="LOW,HIGH. By default from d_sae / 1024 to a quarter of d_in."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     longest: Annotated[

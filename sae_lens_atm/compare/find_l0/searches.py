@@ -100,8 +100,8 @@ def load_searches(
         path: the YAML file.
         overrides: `key.subkey=value` pairs.
         seeds: seeds of the SAEs.
-        l0: smallest and largest L0 to try. By default from `d_sae / 1024`, at least 1, to half of
-            the smaller of `d_in` and `d_sae`.
+        l0: smallest and largest L0 to try. By default from `d_sae / 1024`, at least 1, to a quarter
+            of the smaller of `d_in` and `d_sae`.
         longest: longest training, in units of the file's.
 
     Raises:
@@ -154,7 +154,7 @@ def _with_size_of_cache(content: Values, planned: Sequence[PlannedRun]) -> Value
 
 def _limits(planned: PlannedRun, l0: tuple[float, float] | None, longest: float) -> Limits:
     sae = planned.run.runner.sae
-    low, high = l0 or (max(sae.d_sae // 1024, 1), min(sae.d_in, sae.d_sae) / 2)
+    low, high = l0 or _default_range(sae.d_in, sae.d_sae)
     if not 1 <= low < high <= sae.d_sae:
         raise SettingsError(
             f"--l0 must be LOW,HIGH with 1 <= LOW < HIGH <= d_sae ({sae.d_sae}), got "
@@ -165,6 +165,12 @@ def _limits(planned: PlannedRun, l0: tuple[float, float] | None, longest: float)
     field = direct_l0_field(type(sae), planned.settings.l0_parameter)
     whole = is_whole_number(type(sae), field)
     return Limits(float(low), float(high), whole, longest)
+
+
+def _default_range(d_in: int, d_sae: int) -> tuple[float, float]:
+    low = max(d_sae // 1024, 1)
+    # Towards half of d_in an SAE is hardly sparse. c_dec often falls again there.
+    return low, max(min(d_in, d_sae) / 4, 2 * low)
 
 
 def scaled(content: Mapping[str, Any], length: float) -> Values:

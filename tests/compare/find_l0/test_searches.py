@@ -59,7 +59,7 @@ def test_the_searches_of_a_comparison(comparison_yaml):
     searches = load_searches(comparison_yaml)
     assert [one.entry for one in searches.searches] == ["atm", "topk", "jumprelu"]
     assert [one.limits.whole for one in searches.searches] == [False, True, False]
-    assert searches.searches[0].limits[:2] == (1, 8)  # half of d_in
+    assert searches.searches[0].limits[:2] == (1, 4)  # a quarter of d_in
     assert str(searches.output) == "out-l0"
     planned = searches.searches[1].comparison(0.5, [2, 3], [7]).planned
     assert [(p.entry, p.l0, p.seed) for p in planned] == [("topk", 2, 7), ("topk", 3, 7)]
