@@ -54,6 +54,8 @@ PANELS = (
 COLOURS = {
     "atm": "#d62728",
     "atm (only frequency penalty)": "#ff7f0e",
+    "atm (only budgets)": "#8b0000",
+    "atm (budgets and penalty)": "#e377c2",
     "atm (both off)": "#f4a6a6",
     "topk": "#7f7f7f",
     "batchtopk": "#1f77b4",
@@ -62,7 +64,7 @@ COLOURS = {
     "gated": "#bcbd22",
     "standard": "#8c564b",
     "hierarchical_topk": "#17becf",
-    "lista_matryoshka": "#e377c2",
+    "lista_matryoshka": "#98df8a",
     "ortsae": "#000000",
 }
 FAR = 0.15

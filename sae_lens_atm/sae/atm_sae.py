@@ -90,11 +90,14 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         cfg, mask = self.cfg, self.draw_mask()
         full = self.full_pass(step_input)
-        losses, loss = dict(full.losses), cast(Tensor, sum(full.losses.values()))
+        losses = dict(full.losses)
+        if cfg.budget_weight > 0 and self.is_active(0, cfg.budget_end_step):
+            losses["budget_loss"] = self.budget_loss(full)
+        loss = cast(Tensor, sum(losses.values()))
         measured, keep = full, torch.ones_like(mask.keep)
         if self.masks_are_active():
             masked = self.masked_pass(replace(step_input, dead_neuron_mask=None), full, mask.keep)
-            loss = self.weighted_loss(full.losses, masked.losses)
+            loss = self.weighted_loss(losses, masked.losses)
             losses |= {f"masked_{name}": value for name, value in masked.losses.items()}
             if cfg.masked_weight == 1:  # measure the pass that is trained
                 measured, keep = masked, mask.keep
@@ -102,9 +105,6 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         if cfg.frequency_penalty > 0 and self.is_active(0, cfg.frequency_penalty_end_step):
             losses["frequency_loss"] = self.frequency_loss(full)
             loss = loss + losses["frequency_loss"]
-        if cfg.budget_weight > 0 and self.is_active(0, cfg.budget_end_step):
-            losses["budget_loss"] = self.budget_loss(full)
-            loss = loss + losses["budget_loss"]
         if self.parent_tracker is not None and self.is_active(cfg.parent_start_step):
             losses["parent_loss"] = self.parent_loss(self.parent_tracker, statistics)
             loss = loss + losses["parent_loss"]

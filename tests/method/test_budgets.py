@@ -94,6 +94,21 @@ def test_the_loss_in_training_is_its_formula(rescaled):
         torch.testing.assert_close(gradients[-1], torch.autograd.grad(expected, parameters))
 
 
+def test_masks_give_the_loss_the_weight_of_the_full_pass():
+    """Otherwise the full error, which the loss subtracts, would have a negative weight."""
+    for weight in (0.25, 1.0):
+        sae = make_sae(
+            k=4, mask_warm_up_steps=0, masked_weight=weight, budget_weight=1.0, parent_weight=0.0
+        )
+        sae.training_forward_pass(step_input(torch.randn(64, 8)))
+        output = sae.training_forward_pass(step_input(torch.randn(64, 8), step=1))
+        losses = output.losses
+        assert losses["budget_loss"] > 0
+        full = losses["mse_loss"] + losses["budget_loss"]
+        expected = (1 - weight) * full + weight * losses["masked_mse_loss"]
+        torch.testing.assert_close(output.loss, expected)
+
+
 def test_the_loss_ends_at_its_step():
     for end, last in ((0.6, 5), (1.0, 9)):
         sae = make_sae(k=4, schedule_steps=10, budget_weight=0.5, budget_end=end)
