@@ -190,6 +190,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "glossary": glossary,
     "chance": script("chance", "table"),
     "found_l0": found_l0,
+    "found_models": script("found_l0", "table"),
     "weights": weights,
     "directions": script("error_directions", "table"),
     "falling": script("falling_k", "table"),

@@ -119,6 +119,8 @@ def _cell(answer: dict[str, Any] | None, true: float) -> str:
     if answer is None:
         return "-"
     found = answer["l0"]
+    if answer["at_edge"]:
+        return f"no minimum up to {found:g}"
     text = f"{found:.2f} ({100 * (found / true - 1):+.0f}%)".replace("-", "\N{MINUS SIGN}")
     return f"**{text}**" if max(found / true, true / found) <= CLOSE else text
 
