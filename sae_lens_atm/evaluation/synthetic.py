@@ -23,6 +23,7 @@ from sae_lens_atm.metrics import (
     NthDecoderProjection,
     decoder_cosine,
     description_length,
+    saved_bits,
 )
 from sae_lens_atm.metrics.hierarchy import FEWEST_SAMPLES
 
@@ -98,8 +99,24 @@ def decoder_figures(
     projection.update(sae.run_time_activation_norm_fn_in(x.to(sae.device, sae.dtype)))
     figures["decoder_projection"] = projection.compute(alive)
     if sae.cfg.reshape_activations == "none":
+        figures["saved_bits"] = bits_saved_by(sae, x, acts)
         figures["description_length"] = code_figure(sae, x.to(sae.device, sae.dtype), acts)
     return figures
+
+
+@torch.no_grad()
+def bits_saved_by(sae: SAE[Any], x: Tensor, acts: Tensor | None = None) -> float:
+    """Return the saved bits of an SAE, in bits a sample.
+
+    Args:
+        sae: the SAE. It must not reshape activations.
+        x: inputs of the SAE, shape ``(samples, d_in)``.
+        acts: their activations, if they are known.
+    """
+    x = x.to(sae.device, sae.dtype)
+    acts = sae.encode(x).to_dense() if acts is None else acts
+    seen = sae.run_time_activation_norm_fn_in(x).float()
+    return saved_bits(seen, acts.float(), decoder_of_activations(sae), sae.b_dec.float())
 
 
 def code_figure(sae: SAE[Any], x: Tensor, acts: Tensor | None = None) -> float:

@@ -90,8 +90,8 @@ FIGURES: dict[str, Figure] = {
     "decoder_cosine": Figure(
         "c_dec",
         0,
-        "Absolute cosine of two decoder rows, averaged over all pairs of latents that fire; over "
-        "L0s it is least near the true one.",
+        "Absolute cosine of two decoder rows, averaged over all pairs of latents that fire; on "
+        "some data it is least near the true L0.",
         4,
     ),
     "decoder_projection": Figure(
@@ -105,6 +105,13 @@ FIGURES: dict[str, Figure] = {
         0,
         "Description length: bits that the activations of a sample take, with each latent coded on "
         "its own and activations rounded as coarsely as reconstruction allows.",
+        1,
+    ),
+    "saved_bits": Figure(
+        "bits saved",
+        0,
+        "Bits that an SAE saves if a sample is sent as activations and errors, and not as Gaussian "
+        "noise; over L0s it is largest near the true one.",
         1,
     ),
     "hierarchy_score": Figure(

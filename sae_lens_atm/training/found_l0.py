@@ -101,7 +101,7 @@ class FoundL0s:
 
         Raises:
             SettingsError: the search has no such entry, is of other data or another SAE, or found
-                no minimum.
+                no peak.
         """
         answers = self._found.get("entries")
         answer = answers.get(entry) if isinstance(answers, dict) else None
@@ -116,8 +116,8 @@ class FoundL0s:
         l0 = float(answer["l0"])
         if answer.get("at_edge"):
             raise SettingsError(
-                f"{self._asked}, but the search found no minimum for {shown(entry)}: c_dec is "
-                f"least at the end of the L0s tried, {l0:g}. Set a number, or search others with "
+                f"{self._asked}, but the search found no peak for {shown(entry)}: most bits are "
+                f"saved at the end of the L0s tried, {l0:g}. Set a number, or search others with "
                 "--l0 LOW,HIGH"
             )
         if answer.get("problems") and rank() == 0:

@@ -63,8 +63,12 @@ def of_saelens(sae, model, tokens, cfg, monkeypatch):
 
 def check(sae, model, tokens, cfg, monkeypatch):
     figures, alive = language_model_figures(sae, model, tokens, cfg)
-    for name in ("decoder_projection", "description_length"):  # they need the shared passes
-        assert math.isfinite(figures.pop(name, 0.0))  # the second not with heads
+    for name in (
+        "decoder_projection",
+        "saved_bits",
+        "description_length",
+    ):  # they need the shared passes
+        assert math.isfinite(figures.pop(name, 0.0))  # the last two not with heads
     expected, expected_alive = of_saelens(sae, model, tokens, cfg, monkeypatch)
     assert list(figures) == list(expected)
     assert figures == pytest.approx(expected, rel=1e-6, nan_ok=True)

@@ -18,6 +18,7 @@ from sae_lens_atm.metrics import (
     NthDecoderProjection,
     decoder_cosine,
     description_length,
+    saved_bits,
 )
 from tests.helpers import make_sae, train
 
@@ -93,6 +94,9 @@ def test_figures_of_the_decoder(model, sae):
     assert result.figures["decoder_cosine"] == decoder_cosine(sae.W_dec, result.alive)
     bits = description_length(sae.encode(x), x, sae.decode)
     assert result.figures["description_length"] == pytest.approx(bits)
+    assert result.figures["saved_bits"] == pytest.approx(
+        saved_bits(x, sae.encode(x), decoder_of_activations(sae), sae.b_dec), rel=1e-5
+    )
 
 
 def test_the_hierarchy_score_is_that_of_all_batches(model, sae, monkeypatch):

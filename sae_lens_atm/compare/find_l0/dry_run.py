@@ -15,7 +15,7 @@ def dry_run(
 ) -> dict[str, Any]:
     """Check the searches, and return their plan with an estimate of their time on this machine.
 
-    The estimate is for a minimum in the middle of the L0s, found in three rounds.
+    The estimate is for a peak in the middle of the L0s, found in three rounds.
 
     Args:
         searches: the searches.

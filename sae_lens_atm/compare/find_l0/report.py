@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from sae_lens_atm.compare.find_l0.minimum import mean_curve
+from sae_lens_atm.compare.find_l0.peak import mean_curve
 from sae_lens_atm.compare.find_l0.search import FoundL0
 from sae_lens_atm.metrics.figures import figure
 
@@ -16,15 +16,15 @@ PICTURE = "found_l0.png"
 
 def answers_table(found: Mapping[str, FoundL0]) -> Table:
     """Return a table of the answers."""
-    table = Table(title="L0 with the least c_dec")
-    for heading in ("architecture", "L0", "95% interval", "c_dec", "sure"):
+    table = Table(title="L0 at which an SAE saves the most bits")
+    for heading in ("architecture", "L0", "95% interval", "bits saved", "sure"):
         table.add_column(heading, justify="left" if heading == "architecture" else "right")
     for name, answer in found.items():
-        least = min(mean_curve(answer.rounds[-1].values).values())
+        most = max(mean_curve(answer.rounds[-1].values).values())
         table.add_row(
             escape(name),
             *answer.as_text,
-            f"{least:.4f}",
+            f"{most:.1f}",
             "no" if answer.problems else "yes",
         )
     return table
@@ -60,6 +60,6 @@ def draw(found: Mapping[str, FoundL0], path: Path) -> None:
             )
         axis.axvspan(answer.low, answer.high, color="C1", alpha=0.2, lw=0)
         axis.axvline(answer.l0, color="C1", label=f"found: {answer.as_text[0]}")
-        axis.set(xscale="log", title=name, xlabel="L0", ylabel=figure("decoder_cosine").label)
+        axis.set(xscale="log", title=name, xlabel="L0", ylabel=figure("saved_bits").label)
         axis.legend(fontsize="small")
     picture.savefig(path, dpi=120)

@@ -1,12 +1,12 @@
-"""The search for the L0 at which a curve over L0s is least, at several lengths of training.
+"""The search for the L0 at which an SAE saves the most bits, at several lengths of training.
 
-1. A grid of L0s, a quarter of the training, one seed. It is refined around the lowest value.
-2. Five L0s around that minimum, half of the training, all seeds. They move on while the lowest is
-   at an end.
-3. The same around the new minimum, the whole training. If the answers of 2 and 3 differ, the same
-   at twice the length.
+1. A grid of L0s, a quarter of the training, one seed. It is refined around the highest value.
+2. Five L0s around that peak, half of the training, all seeds. They move on while the highest is at
+   an end.
+3. The same around the new peak, the whole training. If the answers of 2 and 3 differ, the same at
+   twice the length.
 
-The answer is the minimum of the last round. What makes it unsure is told with it.
+The answer is the peak of the last round. What makes it unsure is told with it.
 """
 
 import math
@@ -15,15 +15,15 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from sae_lens_atm.compare.find_l0.minimum import (
+from sae_lens_atm.compare.find_l0.peak import (
     FINEST,
     between,
     distinct,
     flat_sides,
     grid,
+    highest,
     interval,
     is_at_edge,
-    lowest,
     mean_curve,
     vertex,
     window,
@@ -36,18 +36,9 @@ AGREEMENT = 1.15
 """Two answers within this ratio are the same."""
 
 
-class Measured(NamedTuple):
-    """One trained SAE."""
-
-    value: float
-    """Infinite if the figure cannot be measured."""
-    moving: bool
-    """Whether it still changed at the end of its training."""
-
-
-Measure = Callable[[float, Sequence[float], Sequence[int]], Mapping[tuple[float, int], Measured]]
+Measure = Callable[[float, Sequence[float], Sequence[int]], Mapping[tuple[float, int], float]]
 """Trains SAEs. Arguments: the length in units of the run's training, the L0s, the seeds. Returns
-what was measured, by L0 and seed."""
+the bits that each SAE saves, by L0 and seed."""
 
 
 class Round(BaseModel):
@@ -57,19 +48,9 @@ class Round(BaseModel):
     length: float
     """In units of the run's training."""
     l0: float
-    """Where the mean over seeds is least."""
+    """Where the mean over seeds is largest."""
     values: dict[float, dict[int, float]]
-    """For each L0 the value of each seed."""
-    moving: int
-    """Number of SAEs that still changed at the end of their training."""
-    without_value: list[float] = []
-    """L0s at which fewer than two latents fire, so that there is nothing to compare."""
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the least value is at the smallest or the largest L0 tried."""
-        tried = [*self.values, *self.without_value]
-        return lowest(mean_curve(self.values)) in (min(tried), max(tried))
+    """For each L0 the bits saved with each seed."""
 
 
 class FoundL0(BaseModel):
@@ -81,7 +62,7 @@ class FoundL0(BaseModel):
     high: float
     """A 95% interval, within the L0s that are allowed: the jackknife over seeds."""
     at_edge: bool = False
-    """Whether the least value is at the smallest or the largest L0 tried: there is no minimum."""
+    """Whether the largest value is at the smallest or the largest L0 tried: there is no peak."""
     problems: list[str]
     """Why the answer is unsure; empty if nothing speaks against it."""
     rounds: list[Round]
@@ -107,7 +88,7 @@ class Limits(NamedTuple):
 
 
 def search(measure: Measure, seeds: Sequence[int], limits: Limits) -> FoundL0:
-    """Find the L0 at which the measured figure is least.
+    """Find the L0 at which an SAE saves the most bits.
 
     Args:
         measure: trains SAEs and measures them.
@@ -128,7 +109,7 @@ def search(measure: Measure, seeds: Sequence[int], limits: Limits) -> FoundL0:
         l0=last.l0,
         low=low,
         high=high,
-        at_edge=last.at_edge,
+        at_edge=is_at_edge(mean_curve(last.values)),
         problems=_problems(rounds, low, high, limits),
         rounds=rounds,
     )
@@ -137,7 +118,7 @@ def search(measure: Measure, seeds: Sequence[int], limits: Limits) -> FoundL0:
 def expected_rounds(
     seeds: Sequence[int], limits: Limits
 ) -> list[tuple[float, list[float], list[int]]]:
-    """Return length, L0s and seeds of each call of `Measure`, for a minimum in the middle."""
+    """Return length, L0s and seeds of each call of `Measure`, for a peak in the middle."""
     low, high, whole, _ = limits
     middle = math.sqrt(low * high)
     first: list[list[float]] = []
@@ -145,7 +126,7 @@ def expected_rounds(
     to_try = grid(low, high, GRID_RATIO, whole)
     while to_try:
         first.append(to_try)
-        curve |= {l0: abs(math.log(l0 / middle)) for l0 in to_try}
+        curve |= {l0: -abs(math.log(l0 / middle)) for l0 in to_try}
         to_try = between(curve, whole)
     around = window(middle, low, high, whole)
     return [(FIRST, l0s, list(seeds[:1])) for l0s in first] + [
@@ -154,7 +135,7 @@ def expected_rounds(
 
 
 def _first_round(measure: Measure, seeds: Sequence[int], limits: Limits) -> Round:
-    found: dict[tuple[float, int], Measured] = {}
+    found: dict[tuple[float, int], float] = {}
     to_try = grid(limits.low, limits.high, GRID_RATIO, limits.whole)
     while to_try:
         found |= measure(FIRST, to_try, seeds)
@@ -165,7 +146,7 @@ def _first_round(measure: Measure, seeds: Sequence[int], limits: Limits) -> Roun
 def _round_around(
     center: float, measure: Measure, length: float, seeds: Sequence[int], limits: Limits
 ) -> Round:
-    found: dict[tuple[float, int], Measured] = {}
+    found: dict[tuple[float, int], float] = {}
     to_try = window(center, limits.low, limits.high, limits.whole)
     while to_try:
         found |= measure(length, to_try, seeds)
@@ -174,8 +155,8 @@ def _round_around(
 
 
 def _beyond(curve: dict[float, float], limits: Limits) -> list[float]:
-    """Return the next two L0s on the side of the lowest value, if that is at an end."""
-    best = lowest(curve)
+    """Return the next two L0s on the side of the highest value, if that is at an end."""
+    best = highest(curve)
     if not is_at_edge(curve):
         return []
     factor = FINEST if best == max(curve) else 1 / FINEST
@@ -183,24 +164,16 @@ def _beyond(curve: dict[float, float], limits: Limits) -> list[float]:
     return [l0 for l0 in distinct(further, limits.whole) if l0 not in curve]
 
 
-def _by_l0(found: Mapping[tuple[float, int], Measured]) -> dict[float, dict[int, float]]:
+def _by_l0(found: Mapping[tuple[float, int], float]) -> dict[float, dict[int, float]]:
     values: dict[float, dict[int, float]] = {}
-    for (l0, seed), measured in sorted(found.items()):
-        values.setdefault(l0, {})[seed] = measured.value
+    for (l0, seed), bits in sorted(found.items()):
+        values.setdefault(l0, {})[seed] = bits
     return values
 
 
-def _as_round(length: float, found: Mapping[tuple[float, int], Measured]) -> Round:
-    # Without two latents that fire there is no value. JSON has no infinity, either.
-    values = _by_l0({key: one for key, one in found.items() if math.isfinite(one.value)})
-    without_value = sorted({l0 for l0, _ in found} - values.keys())
-    return Round(
-        without_value=without_value,
-        length=length,
-        l0=vertex(mean_curve(values)),
-        values=values,
-        moving=sum(measured.moving for measured in found.values()),
-    )
+def _as_round(length: float, found: Mapping[tuple[float, int], float]) -> Round:
+    values = _by_l0(found)
+    return Round(length=length, l0=vertex(mean_curve(values)), values=values)
 
 
 def _agree(a: float, b: float) -> bool:
@@ -212,17 +185,15 @@ def _problems(rounds: Sequence[Round], low: float, high: float, limits: Limits) 
     before, last = rounds[-2:]
     curve = mean_curve(last.values)
     problems: list[str] = []
-    if is_at_edge(curve) and not last.at_edge:
-        problems.append("at L0s beyond the minimum fewer than two latents fire")
-    elif is_at_edge(curve):
-        end = "smallest" if lowest(curve) == min(curve) else "largest"
+    if is_at_edge(curve):
+        end = "smallest" if highest(curve) == min(curve) else "largest"
         problems.append(
-            f"the minimum is at the {end} L0 tried, {last.l0:g}: allow others with --l0 LOW,HIGH"
+            f"the peak is at the {end} L0 tried, {last.l0:g}: allow others with --l0 LOW,HIGH"
             if last.l0 in (limits.low, limits.high)
-            else f"the minimum is at the {end} L0 tried, {last.l0:g}"
+            else f"the peak is at the {end} L0 tried, {last.l0:g}"
         )
     problems += [
-        f"the curve is flat {side} the minimum: its rise is within two standard errors"
+        f"the curve is flat {side} the peak: its fall is within two standard errors"
         for side in flat_sides(last.values)
     ]
     if not _agree(before.l0, last.l0):
@@ -235,10 +206,4 @@ def _problems(rounds: Sequence[Round], low: float, high: float, limits: Limits) 
         problems.append("one seed: the error is unknown")
     elif not _agree(low, last.l0) or not _agree(last.l0, high):
         problems.append(f"the seeds disagree: the interval is {low:.3g} to {high:.3g}")
-    saes = sum(len(by_seed) for by_seed in last.values.values())
-    if last.moving > saes / 2:
-        problems.append(
-            f"explained variance or dead latents of {last.moving} of {saes} SAEs still changed in "
-            "the last tenth of training: train longer"
-        )
     return problems

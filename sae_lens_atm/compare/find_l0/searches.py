@@ -4,7 +4,6 @@ A search trains SAEs as a comparison does: each is stored, and none is trained t
 therefore resumes a search that was stopped.
 """
 
-import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from sae_lens_atm.compare.find_l0.search import FoundL0, Limits, Measured, search
+from sae_lens_atm.compare.find_l0.search import FoundL0, Limits, search
 from sae_lens_atm.compare.plan.comparison_file import (
     Comparison,
     is_comparison,
@@ -27,12 +26,11 @@ from sae_lens_atm.compare.report.results import Curve
 from sae_lens_atm.compare.run.cached import longest_run
 from sae_lens_atm.compare.run.checks import check
 from sae_lens_atm.compare.run.comparison import run_lists
-from sae_lens_atm.compare.run.curve import still_moving
 from sae_lens_atm.compare.run.processes import Job, JobEvents, run_jobs
 from sae_lens_atm.compare.run.stored_run import TRAINING
 from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.data.cache_writer import plan_cache
-from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.files import locked, read_json, write_json
 from sae_lens_atm.training.found_l0 import FILENAME, key_of, search_folder, with_fields_of
 from sae_lens_atm.training.hooks import StopFlag
@@ -154,6 +152,10 @@ def _with_size_of_cache(content: Values, planned: Sequence[PlannedRun]) -> Value
 
 def _limits(planned: PlannedRun, l0: tuple[float, float] | None, longest: float) -> Limits:
     sae = planned.run.runner.sae
+    if sae.reshape_activations != "none":
+        raise SettingsError(
+            f"sae.reshape_activations is {shown(sae.reshape_activations)}: find-l0 needs 'none'"
+        )
     low, high = l0 or _default_range(sae.d_in, sae.d_sae)
     if not 1 <= low < high <= sae.d_sae:
         raise SettingsError(
@@ -169,7 +171,6 @@ def _limits(planned: PlannedRun, l0: tuple[float, float] | None, longest: float)
 
 def _default_range(d_in: int, d_sae: int) -> tuple[float, float]:
     low = max(d_sae // 1024, 1)
-    # Towards half of d_in an SAE is hardly sparse. c_dec often falls again there.
     return low, max(min(d_in, d_sae) / 4, 2 * low)
 
 
@@ -234,11 +235,13 @@ def find_l0(
 
             def measure(
                 length: float, l0s: Sequence[float], seeds: Sequence[int], one: Search = one
-            ) -> dict[tuple[float, int], Measured]:
+            ) -> dict[tuple[float, int], float]:
                 comparison = one.comparison(length, l0s, seeds)
                 show = partial(on_round, f"{one.entry}, {length:g} of the training")
                 _train(comparison, at_once, show, stop, threads)
-                return {(p.l0, p.seed): _measured(p, comparison.output) for p in comparison.planned}
+                return {
+                    (p.l0, p.seed): _saved_bits(p, comparison.output) for p in comparison.planned
+                }
 
             found[one.entry] = search(measure, one.seeds, one.limits)
             _write(searches, found)
@@ -263,13 +266,15 @@ def _train(
         raise SettingsError("\n".join(f"{label}: {error}" for label, error in failed.items()))
 
 
-def _measured(planned: PlannedRun, folder: Path) -> Measured:
+def _saved_bits(planned: PlannedRun, folder: Path) -> float:
     facts = read_json(folder / planned.folder / TRAINING)
-    curve = Curve.model_validate(facts["curve"])
-    cfg = planned.run.runner
-    moving = still_moving(curve, cfg.sae.d_sae, cfg.lr_decay_steps)
-    value = curve.decoder_cosine[-1]
-    return Measured(math.inf if value is None else value, moving)
+    saved = Curve.model_validate(facts["curve"]).saved_bits
+    if not saved or saved[-1] is None:
+        raise SettingsError(
+            f"{folder / planned.folder} has no saved bits: an older version trained this SAE. "
+            f"Delete {folder} and search again"
+        )
+    return saved[-1]
 
 
 def search_key(one: Search) -> str:

@@ -25,7 +25,10 @@ from sae_lens_atm.compare.report.wording import (
 from sae_lens_atm.metrics.figures import figure
 
 PARETO = ("absorption_fraction", "explained_variance", "mcc", "f1", "ce_loss_score", "kl_div_score")
-CURVES = ("explained_variance", "absorption_fraction", "dead_latents", "l0", "decoder_cosine")
+CURVES = (
+    *("explained_variance", "absorption_fraction", "dead_latents", "l0", "decoder_cosine"),
+    "saved_bits",
+)
 
 _L0_IN_TRAINING = (
     "Number of latents that fire on a sample of the training batch, averaged over samples."

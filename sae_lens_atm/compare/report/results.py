@@ -52,6 +52,8 @@ class Curve(_Schema):
     For the figure of the same name the window is the evaluation."""
     decoder_cosine: list[float | None] = []
     """`c_dec` of the latents that fired in the last 100 steps. Empty in older files."""
+    saved_bits: list[float | None] = []
+    """Empty in older files."""
     absorption_fraction: list[float | None] = []
     """Empty on data without a known hierarchy of features."""
     coefficient: list[float | None] = []

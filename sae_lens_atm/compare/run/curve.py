@@ -20,7 +20,7 @@ from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.report.results import Curve, Importance
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.synthetic import children_of
-from sae_lens_atm.evaluation.synthetic import decoder_of_activations, is_signed
+from sae_lens_atm.evaluation.synthetic import bits_saved_by, decoder_of_activations, is_signed
 from sae_lens_atm.metrics import Absorption, decoder_cosine
 from sae_lens_atm.metrics.absorption import LEARNED_COSINE
 from sae_lens_atm.sae.forward_pass import mean_l0
@@ -56,7 +56,7 @@ class HeldOutBatch:
 
     @torch.no_grad()
     def evaluate(self, sae: Any, scale: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return explained variance and, if the true hierarchy is known, absorption.
+        """Return explained variance, saved bits and, if the true hierarchy is known, absorption.
 
         Args:
             sae: the SAE, in training.
@@ -68,6 +68,8 @@ class HeldOutBatch:
         calculator = ExplainedVarianceCalculator()
         calculator.add_batch(sae.decode(acts), x)
         figures = {"explained_variance": calculator.compute()}
+        if sae.cfg.reshape_activations == "none":
+            figures["saved_bits"] = bits_saved_by(sae, x, acts)
         if self._children and self._model is not None and self._features is not None:
             vectors = self._model.feature_dict.feature_vectors
             decoder, signed = decoder_of_activations(sae), is_signed(sae)

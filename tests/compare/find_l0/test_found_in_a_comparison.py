@@ -88,8 +88,8 @@ def answers_with(**fields):
 
 @pytest.mark.usefixtures("searched")
 def test_an_l0_at_the_edge_is_refused(comparison_yaml):
-    answers_with(at_edge=True, l0=8, problems=["the minimum is at the largest L0 tried, 8"])
-    message = r"^l0 is 'found', but the search found no minimum for 'topk': .* L0s tried, 8\. Set a"
+    answers_with(at_edge=True, l0=8, problems=["the peak is at the largest L0 tried, 8"])
+    message = r"^l0 is 'found', but the search found no peak for 'topk': .* L0s tried, 8\. Set a"
     with pytest.raises(SettingsError, match=message):
         load_comparison(comparison_yaml, ["l0=found"])
 

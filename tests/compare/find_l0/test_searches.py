@@ -73,6 +73,7 @@ def test_the_searches_of_a_comparison(comparison_yaml):
         ({"l0": (0.5, 2)}, "--l0 must be"),
         ({"l0": (2, 99)}, r"<= d_sae \(32\), got 2,99"),
         ({"longest": 0.5}, "--longest must be 1 or more, got 0.5"),
+        ({"overrides": ["sae.reshape_activations=hook_z"]}, "find-l0 needs 'none'"),
         ({"overrides": ["sae.d_sea=3"]}, "sae.d_sea: unknown key"),
         ({"overrides": ["sweep={}"]}, "find-l0 takes a run file or a comparison file"),
         ({"overrides": ["spelling_lm={}"]}, "spelling_lm: find-l0 takes one"),
@@ -102,17 +103,22 @@ def test_a_search_trains_resumes_and_fills_in_k(synthetic_yaml):
     again = Rounds()
     assert find_l0(searches, 2, again, threads=1)["atm"] == found
     assert all(jobs == [] for _, jobs in again.seen)
-    # every value is c_dec of the trained SAE
+    # every value is that of the trained SAE
     last = found.rounds[-1]
     for l0, by_seed in last.values.items():
         (planned,) = searches.searches[0].comparison(1, [l0], [0]).planned
         stored = json.loads((searches.output / planned.folder / TRAINING).read_text())
-        assert by_seed[0] == stored["curve"]["decoder_cosine"][-1]
-    # The run file trains at the answer. So short a training has its minimum at the edge.
+        assert by_seed[0] == stored["curve"]["saved_bits"][-1]
+    # An SAE that an older version trained has no saved bits.
+    path = searches.output / planned.folder / TRAINING
+    path.write_text(json.dumps({**stored, "curve": {**stored["curve"], "saved_bits": []}}))
+    with pytest.raises(SettingsError, match="has no saved bits: an older version trained this SAE"):
+        find_l0(searches, 2, Rounds(), threads=1)
+    # The run file trains at the answer. So short a training has its peak at the edge.
     answers = searches.output / FILENAME
     content = json.loads(answers.read_text())
     assert content["entries"]["atm"]["at_edge"]
-    with pytest.raises(SettingsError, match="the search found no minimum for 'atm'"):
+    with pytest.raises(SettingsError, match="the search found no peak for 'atm'"):
         load_run(synthetic_yaml)
     content["entries"]["atm"]["at_edge"] = False
     answers.write_text(json.dumps(content))

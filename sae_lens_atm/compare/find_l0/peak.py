@@ -1,4 +1,4 @@
-"""The minimum of a curve over L0s: which L0s to try, where the minimum is, and its error.
+"""The peak of a curve over L0s: which L0s to try, where the peak is, and its error.
 
 All distances are ratios: the mathematics is that of ``u = log(L0)``.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 FINEST = 1.25
-"""Ratio of neighbouring L0s around the minimum."""
+"""Ratio of neighbouring L0s around the peak."""
 CONFIDENCE = 0.95
 
 
@@ -47,18 +47,18 @@ def distinct(l0s: Iterable[float], whole: bool) -> list[float]:
     return sorted({float(l0) for l0 in rounded})
 
 
-def lowest(curve: Mapping[float, float]) -> float:
-    """Return the L0 with the least value."""
-    return min(curve, key=lambda l0: (curve[l0], l0))
+def highest(curve: Mapping[float, float]) -> float:
+    """Return the L0 with the largest value, the smaller of two."""
+    return max(curve, key=lambda l0: (curve[l0], -l0))
 
 
 def is_at_edge(curve: Mapping[float, float]) -> bool:
-    """Return whether the least value is that of the smallest or the largest L0."""
-    return lowest(curve) in (min(curve), max(curve))
+    """Return whether the largest value is that of the smallest or the largest L0."""
+    return highest(curve) in (min(curve), max(curve))
 
 
 def between(curve: Mapping[float, float], whole: bool = False) -> list[float]:
-    """Return the L0s halfway from the lowest to its neighbours, where these are apart.
+    """Return the L0s halfway from the highest value to its neighbours, where these are apart.
 
     Args:
         curve: the value at each L0 tried.
@@ -68,40 +68,40 @@ def between(curve: Mapping[float, float], whole: bool = False) -> list[float]:
         Geometric means with neighbours that are further away than `FINEST`.
     """
     l0s = sorted(curve)
-    place = l0s.index(lowest(curve))
+    place = l0s.index(highest(curve))
     near = l0s[max(place - 1, 0) : place + 2]
     halfway = (math.sqrt(a * b) for a, b in pairwise(near) if b > FINEST * a)
     return [l0 for l0 in distinct(halfway, whole) if l0 not in curve]
 
 
 def vertex(curve: Mapping[float, float]) -> float:
-    """Return the L0 of the minimum: of the parabola through the lowest point and its neighbours.
+    """Return the L0 of the peak: of the parabola through the highest point and its neighbours.
 
-    The parabola is in ``log(L0)``. At the edge of the curve it is the lowest L0 itself.
+    The parabola is in ``log(L0)``. At the edge of the curve it is the L0 of the highest point.
     """
-    best = lowest(curve)
+    best = highest(curve)
     if is_at_edge(curve):
         return best
     l0s = sorted(curve)
     place = l0s.index(best)
     left, right = l0s[place - 1], l0s[place + 1]
     a, b = math.log(left / best), math.log(right / best)
-    up, down = curve[left] - curve[best], curve[right] - curve[best]
-    # f(u) = p u^2 + q u with f(a) = up and f(b) = down has its minimum at -q / (2 p).
-    p = (up / a - down / b) / (a - b)
-    q = up / a - p * a
-    return best * math.exp(-q / (2 * p)) if 0 < p < math.inf else best
+    below, above = curve[left] - curve[best], curve[right] - curve[best]
+    # f(u) = p u^2 + q u with f(a) = below and f(b) = above has its peak at -q / (2 p).
+    p = (below / a - above / b) / (a - b)
+    q = below / a - p * a
+    return best * math.exp(-q / (2 * p)) if p < 0 else best
 
 
 def mean_curve(values: Mapping[float, Mapping[int, float]]) -> dict[float, float]:
-    """Return the mean over seeds at each L0. L0s without values are left out."""
-    return {l0: float(np.mean(list(v.values()))) for l0, v in values.items() if v}
+    """Return the mean over seeds at each L0."""
+    return {l0: float(np.mean(list(v.values()))) for l0, v in values.items()}
 
 
 def interval(values: Mapping[float, Mapping[int, float]]) -> tuple[float, float]:
-    """Return a 95% interval of the minimum: of the jackknife over seeds.
+    """Return a 95% interval of the peak: of the jackknife over seeds.
 
-    With one seed the error is unknown. The interval then reaches to the neighbours of the lowest.
+    With one seed the error is unknown. The interval then reaches to the neighbours of the highest.
 
     Args:
         values: for each L0 the value of each seed.
@@ -110,7 +110,7 @@ def interval(values: Mapping[float, Mapping[int, float]]) -> tuple[float, float]
     seeds = sorted(set.intersection(*({*by_seed} for by_seed in values.values())))
     if len(seeds) < 2:
         l0s = sorted(curve)
-        place = l0s.index(lowest(curve))
+        place = l0s.index(highest(curve))
         return l0s[max(place - 1, 0)], l0s[min(place + 1, len(l0s) - 1)]
     left_out = [math.log(vertex(mean_curve(_without(values, seed)))) for seed in seeds]
     n, middle = len(seeds), math.log(vertex(curve))
@@ -126,24 +126,24 @@ def _without(
 
 
 def flat_sides(values: Mapping[float, Mapping[int, float]]) -> list[str]:
-    """Return the sides, "below" and "above", on which the curve does not clearly rise.
+    """Return the sides, "below" and "above", on which the curve does not clearly fall.
 
-    It rises if the value at the end, less that at the minimum, is more than two standard errors of
-    this difference over seeds. With one seed it rises if the difference is positive. A side on
+    It falls if the value at the peak, less that at the end, is more than two standard errors of
+    this difference over seeds. With one seed it falls if the difference is positive. A side on
     which nothing was tried is left out.
 
     Args:
         values: for each L0 the value of each seed.
     """
-    best, ends = lowest(mean_curve(values)), {"below": min(values), "above": max(values)}
+    best, ends = highest(mean_curve(values)), {"below": min(values), "above": max(values)}
     return [
-        side for side, l0 in ends.items() if l0 != best and not _is_above(values[l0], values[best])
+        side for side, l0 in ends.items() if l0 != best and not _is_above(values[best], values[l0])
     ]
 
 
 def _is_above(high: Mapping[int, float], low: Mapping[int, float]) -> bool:
-    rises: Sequence[float] = [high[seed] - low[seed] for seed in high.keys() & low.keys()]
-    if not rises:
+    falls: Sequence[float] = [high[seed] - low[seed] for seed in high.keys() & low.keys()]
+    if not falls:
         return False
-    error = float(np.std(rises, ddof=1)) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
-    return float(np.mean(rises)) > 2 * error
+    error = float(np.std(falls, ddof=1)) / math.sqrt(len(falls)) if len(falls) > 1 else 0.0
+    return float(np.mean(falls)) > 2 * error
