@@ -1,9 +1,11 @@
 """The L0 that `find-l0` finds on synthetic models, beside the true L0.
 
-    python benchmarks/study/found_l0.py commands          # print the searches to run
-    python benchmarks/study/found_l0.py collect RUNS OUT   # RUNS has the folders that they write
+Print the commands of the searches, run them, and collect their answers in a file:
 
-The searches write to `RUNS/l0-NAME-l0`. They can be stopped and repeated.
+    python benchmarks/study/found_l0.py commands
+    python benchmarks/study/found_l0.py collect runs found_models.json
+
+A search writes to `runs/l0-NAME-l0`. It can be stopped and repeated.
 """
 
 import json
@@ -28,6 +30,7 @@ CLOSE = 1.15
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "atm": {"role": "candidate"},
     "batchtopk": {},
+    "topk": {},
 }
 _SISTER_A = "configs/compare-sister-a.yaml"
 _ROOTS = {"max_root_probability": 0.25, "min_root_probability": 0.04, "lone_probability": 0.02}
@@ -97,7 +100,7 @@ def collect(
         content[name] = {
             "true_l0": round(true_l0(config, overrides), 3),
             "entries": {n: a.model_dump(exclude={"rounds"}) for n, a in answers.items()},
-            "c_dec_by_length": {
+            "l0_by_length": {
                 n: {f"{r.length:g}": round(r.l0, 3) for r in a.rounds} for n, a in answers.items()
             },
         }

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def saved_bits(x: Tensor, acts: Tensor, decoder: Tensor, bias: Tensor) -> float:
     """Return the bits that an SAE saves, a sample.
 
