@@ -19,7 +19,7 @@ import typer
 
 from sae_lens_atm.compare import Results, read_results
 from sae_lens_atm.compare.find_l0 import FoundL0
-from sae_lens_atm.compare.find_l0.minimum import mean_curve
+from sae_lens_atm.compare.find_l0.peak import mean_curve
 from sae_lens_atm.compare.report.tables import markdown
 from sae_lens_atm.compare.report.wording import show_l0
 from sae_lens_atm.metrics.figures import ARROWS, FIGURES, figure
@@ -168,14 +168,14 @@ def weights(path: str) -> str:
 def found_l0(path: str) -> str:
     """Return the answers of `find-l0`, and what makes each unsure."""
     lines = [
-        "| architecture | L0 | 95% interval | c_dec | unsure because |",
+        "| architecture | L0 | 95% interval | bits saved | unsure because |",
         "|---|--:|--:|--:|---|",
     ]
     for name, content in load(path)["entries"].items():
         answer = FoundL0.model_validate(content)
-        least = min(mean_curve(answer.rounds[-1].values).values())
+        most = max(mean_curve(answer.rounds[-1].values).values())
         reasons = "; ".join(answer.problems) or "-"
-        lines.append(f"| {name} | {' | '.join(answer.as_text)} | {least:.4f} | {reasons} |")
+        lines.append(f"| {name} | {' | '.join(answer.as_text)} | {most:.1f} | {reasons} |")
     return "\n".join(lines)
 
 

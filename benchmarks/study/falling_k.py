@@ -1,9 +1,9 @@
 """Whether one training whose k falls finds the L0 that a search over many trainings finds.
 
 k stays at the largest value for a start. It then falls to the smallest by the same ratio in each
-step. The script records `c_dec`, the mean absolute cosine of the decoder rows of living latents.
-k then settles where the smoothed curve was least, and the training goes on to its end. The trained
-SAE is evaluated. Its figures are to be compared with those of an SAE trained at one k.
+step. The script records the bits that the SAE saves on held-out samples. k then settles where the
+smoothed curve was highest, and the training goes on to its end. The trained SAE is evaluated. Its
+figures are to be compared with those of an SAE trained at one k.
 
     python benchmarks/study/falling_k.py configs/compare-sister-a.yaml falling_k.json
 """
@@ -24,14 +24,14 @@ from torch import Tensor
 
 from sae_lens_atm.compare.plan.comparison_file import load_comparison
 from sae_lens_atm.compare.run.batch_pool import draw_batch, synthetic_model
-from sae_lens_atm.evaluation.synthetic import evaluate
+from sae_lens_atm.evaluation.synthetic import bits_saved_by, evaluate
 from sae_lens_atm.files import read_json, to_json
-from sae_lens_atm.metrics.decoder import decoder_cosine
 from sae_lens_atm.training.run_file import SyntheticRun
 
 POOL = 1000  # batches, as in the comparison
 START = 0.1  # share of the training at the largest k
 EVERY = 10  # steps
+HELD_OUT = 2048  # samples
 SMOOTHED = 0.05  # of the range of log k
 KEPT = ("l0", "explained_variance", "mcc", "f1", "absorption_full", "absorption_fraction")
 Curve = list[tuple[float, float]]
@@ -40,35 +40,35 @@ Curve = list[tuple[float, float]]
 def train(
     run: SyntheticRun, model: SyntheticModel, low: float, high: float, end: float, seed: int
 ) -> tuple[Curve, Any]:
-    """Train while k falls up to a share `end`. Return k and c_dec at some steps, and the SAE."""
+    """Train while k falls up to a share `end`. Return k and saved bits over steps, and the SAE."""
     cfg, steps = run.runner, run.runner.total_training_steps
     first, last = round(START * steps), round(end * steps)
     with temporary_seed(seed):
         sae: Any = TrainingSAE[Any].from_dict({**cfg.sae.to_dict(), "k": high})
     curve: Curve = []
-    trainer: Any = None
+    held_out = draw_batch(model, HELD_OUT, seed, -1)
 
     def batches() -> Iterator[Tensor]:
         for step in range(10**9):
             share = min(max(step - first, 0) / (last - first), 1)
             k = high * (low / high) ** share if step < last else answer(curve)
             if first < step <= last and step % EVERY == 0:
-                alive = trainer.n_forward_passes_since_fired < 200 * cfg.batch_size
-                curve.append((k, decoder_cosine(sae.W_dec.detach(), alive)))
+                sae.eval()
+                curve.append((k, bits_saved_by(sae, held_out)))
+                sae.train()
             sae.cfg.k = sae.activation_fn.k = k
             yield draw_batch(model, cfg.batch_size, seed, step % POOL)
 
-    trainer = SAETrainer(cfg.to_sae_trainer_config(), sae, batches())
-    trainer.fit()
+    SAETrainer(cfg.to_sae_trainer_config(), sae, batches()).fit()
     return curve, sae
 
 
 def answer(curve: Curve) -> float:
-    """Return the k with the least smoothed c_dec."""
-    u, values = np.log([k for k, _ in curve]), np.array([c for _, c in curve])
+    """Return the k with the highest smoothed curve."""
+    u, values = np.log([k for k, _ in curve]), np.array([bits for _, bits in curve])
     width = SMOOTHED * (u.max() - u.min())
     weights = np.exp(-0.5 * ((u[:, None] - u) / width) ** 2)
-    return math.exp(u[np.argmin(weights @ values / weights.sum(1))])
+    return math.exp(u[np.argmax(weights @ values / weights.sum(1))])
 
 
 def table(content: dict[str, Any]) -> str:
@@ -119,7 +119,7 @@ def main(
                         "k": round(answer(curve), 3),
                         "true_l0": figures["true_l0"],
                         "figures": {key: figures[key] for key in KEPT if key in figures},
-                        "curve": [(round(k, 3), round(c, 5)) for k, c in curve],
+                        "curve": [(round(k, 3), round(bits, 2)) for k, bits in curve],
                     }
                 )
                 print(*(found[-1][key] for key in found[-1] if key != "curve"), flush=True)

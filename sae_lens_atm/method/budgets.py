@@ -1,12 +1,13 @@
 """Loss on smaller budgets: the error if only the largest activations of each sample are used.
 
-This part is ours, not the paper's. The loss is that of HierarchicalTopK (arXiv 2505.24473) at a few
-budgets. With the parts ``a_i d_i`` of a sample, longest first::
+This part is ours, not the paper's. HierarchicalTopK (arXiv 2505.24473) has the same loss, at more
+budgets. With the parts ``a_i d_i`` of a sample, the largest first::
 
-    x_b = b_dec + sum of the b first parts
-    E_b = E |x - x_b|^2
+    x_b = b_dec + sum of the first b parts
+    E_b = mean over samples of |x - x_b|^2
 
-BatchTopK asks that k latents together explain an input. This loss also asks it of the strongest.
+The loss of BatchTopK is the error of all k latents together. Here the b largest of them must also
+explain the input.
 """
 
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def sparse_errors(
         rows: the decoder, shape ``(d_sae, d_in)``.
         bias: ``b_dec``.
         pattern: sample and latent of each activation.
-        sizes: the lengths of the parts, which give their order.
+        sizes: what the parts are ordered by, the largest first: their lengths, or the activations.
         budgets: the budgets, ascending.
     """
     rank = ranks(sizes, pattern)

@@ -9,6 +9,7 @@ from sae_lens_atm.method.budgets import (
 )
 from sae_lens_atm.method.sparse import Pattern
 from tests.helpers import make_sae, step_input
+from tests.method.brute_force import batchtopk, sae_of_uneven_rows
 
 
 @pytest.mark.parametrize(
@@ -60,30 +61,15 @@ def test_sparse_errors_and_their_gradients_are_those_of_dense_products():
 def test_the_loss_in_training_is_its_formula(rescaled):
     x, gradients = torch.randn(64, 8, dtype=torch.float64), []
     for kernels in ("auto", "dense"):
-        torch.manual_seed(0)
-        sae = make_sae(
-            d_sae=64,
-            k=4,
-            dtype="float64",
-            kernels=kernels,
-            rescale_acts_by_decoder_norm=rescaled,
-            mask_rate=0.0,
-            parent_weight=0.0,
-            budget_weight=0.5,
-        )
-        with torch.no_grad():
-            sae.W_dec.mul_(torch.linspace(0.5, 2, 64, dtype=torch.float64)[:, None])
+        sae = sae_of_uneven_rows(64, 4, rescaled, kernels, budget_weight=0.5)
         assert sae.uses_sparse_kernels(x) == (kernels == "auto")
         loss = sae.training_forward_pass(step_input(x)).losses["budget_loss"]
+        acts, lengths = batchtopk(sae, x)
+        decoder = sae.W_dec / sae.W_dec.norm(dim=1, keepdim=True) * lengths[:, None]
 
-        # BatchTopK by brute force: the 256 largest pre-activations of the batch
-        sizes = sae.W_dec.norm(dim=1) if rescaled else torch.ones(64, dtype=torch.float64)
-        pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * sizes
-        acts = (pre * (pre >= pre.flatten().topk(256).values[-1])).relu()
-
-        def error(number, acts=acts, sae=sae, sizes=sizes):
+        def error(number, acts=acts, sae=sae, decoder=decoder):
             cut = acts.sort(descending=True).values[:, number - 1 : number]
-            decoded = (acts * (acts >= cut) / sizes) @ sae.W_dec + sae.b_dec
+            decoded = (acts * (acts >= cut)) @ decoder + sae.b_dec
             return (x - decoded).square().sum(1).mean()
 
         whole = error(64)

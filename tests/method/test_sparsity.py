@@ -3,6 +3,7 @@ import torch
 from sae_lens_atm import Signals
 from sae_lens_atm.method.sparsity import frequency_weights
 from tests.helpers import make_sae, step_input
+from tests.method.brute_force import batchtopk, sae_of_uneven_rows
 
 
 def test_weights_by_hand():
@@ -32,43 +33,19 @@ def test_no_weights_if_nothing_has_fired():
     assert not frequency_weights(Signals(*torch.zeros(3, 4))).any()
 
 
-def sae_with(kernels, rescaled):
-    torch.manual_seed(0)
-    sae = make_sae(
-        d_sae=32,
-        k=2,
-        dtype="float64",
-        kernels=kernels,
-        rescale_acts_by_decoder_norm=rescaled,
-        aux_loss_coefficient=0.0,
-        mask_rate=0.0,
-        parent_weight=0.0,
-        frequency_penalty=0.5,
-    )
-    with torch.no_grad():
-        sae.W_dec.mul_(torch.linspace(0.5, 2, 32, dtype=torch.float64)[:, None])
-    return sae
-
-
 def test_the_loss_in_training_is_its_formula_and_reaches_encoder_and_decoder():
     x = torch.randn(64, 8, dtype=torch.float64)
     for rescaled in (True, False):
         gradients = []
         for kernels in ("auto", "dense"):
-            sae = sae_with(kernels, rescaled)
+            sae = sae_of_uneven_rows(32, 2, rescaled, kernels, frequency_penalty=0.5)
             assert sae.uses_sparse_kernels(x) == (kernels == "auto")
             sae.training_forward_pass(step_input(x))
             weights = frequency_weights(sae.tracker.averages())
             assert weights.any()
             loss = sae.training_forward_pass(step_input(x)).losses["frequency_loss"]
-
-            # BatchTopK by brute force: the 128 largest pre-activations of the batch
-            sizes = sae.W_dec.norm(dim=1)
-            scale = sizes if rescaled else torch.ones_like(sizes)
-            pre = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc) * scale
-            cut = pre.flatten().topk(128).values[-1]
-            lengths = pre * (pre >= cut) * sizes / scale
-            expected = 0.5 * (lengths.mean(0) @ weights.double())
+            acts, lengths = batchtopk(sae, x)
+            expected = 0.5 * ((acts * lengths).mean(0) @ weights.double())
             torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
 
             parameters = (sae.W_enc, sae.W_dec, sae.b_enc)

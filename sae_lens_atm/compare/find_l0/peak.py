@@ -29,16 +29,17 @@ def grid(low: float, high: float, ratio: float, whole: bool = False) -> list[flo
 
 
 def window(center: float, low: float, high: float, whole: bool = False) -> list[float]:
-    """Return five L0s around `center`, at ratios of `FINEST`, between `low` and `high`.
+    """Return three L0s around `center`, at ratios of `FINEST`, between `low` and `high`.
 
     Args:
         center: the L0 in the middle.
         low: the smallest L0.
         high: the largest L0.
-        whole: whether an L0 must be a whole number. There may then be fewer.
+        whole: whether an L0 must be a whole number. Neighbours are then at least 1 apart.
     """
-    around = (min(max(center * FINEST**i, low), high) for i in range(-2, 3))
-    return distinct(around, whole)
+    apart = 1 if whole else 0
+    around = (min(center / FINEST, center - apart), center, max(center * FINEST, center + apart))
+    return distinct((min(max(l0, low), high) for l0 in around), whole)
 
 
 def distinct(l0s: Iterable[float], whole: bool) -> list[float]:

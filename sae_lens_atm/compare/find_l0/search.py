@@ -1,7 +1,7 @@
 """The search for the L0 at which an SAE saves the most bits, at several lengths of training.
 
 1. A grid of L0s, a quarter of the training, one seed. It is refined around the highest value.
-2. Five L0s around that peak, half of the training, all seeds. They move on while the highest is at
+2. Three L0s around that peak, half of the training, all seeds. They move on while the highest is at
    an end.
 3. The same around the new peak, the whole training. If the answers of 2 and 3 differ, the same at
    twice the length.

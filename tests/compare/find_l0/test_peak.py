@@ -27,8 +27,8 @@ def test_a_grid_has_equal_ratios():
 
 
 def test_a_window_is_around_its_middle():
-    assert window(10, 1, 100) == [6.4, 8, 10, 12.5, 15.6]
-    assert window(10, 7, 12) == [7, 8, 10, 12]
+    assert window(10, 1, 100) == [8, 10, 12.5]
+    assert window(10, 9, 12) == [9, 10, 12]
     assert window(2, 1, 100, whole=True) == [1, 2, 3]
 
 
