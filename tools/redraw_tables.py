@@ -193,6 +193,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "found_models": script("found_l0", "table"),
     "weights": weights,
     "directions": script("error_directions", "table"),
+    "l0_figures": script("l0_figures", "table"),
     "falling": script("falling_k", "table"),
     "steps": script("step_time", "table"),
     "baselines": script("baselines", "table"),

@@ -73,20 +73,22 @@ def answer(curve: Curve) -> float:
 
 def table(content: dict[str, Any]) -> str:
     """Return the table of the lab notebook: means over seeds."""
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
+    groups: dict[tuple[str, str, float], list[dict[str, Any]]] = defaultdict(list)
     for run in content["runs"]:
-        groups[run["entry"], run["until"]].append(run)
+        groups[run["config"], run["entry"], run["until"]].append(run)
+    several = len({config for config, _, _ in groups}) > 1
     lines = [
         "| architecture | k falls until | k found | true L0 | explained variance | MCC | F1 |",
         "|---|--:|---|--:|--:|--:|--:|",
     ]
-    for (entry, until), runs in groups.items():
+    for (config, entry, until), runs in groups.items():
+        label = f"{entry}, {config}" if several else entry
         found = ", ".join(f"{run['k']:.2f}" for run in runs)
         figures = ("explained_variance", "mcc", "f1")
         means = (float(np.mean([run["figures"][name] for run in runs])) for name in figures)
         cells = " | ".join(f"{mean:.3f}" for mean in means)
         true = float(np.mean([run["true_l0"] for run in runs]))
-        lines.append(f"| {entry} | {until:.0%} | {found} | {true:.2f} | {cells} |")
+        lines.append(f"| {label} | {until:.0%} | {found} | {true:.2f} | {cells} |")
     return "\n".join(lines)
 
 

@@ -64,7 +64,7 @@ def test_still_moving_looks_at_the_end_before_the_decay():
     assert still_moving(seen, 100, decay_steps=500)  # from step 400 to 500
 
 
-def test_explained_variance_of_a_held_out_batch_by_hand():
+def test_explained_variance_and_saved_bits_of_a_held_out_batch_by_hand():
     sae = TrainingSAE.from_dict({"architecture": "topk", "d_in": 2, "d_sae": 2, "k": 1})
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(2))
@@ -75,7 +75,9 @@ def test_explained_variance_of_a_held_out_batch_by_hand():
     # reconstructed (3, 0) and (0, 3): residuals 1 and 1; about the mean (2, 2) variance 2 and 2
     sae.train()
     assert HeldOutBatch(x).evaluate(sae, lambda x: x) == {
-        "explained_variance": pytest.approx(1 - 2 / 4)
+        "explained_variance": pytest.approx(1 - 2 / 4),
+        # V 2, E 1, d 2 and L0 1. Both latents fire half of the time, at the same level.
+        "saved_bits": pytest.approx(math.log2(2 / 1.5) - 2),
     }
     assert sae.training
 
