@@ -18,7 +18,7 @@ from sae_lens import SAE
 from sae_lens.util import temporary_seed
 from torch import Tensor
 
-from sae_lens_atm.compare.find_l0.peak import is_at_edge, vertex
+from sae_lens_atm.compare.find_l0.peak import is_at_edge, peak
 from sae_lens_atm.compare.plan.comparison_file import load_comparison
 from sae_lens_atm.compare.run.batch_pool import synthetic_model
 from sae_lens_atm.evaluation.synthetic import bits_saved_by
@@ -84,7 +84,7 @@ def curves(folder: Path, x: Tensor) -> dict[int, dict[str, dict[float, float]]]:
 def answer(curve: dict[float, float], sign: int) -> float | None:
     """Return the L0 at which a figure is best, or None at the end of the L0s tried."""
     upwards = {float(l0): sign * value for l0, value in curve.items()}
-    return None if is_at_edge(upwards) else round(vertex(upwards), 2)
+    return None if is_at_edge(upwards) else round(peak(upwards), 2)
 
 
 def table(content: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """The peak of a curve over L0s: which L0s to try, where the peak is, and its error.
 
-All distances are ratios: the mathematics is that of ``u = log(L0)``.
+All calculations are in ``u = log(L0)``.
 """
 
 import math
@@ -13,6 +13,11 @@ from scipy import stats
 FINEST = 1.25
 """Ratio of neighbouring L0s around the peak."""
 CONFIDENCE = 0.95
+ROUND = 0.25
+"""Share of an interval. If lines cross further from the highest point on both sides, a curve is
+round. On both sides of a parabola they cross in the middle."""
+Point = tuple[float, float]
+"""``log(L0)`` and the value."""
 
 
 def grid(low: float, high: float, ratio: float, whole: bool = False) -> list[float]:
@@ -29,7 +34,7 @@ def grid(low: float, high: float, ratio: float, whole: bool = False) -> list[flo
 
 
 def window(center: float, low: float, high: float, whole: bool = False) -> list[float]:
-    """Return three L0s around `center`, at ratios of `FINEST`, between `low` and `high`.
+    """Return five L0s around `center`, at ratios of `FINEST`, between `low` and `high`.
 
     Args:
         center: the L0 in the middle.
@@ -37,9 +42,36 @@ def window(center: float, low: float, high: float, whole: bool = False) -> list[
         high: the largest L0.
         whole: whether an L0 must be a whole number. Neighbours are then at least 1 apart.
     """
-    apart = 1 if whole else 0
-    around = (min(center / FINEST, center - apart), center, max(center * FINEST, center + apart))
+    below, above = _further(center, -1, whole), _further(center, 1, whole)
+    around = (_further(below, -1, whole), below, center, above, _further(above, 1, whole))
     return distinct((min(max(l0, low), high) for l0 in around), whole)
+
+
+def beyond(
+    curve: Mapping[float, float], low: float, high: float, whole: bool = False
+) -> list[float]:
+    """Return the L0s that are missing for the highest value to have two on each side.
+
+    Args:
+        curve: the value at each L0 tried.
+        low: the smallest L0.
+        high: the largest L0.
+        whole: whether an L0 must be a whole number.
+    """
+    l0s = sorted(curve)
+    place = l0s.index(highest(curve))
+    more: list[float] = []
+    for side, end, there in ((-1, l0s[0], place), (1, l0s[-1], len(l0s) - 1 - place)):
+        for _ in range(2 - there):
+            end = min(max(_further(end, side, whole), low), high)
+            more.append(end)
+    return [l0 for l0 in distinct(more, whole) if l0 not in curve]
+
+
+def _further(l0: float, side: int, whole: bool) -> float:
+    """Return the next L0 to the side, -1 or 1."""
+    ratio = l0 * FINEST**side
+    return ratio if not whole else side * max(side * ratio, side * l0 + 1)
 
 
 def distinct(l0s: Iterable[float], whole: bool) -> list[float]:
@@ -49,7 +81,7 @@ def distinct(l0s: Iterable[float], whole: bool) -> list[float]:
 
 
 def highest(curve: Mapping[float, float]) -> float:
-    """Return the L0 with the largest value, the smaller of two."""
+    """Return the L0 with the largest value; of equal values the smallest L0."""
     return max(curve, key=lambda l0: (curve[l0], -l0))
 
 
@@ -59,7 +91,7 @@ def is_at_edge(curve: Mapping[float, float]) -> bool:
 
 
 def between(curve: Mapping[float, float], whole: bool = False) -> list[float]:
-    """Return the L0s halfway from the highest value to its neighbours, where these are apart.
+    """Return the L0s halfway from the highest value to the neighbours that are not near it.
 
     Args:
         curve: the value at each L0 tried.
@@ -75,23 +107,54 @@ def between(curve: Mapping[float, float], whole: bool = False) -> list[float]:
     return [l0 for l0 in distinct(halfway, whole) if l0 not in curve]
 
 
-def vertex(curve: Mapping[float, float]) -> float:
-    """Return the L0 of the peak: of the parabola through the highest point and its neighbours.
+def peak(curve: Mapping[float, float]) -> float:
+    """Return the L0 of the peak.
 
-    The parabola is in ``log(L0)``. At the edge of the curve it is the L0 of the highest point.
+    A curve often has a kink at its peak: it is two lines in ``log(L0)``. The line through the last
+    two points before an interval then crosses that through the first two after it. This is tried in
+    both intervals beside the highest point. If the curve has a kink, the lines cross in one
+    interval, and close to the highest point or outside in the other. If it is round, they cross
+    near the middle of both. The peak is then that of the parabola through the highest point and its
+    neighbours.
+
+    At the edge of the curve it is the L0 of the highest point.
     """
     best = highest(curve)
     if is_at_edge(curve):
         return best
     l0s = sorted(curve)
     place = l0s.index(best)
-    left, right = l0s[place - 1], l0s[place + 1]
-    a, b = math.log(left / best), math.log(right / best)
-    below, above = curve[left] - curve[best], curve[right] - curve[best]
+    points = [(math.log(l0), curve[l0]) for l0 in l0s]
+    if 2 <= place < len(l0s) - 2:
+        below = 1 - _crossing(*points[place - 2 : place + 2], outside=1)
+        above = _crossing(*points[place - 1 : place + 3], outside=0)
+        if min(below, above) < ROUND:
+            (u_below, _), (u, _), (u_above, _) = points[place - 1 : place + 2]
+            return math.exp(u + above * (u_above - u) - below * (u - u_below))
+    return math.exp(_vertex(*points[place - 1 : place + 2]))
+
+
+def _crossing(a: Point, b: Point, c: Point, d: Point, outside: float) -> float:
+    """Return where the line through a and b crosses that through c and d.
+
+    The place is from 0 at b to 1 at c, and `outside` if the lines do not cross there.
+    """
+    rise, fall = ((right[1] - left[1]) / (right[0] - left[0]) for left, right in ((a, b), (c, d)))
+    if rise <= fall:
+        return outside
+    width = c[0] - b[0]
+    place = (c[1] - b[1] - fall * width) / ((rise - fall) * width)
+    return place if 0 <= place <= 1 else outside
+
+
+def _vertex(left: Point, best: Point, right: Point) -> float:
+    """Return where the parabola through three points has its peak."""
+    a, b = left[0] - best[0], right[0] - best[0]
+    below, above = left[1] - best[1], right[1] - best[1]
     # f(u) = p u^2 + q u with f(a) = below and f(b) = above has its peak at -q / (2 p).
     p = (below / a - above / b) / (a - b)
     q = below / a - p * a
-    return best * math.exp(-q / (2 * p)) if p < 0 else best
+    return best[0] - q / (2 * p) if p < 0 else best[0]
 
 
 def mean_curve(values: Mapping[float, Mapping[int, float]]) -> dict[float, float]:
@@ -100,7 +163,7 @@ def mean_curve(values: Mapping[float, Mapping[int, float]]) -> dict[float, float
 
 
 def interval(values: Mapping[float, Mapping[int, float]]) -> tuple[float, float]:
-    """Return a 95% interval of the peak: of the jackknife over seeds.
+    """Return the 95% jackknife interval of the peak over seeds.
 
     With one seed the error is unknown. The interval then reaches to the neighbours of the highest.
 
@@ -113,8 +176,8 @@ def interval(values: Mapping[float, Mapping[int, float]]) -> tuple[float, float]
         l0s = sorted(curve)
         place = l0s.index(highest(curve))
         return l0s[max(place - 1, 0)], l0s[min(place + 1, len(l0s) - 1)]
-    left_out = [math.log(vertex(mean_curve(_without(values, seed)))) for seed in seeds]
-    n, middle = len(seeds), math.log(vertex(curve))
+    left_out = [math.log(peak(mean_curve(_without(values, seed)))) for seed in seeds]
+    n, middle = len(seeds), math.log(peak(curve))
     error = math.sqrt((n - 1) / n * sum((u - np.mean(left_out)) ** 2 for u in left_out))
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
     return math.exp(middle - reach), math.exp(middle + reach)

@@ -1,12 +1,13 @@
 """The search for the L0 at which an SAE saves the most bits, at several lengths of training.
 
-1. A grid of L0s, a quarter of the training, one seed. It is refined around the highest value.
-2. Three L0s around that peak, half of the training, all seeds. They move on while the highest is at
-   an end.
-3. The same around the new peak, the whole training. If the answers of 2 and 3 differ, the same at
-   twice the length.
+1. A grid of L0s, a quarter of the training, one seed. L0s halfway to the neighbours of the highest
+   value follow, until these are near.
+2. Five L0s around that peak, half of the training, one seed. More follow until there are two on
+   each side of the highest value.
+3. The same around the new peak, the whole training, all seeds. If the answers of 2 and 3 differ,
+   the same at twice the length.
 
-The answer is the peak of the last round. What makes it unsure is told with it.
+The answer is the peak of the last round. `problems` says what makes it unsure.
 """
 
 import math
@@ -16,22 +17,21 @@ from typing import NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from sae_lens_atm.compare.find_l0.peak import (
-    FINEST,
     between,
-    distinct,
+    beyond,
     flat_sides,
     grid,
     highest,
     interval,
     is_at_edge,
     mean_curve,
-    vertex,
+    peak,
     window,
 )
 
 GRID_RATIO = 2.0
 FIRST, SECOND = 0.25, 0.5
-"""Lengths of the first two rounds, in units of the run's training."""
+"""Lengths of the first two rounds, in units of the run's training. They have one seed."""
 AGREEMENT = 1.15
 """Two answers within this ratio are the same."""
 
@@ -92,14 +92,15 @@ def search(measure: Measure, seeds: Sequence[int], limits: Limits) -> FoundL0:
 
     Args:
         measure: trains SAEs and measures them.
-        seeds: seeds of the last rounds. The first round takes the first of them.
+        seeds: the seeds. The first two rounds take the first of them.
         limits: the L0s that are allowed, and the longest training.
     """
     rounds = [_first_round(measure, seeds[:1], limits)]
     length = SECOND
     while True:
-        rounds.append(_round_around(rounds[-1].l0, measure, length, seeds, limits))
         is_long = length >= 1
+        used = seeds if is_long else seeds[:1]
+        rounds.append(_round_around(rounds[-1].l0, measure, length, used, limits))
         if (is_long and _agree(rounds[-2].l0, rounds[-1].l0)) or 2 * length > limits.longest:
             break
         length *= 2
@@ -129,8 +130,10 @@ def expected_rounds(
         curve |= {l0: -abs(math.log(l0 / middle)) for l0 in to_try}
         to_try = between(curve, whole)
     around = window(middle, low, high, whole)
-    return [(FIRST, l0s, list(seeds[:1])) for l0s in first] + [
-        (length, around, list(seeds)) for length in (SECOND, 1)
+    return [
+        *((FIRST, l0s, list(seeds[:1])) for l0s in first),
+        (SECOND, around, list(seeds[:1])),
+        (1, around, list(seeds)),
     ]
 
 
@@ -150,18 +153,9 @@ def _round_around(
     to_try = window(center, limits.low, limits.high, limits.whole)
     while to_try:
         found |= measure(length, to_try, seeds)
-        to_try = _beyond(mean_curve(_by_l0(found)), limits)
+        curve = mean_curve(_by_l0(found))
+        to_try = beyond(curve, limits.low, limits.high, limits.whole)
     return _as_round(length, found)
-
-
-def _beyond(curve: dict[float, float], limits: Limits) -> list[float]:
-    """Return the next two L0s on the side of the highest value, if that is at an end."""
-    best = highest(curve)
-    if not is_at_edge(curve):
-        return []
-    factor = FINEST if best == max(curve) else 1 / FINEST
-    further = (min(max(best * factor**i, limits.low), limits.high) for i in (1, 2))
-    return [l0 for l0 in distinct(further, limits.whole) if l0 not in curve]
 
 
 def _by_l0(found: Mapping[tuple[float, int], float]) -> dict[float, dict[int, float]]:
@@ -173,7 +167,7 @@ def _by_l0(found: Mapping[tuple[float, int], float]) -> dict[float, dict[int, fl
 
 def _as_round(length: float, found: Mapping[tuple[float, int], float]) -> Round:
     values = _by_l0(found)
-    return Round(length=length, l0=vertex(mean_curve(values)), values=values)
+    return Round(length=length, l0=peak(mean_curve(values)), values=values)
 
 
 def _agree(a: float, b: float) -> bool:

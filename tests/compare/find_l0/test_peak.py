@@ -4,13 +4,14 @@ import pytest
 
 from sae_lens_atm.compare.find_l0.peak import (
     between,
+    beyond,
     flat_sides,
     grid,
     highest,
     interval,
     is_at_edge,
     mean_curve,
-    vertex,
+    peak,
     window,
 )
 
@@ -27,9 +28,19 @@ def test_a_grid_has_equal_ratios():
 
 
 def test_a_window_is_around_its_middle():
-    assert window(10, 1, 100) == [8, 10, 12.5]
-    assert window(10, 9, 12) == [9, 10, 12]
-    assert window(2, 1, 100, whole=True) == [1, 2, 3]
+    assert window(10, 1, 100) == [6.4, 8, 10, 12.5, 15.6]
+    assert window(10, 7, 12) == [7, 8, 10, 12]
+    assert window(3, 1, 100, whole=True) == [1, 2, 3, 4, 5]
+    assert window(20, 1, 100, whole=True) == [13, 16, 20, 25, 31]
+
+
+def test_two_l0s_on_each_side_of_the_highest():
+    assert beyond({4.0: 1, 5.0: 2, 6.0: 3}, 1, 64) == [7.5, 9.38]
+    assert beyond({4.0: 1, 5.0: 3, 6.0: 2}, 1, 64) == [3.2, 7.5]
+    assert beyond({4.0: 3, 5.0: 2, 6.0: 1}, 3.5, 64) == [3.5]
+    assert beyond({4.0: 1, 5.0: 3, 6.0: 2}, 4, 6) == []
+    assert beyond({2.0: 1, 3.0: 3, 4.0: 2}, 1, 9, whole=True) == [1, 5]
+    assert beyond({1.0: 0, 2.0: 1, 3.0: 3, 4.0: 2, 5.0: 1}, 1, 9) == []
 
 
 def test_the_highest_and_the_edge():
@@ -47,13 +58,22 @@ def test_halfway_to_the_neighbours():
 
 
 @pytest.mark.parametrize("best", [3.3, 4.2, 5.9])
-def test_the_vertex_of_a_parabola_is_exact(best):
-    assert vertex(parabola([2, 3, 5, 8], best)) == pytest.approx(best)
+def test_the_peak_of_a_parabola_is_exact(best):
+    assert peak(parabola([2, 3, 5, 8], best)) == pytest.approx(best)
+    assert peak(parabola([1, 2, 3, 5, 8, 12], best)) == pytest.approx(best)
 
 
-def test_the_vertex_at_an_edge_or_of_a_plateau():
-    assert vertex({2.0: 3, 4.0: 2, 8.0: 1}) == 2
-    assert vertex({2.0: 1, 4.0: 1, 8.0: 1}) == 2
+@pytest.mark.parametrize("kink", [3.2, 4.0, 4.5, 6.2])
+def test_the_peak_of_two_lines_is_their_crossing(kink):
+    l0s = [1.5, 2, 3, 5, 8, 12, 16]
+    curve = {l0: min(9 * math.log(l0 / kink), -math.log(l0 / kink)) for l0 in l0s}
+    assert peak(curve) == pytest.approx(kink)
+
+
+def test_the_peak_at_an_edge_or_of_a_plateau():
+    assert peak({2.0: 3, 4.0: 2, 8.0: 1}) == 2
+    assert peak({2.0: 1, 4.0: 1, 8.0: 1}) == 2
+    assert peak({1.0: 0, 2.0: 0, 4.0: 1, 8.0: 1, 16.0: 1, 32.0: 0}) == 4
 
 
 def test_the_mean_over_seeds():

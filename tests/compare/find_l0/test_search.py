@@ -44,7 +44,9 @@ def test_the_first_round_is_a_refined_grid_of_one_seed():
     search(bench, [5, 6], WIDE)
     assert bench.calls[0] == (0.25, [1, 2, 4, 8, 16, 32, 64], [5])
     assert bench.calls[1] == (0.25, [2.83, 5.66], [5])
-    assert bench.calls[-1] == (1, pytest.approx([3.36, 4.2, 5.25], abs=0.01), [5, 6])
+    around = pytest.approx([2.69, 3.36, 4.2, 5.25, 6.56], abs=0.01)
+    assert bench.calls[-2] == (0.5, around, [5])
+    assert bench.calls[-1] == (1, around, [5, 6])
 
 
 def test_whole_numbers_stay_whole():
