@@ -168,7 +168,7 @@ def weights(path: str) -> str:
 def found_l0(path: str) -> str:
     """Return the answers of `find-l0`, and what makes each unsure."""
     lines = [
-        "| architecture | L0 | 95% interval | bits saved | unsure because |",
+        "| architecture | L0 | 95% interval | saved bits | unsure because |",
         "|---|--:|--:|--:|---|",
     ]
     for name, content in load(path)["entries"].items():
@@ -179,11 +179,17 @@ def found_l0(path: str) -> str:
     return "\n".join(lines)
 
 
+def language_models(_: str) -> str:
+    """Return the README's table of language models."""
+    return import_module("targets").language_model_table()
+
+
 KINDS: dict[str, Callable[[str], str]] = {
     "table": comparison,
     "language_model": language_model,
     "targets": targets,
     "summary": summary,
+    "language_models": language_models,
     "ceiling": ceiling,
     "implied": implied,
     "spelling": spelling,

@@ -19,21 +19,27 @@ from sae_lens_atm.metrics.figures import ARROWS, figure
 ROOT = Path(__file__).parents[2]
 STUDY = "benchmarks/study/results"
 SUMMARY = (
-    ("sister A, true L0", "docs/sister-a/results.json", 4),
-    ("sister A, half of it", f"{STUDY}/other-l0.json", 2),
+    ("sister A", "docs/sister-a/results.json", 4),
+    ("sister A, half", f"{STUDY}/other-l0.json", 2),
     ("sister A, twice", f"{STUDY}/other-l0.json", 8),
     ("held out: coverage .2", f"{STUDY}/held-out-coverage-20.json", 4),
     ("held out: coverage .8", f"{STUDY}/held-out-coverage-80.json", 4),
     ("held out: not exclusive", f"{STUDY}/held-out-not-exclusive.json", 4),
     ("held out: one level", f"{STUDY}/held-out-flat.json", 4),
     ("sister B", "docs/sister-b/results.json", 5),
-    ("spelling models", "docs/spelling-lm/results.json", 2),
-    ("spelling models", "docs/spelling-lm/results.json", 4),
-    ("spelling models", "docs/spelling-lm/results.json", 8),
 )
 """Rows of the README's table: label, results, L0."""
-SUMMARY_FIGURES = (("explained_variance",), ("f1", "k1_f1"), ("absorption_fraction",))
-"""Columns of the README's table: the first of these figures that the results have."""
+SUMMARY_FIGURES = ("explained_variance", "f1", "absorption_fraction")
+LANGUAGE_MODELS = (
+    ("SmolLM2-135M, layer 12", "docs/smollm2-135m-l12/results.json"),
+    ("Gemma 3 270M, layer 3", "docs/gemma-3-270m-l3/results.json"),
+    ("Gemma 3 270M, layer 9", "docs/gemma-3-270m-l9/results.json"),
+)
+"""Rows of the README's second table: label and results."""
+LANGUAGE_MODEL_FIGURES = (
+    *("explained_variance", "ce_loss_score", "sparse_probing_1", "dead_latents", "stability"),
+)
+ON_LANGUAGE_MODELS, THEIR_L0 = "atm (only budgets)", 64
 SEVERAL_STEPS = ("matching_pursuit",)
 """Baselines that encode in several steps. ATM and all others encode in one linear map."""
 MINUS = "\N{MINUS SIGN}"
@@ -149,17 +155,34 @@ def table(results: Results, candidate: str = "atm") -> str:
 
 def summary_table() -> str:
     """Return the README's table, ATM / ATM without masks / the best baseline in each cell."""
-    names = [
-        figure(column[0]).label + ARROWS[figure(column[0]).better] for column in SUMMARY_FIGURES
-    ]
-    lines = [f"| data | L0 | {' | '.join(names)} |", "|---|--:|---|---|---|"]
+    heads = (figure(name).label + ARROWS[figure(name).better] for name in SUMMARY_FIGURES)
+    lines = [f"| data | true L0 | L0 | {' | '.join(heads)} |", "|---|--:|--:|---|---|---|"]
     for label, path, l0 in SUMMARY:
         results = read_results(ROOT / path)
         rows = [row for row in results.rows if row.l0_target == l0]
         results = results.model_copy(update={"rows": rows})
-        found = (next(n for n in column if n in rows[0].figures) for column in SUMMARY_FIGURES)
-        cells = (_summary_cell(results, name) for name in found)
-        lines.append(f"| {label} | {l0} | {' | '.join(cells)} |")
+        cells = (_summary_cell(results, name) for name in SUMMARY_FIGURES)
+        true = rows[0].figures["true_l0"].mean
+        lines.append(f"| {label} | {true:.1f} | {l0} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def language_model_table() -> str:
+    """Return the README's second table, ATM / BatchTopK in each cell."""
+    figures = [figure(name) for name in LANGUAGE_MODEL_FIGURES]
+    heads = " | ".join(one.label + ARROWS[one.better] for one in figures)
+    lines = [f"| model | L0 | {heads} |", "|---|--:" + "|---" * len(figures) + "|"]
+    for label, path in LANGUAGE_MODELS:
+        rows = read_results(ROOT / path).rows
+        of = {row.entry: row.figures for row in rows if row.l0_target == THEIR_L0}
+        cells: list[str] = []
+        for name, one in zip(LANGUAGE_MODEL_FIGURES, figures, strict=True):
+            values = (of[entry][name].mean for entry in (ON_LANGUAGE_MODELS, "batchtopk"))
+            ours, theirs = (f"{value:.{one.digits}f}" for value in values)
+            lead = one.better * (float(ours) - float(theirs))
+            shown = f"**{ours}**" if lead > 0 else ours
+            cells.append(f"{shown} / {f'**{theirs}**' if lead < 0 else theirs}")
+        lines.append(f"| {label} | {THEIR_L0} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

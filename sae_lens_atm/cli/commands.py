@@ -193,7 +193,9 @@ def find_l0(
     overrides: Overrides = None,
     l0: Annotated[
         str | None,
-        typer.Option("--l0", help="LOW,HIGH. By default from d_sae / 1024 to a quarter of d_in."),
+        typer.Option(
+            "--l0", help="LOW,HIGH. By default d_sae / 1024 to a quarter of min(d_in, d_sae)."
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     longest: Annotated[
@@ -206,7 +208,7 @@ def find_l0(
     ] = False,
     threads: Threads = None,
 ) -> None:
-    """Find the L0 at which decoder rows are least similar, which is near the true L0.
+    """Find the L0 at which an SAE saves the most bits, which is near the true L0.
 
     Needs no labels. Trains SAEs at many L0s. The same command resumes after an interruption.
     """

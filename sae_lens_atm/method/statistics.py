@@ -56,7 +56,7 @@ def dense_statistics(
 def sparse_statistics(
     x: Tensor, acts: Tensor, aligned: Tensor, pattern: Pattern, length: Tensor, measured: Tensor
 ) -> BatchStatistics:
-    """Return the same from the nonzero activations only.
+    """Return what `dense_statistics` returns, from the nonzero activations only.
 
     Args:
         x: inputs, shape ``(batch, d_in)``.

@@ -1,4 +1,4 @@
-"""What a training step needs from outside the SAE."""
+"""What a training step does with the other parts of its batch, in other processes."""
 
 from collections.abc import Callable
 
@@ -19,11 +19,11 @@ class StepContext:
         return statistics
 
     def minimum(self, values: Tensor) -> Tensor:
-        """Return values whose smallest positive one is that of the whole batch."""
+        """Return values whose smallest positive one is the smallest over all processes."""
         return values
 
     def anywhere(self, flags: Tensor) -> Tensor:
-        """Return which flags are true in any part of the batch."""
+        """Return which flags are true in any process."""
         return flags
 
     def largest(self, values: Tensor, per_row: float) -> tuple[Tensor, Tensor]:

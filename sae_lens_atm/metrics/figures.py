@@ -101,17 +101,17 @@ FIGURES: dict[str, Figure] = {
         "of the latents that fire.",
     ),
     "description_length": Figure(
-        "bits",
+        "description length",
         0,
-        "Description length: bits that the activations of a sample take, with each latent coded on "
-        "its own and activations rounded as coarsely as reconstruction allows.",
+        "Bits that the activations of a sample take, with each latent coded on its own and "
+        "activations rounded as coarsely as reconstruction allows.",
         1,
     ),
     "saved_bits": Figure(
-        "bits saved",
+        "saved bits",
         0,
-        "Bits that an SAE saves if a sample is sent as activations and errors, and not as Gaussian "
-        "noise; over L0s it is largest near the true one.",
+        "Bits per sample that a description by activations and error needs less than one under a "
+        "Gaussian; over L0s it is largest near the true one.",
         1,
     ),
     "hierarchy_score": Figure(

@@ -1,21 +1,24 @@
-"""Saved bits: what an SAE saves if samples are sent as activations and errors.
+"""Saved bits: how many bits per sample an SAE saves in a description of the samples.
 
 This part is ours. The idea is that of MDL-SAEs (Ayonrinde et al., arXiv:2410.11179): the best SAE
-gives the shortest description of the data. Errors are sent as Gaussian noise of equal variance in
-all dimensions. The precision of the samples then cancels out::
+gives the shortest description. One code describes a sample under a Gaussian with equal variance in
+all dimensions. A second code describes the activations, and then the error under such a Gaussian.
+Saved bits are the bits per sample that the second code needs less than the first. The precision of
+the samples cancels out::
 
-    saved = d/2 log2(V / (E + E L0 / d)) - sum_i H(fires_i) - L0 H(level)    in bits a sample
+    saved = d/2 log2(V / (E + E L0 / d)) - sum_i H(fires_i) - L0 H(level)
 
-``V`` is the squared distance of a sample from the mean, ``E`` the squared error of its
-reconstruction, ``d`` the dimension, ``H`` the entropy over samples. The level is the activation,
-rounded up to a multiple of a step. All latents share the step and the distribution of levels::
+``V`` is the mean squared distance of a sample from the mean, ``E`` the mean squared error of the
+reconstruction, ``d`` the dimension, ``H`` the entropy over samples. An activation is described by
+its level and its sign. All latents share the step and the distribution of levels::
 
-    step = sqrt(12 E / d)
+    level_i = ceil(|a_i| |d_i| / step),   step = sqrt(12 E / d)
 
-Rounding one activation then adds ``step^2 / 12 = E / d``: as much error as a dimension has.
+The decoder takes the middle of the level. This adds a squared error of ``step^2 / 12 = E / d`` for
+each active latent, on average as much as one dimension of the error has.
 
 Over L0s the figure is largest near the true L0. If the L0 is too low, features are missing, and the
-error is large. If it is too high, more latents fire, and take off little error.
+error is large. If it is too high, additional latents cost bits and reduce the error little.
 """
 
 import math
@@ -26,7 +29,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def saved_bits(x: Tensor, acts: Tensor, decoder: Tensor, bias: Tensor) -> float:
-    """Return the bits that an SAE saves, a sample.
+    """Return the bits per sample that an SAE saves.
 
     Args:
         x: samples, shape ``(samples, d)``.

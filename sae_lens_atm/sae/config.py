@@ -61,11 +61,11 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             by this number if all of them in the batch are negative, in [0, 1] (ours). Other
             negative pre-activations count as 0.
         frequency_penalty: weight of a loss on activations that is larger for frequent latents
-            (ours, see `method.sparsity`). At 0 it is off. Try 1 on a language model, with
-            `parent_weight` 0 and `mask_rate` 0.
+            (ours, see `method.sparsity`). At 0 it is off.
         frequency_penalty_end: share of `schedule_steps` after which that loss ends, in [0, 1].
         budget_weight: weight of a loss on smaller budgets (ours, see `method.budgets`), in [0, 1].
-            It needs activation "batchtopk". At 0 it is off.
+            It needs activation "batchtopk". At 0 it is off. On a language model try 1, with
+            `parent_weight` 0 and `mask_rate` 0.
         budget_end: share of `schedule_steps` after which that loss ends, in [0, 1].
         kernels: "auto" uses sparse products where they are faster (see `method.sparse`), "dense"
             always dense ones, as SAELens does. The results are equal up to rounding.

@@ -87,7 +87,7 @@ def dense_pass(
 
 
 def sparse_pass(sae: ATMTrainingSAE, step_input: TrainStepInput, hidden_pre: Tensor) -> ForwardPass:
-    """Choose the k largest pre-activations of the batch, decode them by sparse products.
+    """Decode the ``k * samples`` largest positive pre-activations of the batch by sparse products.
 
     Args:
         hidden_pre: pre-activations without gradient, rescaled by the decoder's norms if
@@ -137,7 +137,7 @@ def _with_auxiliary_losses(
 
 @contextmanager
 def restricted_to(sae: TrainingSAE[Any], latents: Tensor) -> Generator[None]:
-    """Temporarily give an SAE some of its latents only.
+    """Temporarily restrict an SAE to some of its latents.
 
     SAELens' code then computes nothing for the other latents, and they get zero gradient.
     """

@@ -17,7 +17,7 @@ PICTURE = "found_l0.png"
 def answers_table(found: Mapping[str, FoundL0]) -> Table:
     """Return a table of the answers."""
     table = Table(title="L0 at which an SAE saves the most bits")
-    for heading in ("architecture", "L0", "95% interval", "bits saved", "sure"):
+    for heading in ("architecture", "L0", "95% interval", "saved bits", "sure"):
         table.add_column(heading, justify="left" if heading == "architecture" else "right")
     for name, answer in found.items():
         most = max(mean_curve(answer.rounds[-1].values).values())
