@@ -111,7 +111,7 @@ def search(measure: Measure, seeds: Sequence[int], limits: Limits) -> FoundL0:
         low=low,
         high=high,
         at_edge=is_at_edge(mean_curve(last.values)),
-        problems=_problems(rounds, low, high, limits),
+        problems=_problems(rounds, low, high),
         rounds=rounds,
     )
 
@@ -174,7 +174,7 @@ def _agree(a: float, b: float) -> bool:
     return max(a, b) <= AGREEMENT * min(a, b)
 
 
-def _problems(rounds: Sequence[Round], low: float, high: float, limits: Limits) -> list[str]:
+def _problems(rounds: Sequence[Round], low: float, high: float) -> list[str]:
     """Return why the answer of the last round is unsure."""
     before, last = rounds[-2:]
     curve = mean_curve(last.values)
@@ -183,8 +183,6 @@ def _problems(rounds: Sequence[Round], low: float, high: float, limits: Limits) 
         end = "smallest" if highest(curve) == min(curve) else "largest"
         problems.append(
             f"the peak is at the {end} L0 tried, {last.l0:g}: allow others with --l0 LOW,HIGH"
-            if last.l0 in (limits.low, limits.high)
-            else f"the peak is at the {end} L0 tried, {last.l0:g}"
         )
     problems += [
         f"the curve is flat {side} the peak: its fall is within two standard errors"
