@@ -16,6 +16,8 @@ CONFIDENCE = 0.95
 ROUND = 0.25
 """Share of an interval. If lines cross further from the highest point on both sides, a curve is
 round. On both sides of a parabola they cross in the middle."""
+RESOLUTION = 0.25
+"""How far from a peak the lines may cross without being noticed, in units of log(FINEST)."""
 Point = tuple[float, float]
 """``log(L0)`` and the value."""
 
@@ -165,7 +167,8 @@ def mean_curve(values: Mapping[float, Mapping[int, float]]) -> dict[float, float
 def interval(values: Mapping[float, Mapping[int, float]]) -> tuple[float, float]:
     """Return the 95% jackknife interval of the peak over seeds.
 
-    With one seed the error is unknown. The interval then reaches to the neighbours of the highest.
+    It is at least as wide as the curve can resolve. With one seed the error is unknown. The interval
+    then reaches to the neighbours of the highest.
 
     Args:
         values: for each L0 the value of each seed.
@@ -180,6 +183,7 @@ def interval(values: Mapping[float, Mapping[int, float]]) -> tuple[float, float]
     n, middle = len(seeds), math.log(peak(curve))
     error = math.sqrt((n - 1) / n * sum((u - np.mean(left_out)) ** 2 for u in left_out))
     reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * error
+    reach = max(reach, RESOLUTION * math.log(FINEST))
     return math.exp(middle - reach), math.exp(middle + reach)
 
 

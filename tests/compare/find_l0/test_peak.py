@@ -93,6 +93,12 @@ def test_the_interval_is_the_jackknife_by_hand():
     assert high == pytest.approx(4 * math.exp(4.303 * 0.05774), rel=1e-3)
 
 
+def test_equal_seeds_have_an_interval_of_the_resolution():
+    curve = parabola([2, 3, 4, 6, 9], 4)
+    low, high = interval({l0: {0: value, 1: value} for l0, value in curve.items()})
+    assert (low, high) == pytest.approx((4 / 1.25**0.25, 4 * 1.25**0.25))
+
+
 def test_the_interval_of_one_seed_reaches_to_the_neighbours():
     one = {l0: {0: value} for l0, value in parabola([2, 3, 5, 8], 4.2).items()}
     assert interval(one) == (3, 8)
