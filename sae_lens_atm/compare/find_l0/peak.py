@@ -17,7 +17,7 @@ ROUND = 0.25
 """Share of an interval. If lines cross further from the highest point on both sides, a curve is
 round. On both sides of a parabola they cross in the middle."""
 RESOLUTION = 0.25
-"""How far from a peak the lines may cross without being noticed, in units of log(FINEST)."""
+"""Least half-width of an interval, in units of log(FINEST): what the curve can resolve."""
 Point = tuple[float, float]
 """``log(L0)`` and the value."""
 
@@ -167,8 +167,8 @@ def mean_curve(values: Mapping[float, Mapping[int, float]]) -> dict[float, float
 def interval(values: Mapping[float, Mapping[int, float]]) -> tuple[float, float]:
     """Return the 95% jackknife interval of the peak over seeds.
 
-    It is at least as wide as the curve can resolve. With one seed the error is unknown. The interval
-    then reaches to the neighbours of the highest.
+    It is at least as wide as the curve can resolve. With one seed the error is unknown. The
+    interval then reaches to the neighbours of the highest.
 
     Args:
         values: for each L0 the value of each seed.
