@@ -12,7 +12,7 @@ from sae_lens_atm.compare import load_comparison
 from sae_lens_atm.compare.report.results import Entry, Results, Row, Spread
 from sae_lens_atm.data.synthetic import HierarchyModelConfig, build_hierarchy_model
 from sae_lens_atm.method.importance import Signals
-from tests.helpers import load_script
+from tests.helpers import load_script, make_sae
 
 ROOT = Path(__file__).parent.parent
 STUDY = ROOT / "benchmarks/study"
@@ -228,3 +228,39 @@ def test_committed_results_do_not_tell_where_they_were_made():
     folders = [config["output_path"] for config in kept if "output_path" in config]
     assert len(folders) > 10
     assert not [folder for folder in folders if Path(folder).is_absolute()]
+
+
+def test_where_a_figure_is_best_over_l0s():
+    load("found_l0")
+    script = load("l0_figures")
+    least = {2.0: 5.0, 4.0: 1.0, 8.0: 5.0}
+    assert script.answer(least, -1) == 4
+    assert script.answer(least, 1) is None  # at an end
+    curves = dict.fromkeys(script.FIGURES, least) | {"saved_bits": {2.0: 1, 4.0: 3, 8.0: 1}}
+    text = script.table({"flat": {"true_l0": 4.5, "curves": curves}})
+    cells = ["held out: one level", "4.50", *["**4.00**"] * 3, "at an end", "**4.00**"]
+    assert text.splitlines()[-1] == f"| {' | '.join(cells)} |"
+
+
+def test_the_figures_of_an_sae_over_l0s_by_hand():
+    load("found_l0")
+    script = load("l0_figures")
+    sae = make_sae(d_in=2, d_sae=3, k=1).eval()
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    with torch.no_grad():
+        sae.W_dec.copy_(rows)
+
+    class Given:
+        W_dec = sae.W_dec
+        cfg, device, dtype, b_dec = sae.cfg, sae.device, sae.dtype, sae.b_dec
+        run_time_activation_norm_fn_in = staticmethod(lambda x: x)
+        encode = staticmethod(
+            lambda _: torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1], [0, 1, 0]])
+        )
+
+    found = script.figures(Given, torch.randn(4, 2))
+    assert found["decoder_cosine"] == pytest.approx((0 + 0.6 + 0.8) / 3)
+    assert found["squared_cosine"] == pytest.approx((0 + 0.36 + 0.64) / 3)
+    # Latents 0 and 2 fire together, 1 with neither: excess .25, -.25 and -.25.
+    pairs = torch.tensor([[0.0, 0.6, 0.8], [-0.25, 0.25, -0.25]])
+    assert found["cosine_and_firing"] == pytest.approx(float(torch.corrcoef(pairs)[0, 1]), rel=1e-4)
