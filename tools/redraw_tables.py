@@ -179,6 +179,18 @@ def found_l0(path: str) -> str:
     return "\n".join(lines)
 
 
+def evaluated(path: str) -> str:
+    """Return a row for each SAE of a file of `evaluate --json`, in rising order of L0."""
+    names = [n for n in (*ON_A_LANGUAGE_MODEL, "saved_bits") if n != "stability"]
+    heads = [figure(name).label + ARROWS[figure(name).better] for name in names]
+    lines = [f"| SAE | {' | '.join(heads)} |", "|---" + "|--:" * len(names) + "|"]
+    for folder, figures in sorted(load(path).items(), key=lambda item: item[1]["l0"]):
+        home = Path(folder).parent if Path(folder).name == "sae" else Path(folder)
+        cells = (f"{figures[name]:.{figure(name).digits}f}" for name in names)
+        lines.append(f"| {home.name.split('-l0-')[0]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def language_models(_: str) -> str:
     """Return the README's table of language models."""
     return import_module("targets").language_model_table()
@@ -190,6 +202,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "targets": targets,
     "summary": summary,
     "language_models": language_models,
+    "evaluated": evaluated,
     "ceiling": ceiling,
     "implied": implied,
     "spelling": spelling,

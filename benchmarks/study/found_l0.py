@@ -29,8 +29,6 @@ CLOSE = 1.15
 """The target: found and true L0 within this ratio."""
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "atm": {"role": "candidate"},
-    "batchtopk": {},
-    "topk": {},
 }
 _SISTER_A = "configs/compare-sister-a.yaml"
 _ROOTS = {"max_root_probability": 0.25, "min_root_probability": 0.04, "lone_probability": 0.02}
@@ -71,7 +69,7 @@ def commands() -> None:
         settings = [f"architectures={json.dumps(ARCHITECTURES)}", *overrides]
         settings.append(f"output_path=runs/l0-{name}")
         words = [word for setting in settings for word in ("--set", setting)]
-        print(shlex.join(["sae-lens-atm", "find-l0", config, *words, "--jobs", "2"]))
+        print(shlex.join(["sae-lens-atm", "find-l0", config, *words, "--seeds", "2", "--jobs", "2"]))
 
 
 def true_l0(config: str, overrides: list[str]) -> float:
