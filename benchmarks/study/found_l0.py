@@ -69,7 +69,8 @@ def commands() -> None:
         settings = [f"architectures={json.dumps(ARCHITECTURES)}", *overrides]
         settings.append(f"output_path=runs/l0-{name}")
         words = [word for setting in settings for word in ("--set", setting)]
-        print(shlex.join(["sae-lens-atm", "find-l0", config, *words, "--seeds", "2", "--jobs", "2"]))
+        words += ["--seeds", "2", "--jobs", "2"]
+        print(shlex.join(["sae-lens-atm", "find-l0", config, *words]))
 
 
 def true_l0(config: str, overrides: list[str]) -> float:
