@@ -120,7 +120,10 @@ def test_the_table_names_what_was_not_timed():
 
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_every_shipped_run_file_passes_its_checks(name):
-    assert check_run(load_run(shipped_config(name), ["output_path=out"]), dry=True)
+    path = shipped_config(name)
+    # A cache that a file names is made with `cache` first.
+    no_cache = ["activations=null"] if "activations:" in Path(path).read_text() else []
+    assert check_run(load_run(path, ["output_path=out", *no_cache]), dry=True)
 
 
 def test_ctrl_c_in_a_real_process_leaves_a_checkpoint_that_resumes(synthetic_yaml, tmp_path):
