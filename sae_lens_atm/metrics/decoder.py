@@ -1,8 +1,9 @@
-"""Two figures of a decoder that show, without labels, whether the L0 is right.
+"""Two figures of a decoder, without labels, by which an L0 can be chosen.
 
 An SAE whose L0 is too low or too high learns latents that mix features. Its decoder rows then point
 in similar directions, and project on many inputs that do not have their feature. "Sparse but Wrong"
-(Chanin & Garriga-Alonso, arXiv 2508.16560) finds both figures least near the true L0.
+(Chanin & Garriga-Alonso, arXiv 2508.16560) finds both figures least near the true L0. On our
+synthetic models `saved_bits` is more reliable (docs/lab-notebook.md, section 22).
 """
 
 import math
