@@ -99,8 +99,10 @@ def decoder_figures(
     projection.update(sae.run_time_activation_norm_fn_in(x.to(sae.device, sae.dtype)))
     figures["decoder_projection"] = projection.compute(alive)
     if sae.cfg.reshape_activations == "none":
+        x = x.to(sae.device, sae.dtype)
+        acts = sae.encode(x).to_dense() if acts is None else acts
         figures["saved_bits"] = bits_saved_by(sae, x, acts)
-        figures["description_length"] = code_figure(sae, x.to(sae.device, sae.dtype), acts)
+        figures["description_length"] = code_figure(sae, x, acts)
     return figures
 
 

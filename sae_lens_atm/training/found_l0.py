@@ -15,6 +15,8 @@ from sae_lens_atm.torchrun import rank
 
 FILENAME = "found_l0.json"
 FOUND = "found"
+SCHEMA = 2
+"""Answers of schema 1 have the L0 at which `c_dec` was least."""
 # What the L0 depends on, beside the architecture. Paths, devices and lengths are left out.
 _DATA_FIELDS = (
     *("hierarchy_model", "synthetic_model", "model_name", "hook_name", "hook_head_index"),
@@ -89,6 +91,11 @@ class FoundL0s:
             raise SettingsError(
                 f"{self._asked}, but {self._file} cannot be read: run `sae-lens-atm find-l0` with "
                 "this file first"
+            )
+        if self._found.get("schema") != SCHEMA:
+            raise SettingsError(
+                f"{self._asked}, but {self._file} is of another version: run "
+                "`sae-lens-atm find-l0` with this file again"
             )
 
     def of(self, content: Mapping[str, Any], entry: str, architecture: str) -> float:

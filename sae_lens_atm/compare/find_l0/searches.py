@@ -32,7 +32,7 @@ from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.data.cache_writer import plan_cache
 from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.files import locked, read_json, write_json
-from sae_lens_atm.training.found_l0 import FILENAME, key_of, search_folder, with_fields_of
+from sae_lens_atm.training.found_l0 import FILENAME, SCHEMA, key_of, search_folder, with_fields_of
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.preflight.checks import check_devices
 from sae_lens_atm.training.run_file import LanguageModelRun
@@ -289,7 +289,7 @@ def _write(searches: Searches, found: Mapping[str, FoundL0]) -> None:
     write_json(
         searches.output / FILENAME,
         {
-            "schema": 1,
+            "schema": SCHEMA,
             "name": searches.name,
             "keys": keys,
             "entries": {name: answer.model_dump() for name, answer in found.items()},

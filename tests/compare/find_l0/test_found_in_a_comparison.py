@@ -16,7 +16,7 @@ from sae_lens_atm.compare.report.results import FOUND_LEVEL
 from sae_lens_atm.compare.report.tables import markdown, row_tables
 from sae_lens_atm.compare.run.comparison import compare
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.training.found_l0 import FILENAME
+from sae_lens_atm.training.found_l0 import FILENAME, SCHEMA
 from tests.compare.silent import Silent
 
 L0S = {"atm": 2.3721, "topk": 2.6, "jumprelu": 3.0}
@@ -27,7 +27,7 @@ def write_answers(path, comparison_yaml, l0s):
     keys = {one.entry: search_key(one) for one in searches}
     path.parent.mkdir(exist_ok=True)
     entries = {name: {"l0": l0} for name, l0 in l0s.items()}
-    path.write_text(json.dumps({"schema": 1, "name": "x", "keys": keys, "entries": entries}))
+    path.write_text(json.dumps({"schema": SCHEMA, "name": "x", "keys": keys, "entries": entries}))
 
 
 @pytest.fixture
@@ -51,6 +51,13 @@ def test_each_entry_has_its_own_l0(searched):
     }
     assert {p.level for p in planned} == {FOUND_LEVEL}
     assert len(planned) == 4 * 2  # two seeds
+
+
+def test_answers_of_another_version_are_refused(searched):
+    answers = Path("out-l0") / FILENAME
+    answers.write_text(json.dumps({**json.loads(answers.read_text()), "schema": 1}))
+    with pytest.raises(SettingsError, match=r"found_l0.json is of another version: run"):
+        load_comparison(searched, ["l0=found"])
 
 
 def test_a_file_elsewhere(searched):
