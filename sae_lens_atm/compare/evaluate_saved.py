@@ -12,6 +12,7 @@ from sae_lens_atm.compare.plan.planned_run import spelling_lm_folder
 from sae_lens_atm.compare.plan.sweep_file import as_comparison
 from sae_lens_atm.compare.run.batch_pool import batch_seed
 from sae_lens_atm.compare.run.reading import activations_folder
+from sae_lens_atm.data.cache_writer import is_complete
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.data.spelling.model import make_spelling_lm
 from sae_lens_atm.errors import SettingsError
@@ -35,6 +36,7 @@ from sae_lens_atm.evaluation.synthetic import evaluate
 from sae_lens_atm.evaluation.task_store import SaeProbesConfig, TaskStore
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.metrics.word_figures import Interval
+from sae_lens_atm.training.cached_run import held_out_tokens, open_cache
 from sae_lens_atm.training.preflight.checks import check_dataset_exists, check_devices
 from sae_lens_atm.training.preflight.lookups import check_files
 from sae_lens_atm.training.run_file import Run, SyntheticRun, parse_run
@@ -145,7 +147,10 @@ def evaluate_saved(
         store = TaskStore(cfg, data.sae_probes, data.folder)
     pairs = read_stories(data.contrastive_stories)
     model = load_language_model(cfg)
-    tokens = hold_out(make_store(cfg, model), cfg)
+    if run.activations is not None and is_complete(run.activations.folder):
+        tokens = held_out_tokens(open_cache(run), run)
+    else:
+        tokens = hold_out(make_store(cfg, model), cfg)
     for sae in saes.values():  # SAELens evaluates at the hook in the SAE's metadata
         sae.cfg.metadata.hook_name = cfg.hook_name
         sae.cfg.metadata.hook_head_index = cfg.hook_head_index

@@ -1,7 +1,7 @@
 """Figures of saved SAEs on a language model, on tokens that were not used for training."""
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -46,6 +46,9 @@ class HeldOutTokens:
     store_batch_size_prompts: int
     shared: dict[Any, SharedPasses | None] = field(default_factory=dict[Any, Any], repr=False)
     """Passes of the model that all SAEs at a hook share; None if they are not exact."""
+    stored_inputs: Iterable[Tensor] = ()
+    """Activations of other tokens, shape ``(samples, d_in)``. Dead latents fire on none of them
+    either. The tokens alone are few, so latents that fire rarely would count as dead."""
     _next: int = field(default=0, repr=False)
 
     @classmethod
@@ -96,7 +99,7 @@ def language_model_figures(
     cfg: LanguageModelSAERunnerConfig[Any],
     on_batch: OnBatch = lambda done, total: None,  # noqa: ARG005
 ) -> tuple[dict[str, float], Tensor]:
-    """Return SAELens' figures of an SAE, and which of its latents fired, shape ``(d_sae,)``.
+    """Return SAELens' figures of an SAE, and which latents fire on the tokens, shape ``(d_sae,)``.
 
     The model runs once for each SAE, from the hook on. The passes without an SAE are made once and
     kept in `tokens`. Models for which this is not exact are evaluated by SAELens' `run_evals`.
@@ -136,13 +139,25 @@ def language_model_figures(
         found |= metrics
     figures = {ours: float(found[name]) for name, ours in _FIGURES.items() if name in found}
     alive = torch.tensor(density["feature_density"]) > 0
-    figures["dead_latents"] = int((~alive).sum())
     excluded = torch.tensor(_excluded(cfg, model), dtype=torch.long)
     counted = (~torch.isin(batch.cpu(), excluded) for batch in tokens.batches)
     figures["evaluated_samples"] = sum(int(batch.sum()) for batch in counted)
+    fired, further = fired_on(sae, tokens.stored_inputs)
+    figures["dead_latents"] = int((~(alive | fired.cpu())).sum())
+    figures["dead_window"] = figures["evaluated_samples"] + further
     figures |= decoder_figures(sae, alive, None if shared is None else shared.inputs())
     figures |= hierarchy
     return figures, alive
+
+
+@torch.no_grad()
+def fired_on(sae: SAE[Any], batches: Iterable[Tensor]) -> tuple[Tensor, int]:
+    """Return which latents fire on some sample, shape ``(d_sae,)``, and the number of samples."""
+    fired, samples = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.device), 0
+    for x in batches:
+        fired |= sae.encode(x.to(sae.device, sae.dtype)).to_dense().ne(0).any(0)
+        samples += len(x)
+    return fired, samples
 
 
 @torch.no_grad()

@@ -77,14 +77,21 @@ FIGURES: dict[str, Figure] = {
     "dead_latents": Figure(
         "dead latents",
         -1,
-        "Number of latents that fire on no sample of a window: in tables the evaluation, in curves "
-        "the last dead_feature_window steps of training.",
+        "Number of latents that fire on no sample of a window: in tables the evaluation and, if "
+        "activations are stored, 50,000 of them; in curves the last dead_feature_window steps of "
+        "training.",
         1,
     ),
     "evaluated_samples": Figure(
         "evaluated samples",
         0,
         "Number of samples, or of tokens of a language model, in the evaluation.",
+        0,
+    ),
+    "dead_window": Figure(
+        "window of dead latents",
+        0,
+        "Number of tokens of a language model on which dead latents are counted.",
         0,
     ),
     "decoder_cosine": Figure(
@@ -304,7 +311,7 @@ FIGURES: dict[str, Figure] = {
 NEEDS = {
     **dict.fromkeys(("mcc", "f1", "precision", "recall", "uniqueness"), "synthetic"),
     **dict.fromkeys(("recall_gap", "children_learned"), "synthetic"),
-    **dict.fromkeys(("ce_loss_score", "kl_div_score"), "model"),
+    **dict.fromkeys(("ce_loss_score", "kl_div_score", "dead_window"), "model"),
     **dict.fromkeys(
         ("k1_f1", "sparse_probing_1", "sparse_probing_2", "sparse_probing_5"), "letters"
     ),

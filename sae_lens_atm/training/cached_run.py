@@ -1,10 +1,12 @@
 """Runs on cached activations of a language model, without the model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from sae_lens import TrainingSAE
+from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_atm.data.activation_cache import ActivationCache, CachedBatches, held_out_contexts
@@ -19,11 +21,15 @@ from sae_lens_atm.evaluation.language_model import (
     HeldOutTokens,
     make_store,
 )
+from sae_lens_atm.evaluation.next_token_loss import TOKENS
 from sae_lens_atm.files import locked
 from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.fit import PreparedRun, RunContext
 from sae_lens_atm.training.language_model_run import SupervisedRunner, figures_of_saved
 from sae_lens_atm.training.run_file import LanguageModelRun
+
+_DEAD_WINDOW = 50_000
+"""Number of stored activations on which dead latents are counted."""
 
 
 class CachedRunner(SupervisedRunner):
@@ -101,7 +107,24 @@ def prepare_cached(run: LanguageModelRun, context: RunContext) -> PreparedRun:
 
 
 def held_out_tokens(cache: ActivationCache, run: LanguageModelRun) -> HeldOutTokens:
-    """Return the tokens of a cache on which SAEs are evaluated. No run trains on them."""
+    """Return the tokens of a cache on which SAEs are evaluated. No run trains on them.
+
+    Dead latents are counted on stored activations of other tokens, too.
+    """
     cfg = run.runner
     tokens = torch.from_numpy(cache.tokens[: held_out_contexts(cfg)]).long()
-    return HeldOutTokens.from_rows(tokens.to(cfg.llm_device or cfg.device))
+    held_out = HeldOutTokens.from_rows(tokens.to(cfg.llm_device or cfg.device))
+    held_out.stored_inputs = _StoredInputs(cache, cache.rows(held_out_contexts(cfg))[:_DEAD_WINDOW])
+    return held_out
+
+
+class _StoredInputs(Iterable[Tensor]):
+    """Batches of stored activations, the same on each pass."""
+
+    def __init__(self, cache: ActivationCache, rows: NDArray[Any]) -> None:
+        self._cache, self._rows = cache, rows
+
+    @override
+    def __iter__(self) -> Iterator[Tensor]:
+        for first in range(0, len(self._rows), TOKENS):
+            yield self._cache.read(self._rows[first : first + TOKENS])

@@ -74,8 +74,22 @@ def test_figures_by_hand(sae, cfg, tokens, hooked_model):
     assert figures["explained_variance"] == pytest.approx(expected, rel=1e-4)
     assert torch.equal(alive, (acts > 0).any(0))
     assert figures["dead_latents"] == int((~alive).sum())
-    assert figures["evaluated_samples"] == every.numel()
+    assert figures["evaluated_samples"] == figures["dead_window"] == every.numel()
     assert "ce_loss_score" in figures
+
+
+def test_dead_latents_fire_on_no_stored_input_either(sae, cfg, tokens, hooked_model):
+    sae.b_enc.data[:3] -= 100
+    before, fired = language_model_figures(sae, hooked_model, tokens, cfg)
+    assert not fired[:3].any()
+    x = 1e6 * sae.W_enc.T[:2]
+    acts = sae.encode(x) > 0
+    assert acts[:, :3].any()
+    tokens.stored_inputs = [x[:1], x[1:]]
+    figures, again = language_model_figures(sae, hooked_model, tokens, cfg)
+    assert torch.equal(again, fired)
+    assert figures["dead_latents"] == int((~(fired | acts.any(0))).sum())
+    assert figures["dead_window"] == before["evaluated_samples"] + 2
 
 
 def test_the_hierarchy_score_is_that_of_all_counted_tokens(sae, cfg, hooked_model, monkeypatch):

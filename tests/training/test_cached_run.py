@@ -8,7 +8,7 @@ from sae_lens import SAE
 from sae_lens_atm.data.activation_cache import ActivationCache
 from sae_lens_atm.errors import CheckpointError, SettingsError
 from sae_lens_atm.training import cached_run
-from sae_lens_atm.training.cached_run import cache_activations, open_cache
+from sae_lens_atm.training.cached_run import cache_activations, held_out_tokens, open_cache
 from sae_lens_atm.training.preflight.checks import check_run
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run
@@ -61,6 +61,20 @@ def test_no_run_trains_on_the_tokens_of_the_evaluation(path, monkeypatch):
     result = train(cached(path))
     assert {"explained_variance", "l0", "ce_loss_score"} <= result.figures.keys()
     assert set(read) == set(range(4 * CONTEXT, 1600))
+
+
+@pytest.mark.parametrize(("window", "size", "read"), [(50_000, 2048, None), (30, 8, 30)])
+def test_dead_latents_are_counted_on_other_stored_tokens(path, monkeypatch, window, size, read):
+    monkeypatch.setattr(cached_run, "_DEAD_WINDOW", window)
+    monkeypatch.setattr(cached_run, "TOKENS", size)
+    run = cached(path)
+    cache = open_cache(run)
+    stored = held_out_tokens(cache, run).stored_inputs
+    expected = cache.read(cache.rows(4)[:read])
+    for _ in range(2):
+        assert torch.equal(torch.cat(list(stored)), expected)
+    figures = train(run).figures
+    assert figures["dead_window"] == 4 * CONTEXT + len(expected)
 
 
 @pytest.mark.parametrize("scale", ["none", "expected_average_only_in"])

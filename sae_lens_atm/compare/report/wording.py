@@ -107,7 +107,8 @@ def training_window(results: Results) -> str:
 
 def evaluation_window(results: Results) -> str:
     """Return the window in which tables count dead latents."""
-    samples = _span(run.figures.get("evaluated_samples") for run in results.runs)
+    figures = (run.figures for run in results.runs)
+    samples = _span(f.get("dead_window", f.get("evaluated_samples")) for f in figures)
     unit = "tokens" if results.config.get("runner") == "language_model" else "samples"
     return f"{samples} evaluated {unit}".lstrip()
 

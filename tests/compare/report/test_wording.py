@@ -82,6 +82,8 @@ def test_windows_of_dead_latents():
     comparison.config["runner"] = "language_model"
     assert wording.training_window(comparison) == "last 200 to 1,000 steps"
     assert wording.evaluation_window(comparison) == "20,000 to 50,000 evaluated tokens"
+    comparison.runs[0].figures["dead_window"] = 70_000
+    assert wording.evaluation_window(comparison) == "50,000 to 70,000 evaluated tokens"
 
 
 def test_windows_of_results_without_lengths():
