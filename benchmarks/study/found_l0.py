@@ -5,7 +5,8 @@ Print the commands of the searches, run them, and collect their answers in a fil
     python benchmarks/study/found_l0.py commands
     python benchmarks/study/found_l0.py collect runs found_models.json
 
-A search writes to `runs/l0-NAME-l0`. It can be stopped and repeated.
+A search with ATM writes to `runs/l0-NAME-l0`, one with other architectures to
+`runs/others-NAME-l0`. It can be stopped and repeated.
 """
 
 import json
@@ -13,8 +14,8 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
-from sae_lens.synthetic import L0Calculator
 from sae_lens.util import temporary_seed
 
 from sae_lens_atm.compare.find_l0 import FoundL0
@@ -27,9 +28,21 @@ ROOT = Path(__file__).parents[2]
 SAMPLES, BATCH, SEED = 100_000, 10_000, 0
 CLOSE = 1.15
 """The target: found and true L0 within this ratio."""
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "atm": {"role": "candidate"},
+Entries = dict[str, dict[str, Any]]
+ATM: Entries = {"atm": {"role": "candidate"}}
+OTHERS: Entries = {
+    "atm (both off)": {"architecture": "atm", "sae": {"mask_rate": 0, "parent_weight": 0}},
+    "topk": {},
+    "batchtopk": {},
+    "jumprelu": {"sae": {"l0_coefficient": 0.01, "l0_warm_up_steps": 200}},
 }
+OF_SISTER_B: Entries = {
+    **ATM,
+    **{name: OTHERS[name] for name in ("batchtopk", "atm (both off)", "topk")},
+    "matryoshka_batchtopk": {"sae": {"matryoshka_widths": [8, 32, 128, 256]}},
+}
+HALF = ("training_samples=1536000", "lr_decay_steps=450", "lr_warm_up_steps=50")
+"""Settings of half the training. Other architectures have it, and all on sister B."""
 _SISTER_A = "configs/compare-sister-a.yaml"
 _ROOTS = {"max_root_probability": 0.25, "min_root_probability": 0.04, "lone_probability": 0.02}
 
@@ -65,23 +78,40 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def commands() -> None:
     """Print the command of each search."""
-    for name, (config, overrides) in MODELS.items():
-        settings = [f"architectures={json.dumps(ARCHITECTURES)}", *overrides]
-        settings.append(f"output_path=runs/l0-{name}")
-        words = [word for setting in settings for word in ("--set", setting)]
-        words += ["--seeds", "2", "--jobs", "2"]
-        print(shlex.join(["sae-lens-atm", "find-l0", config, *words]))
+    for name in MODELS:
+        if name == "sister-b":
+            _print_command(name, "others", OF_SISTER_B, HALF)
+        else:
+            _print_command(name, "l0", ATM)
+            _print_command(name, "others", OTHERS, HALF)
 
 
-def true_l0(config: str, overrides: list[str]) -> float:
-    """Return the mean number of active features of a sample."""
+def _print_command(
+    name: str, prefix: str, entries: Entries, training: tuple[str, ...] = ()
+) -> None:
+    config, overrides = MODELS[name]
+    settings = [f"architectures={json.dumps(entries)}", *overrides, *training]
+    settings.append(f"output_path=runs/{prefix}-{name}")
+    words = [word for setting in settings for word in ("--set", setting)]
+    words += ["--longest", "1"] if training else []
+    words += ["--seeds", "2", "--jobs", "2"]
+    print(shlex.join(["sae-lens-atm", "find-l0", config, *words]))
+
+
+def true_l0s(config: str, overrides: list[str]) -> tuple[float, float]:
+    """Return the mean number of active features, of all and of the most frequent ones.
+
+    There are as many of these as latents.
+    """
     run = load_comparison(ROOT / config, overrides).planned[0].run
     assert isinstance(run, SyntheticRun)
-    model, mean = synthetic_model(run, Path("runs")), L0Calculator()
+    model = synthetic_model(run, Path("runs"))
+    counts = torch.zeros(model.cfg.num_features)
     with temporary_seed(SEED):
         for _ in range(SAMPLES // BATCH):
-            mean.add_batch(model.sample_with_features(BATCH)[1].to_dense())
-    return float(mean.compute())
+            counts += (model.sample_with_features(BATCH)[1].to_dense() != 0).sum(0)
+    falling = (counts / SAMPLES).sort(descending=True).values
+    return float(falling.sum()), float(falling[: run.runner.sae.d_sae].sum())
 
 
 @app.command()
@@ -92,12 +122,15 @@ def collect(
     """Write the answers of the finished searches, and the true L0s."""
     content: dict[str, Any] = {}
     for name, (config, overrides) in MODELS.items():
-        path = runs / f"l0-{name}-l0/found_l0.json"
-        if not path.exists():
+        paths = [runs / f"{prefix}-{name}-l0/found_l0.json" for prefix in ("l0", "others")]
+        found = [read_json(path)["entries"] for path in paths if path.exists()]
+        answers = {n: FoundL0.model_validate(a) for entries in found for n, a in entries.items()}
+        if not answers:
             continue
-        answers = {n: FoundL0.model_validate(a) for n, a in read_json(path)["entries"].items()}
+        of_all, of_frequent = true_l0s(config, overrides)
         content[name] = {
-            "true_l0": round(true_l0(config, overrides), 3),
+            "true_l0": round(of_all, 3),
+            "true_l0_of_frequent": round(of_frequent, 3),
             "entries": {n: a.model_dump(exclude={"rounds"}) for n, a in answers.items()},
             "l0_by_length": {
                 n: {f"{r.length:g}": round(r.l0, 3) for r in a.rounds} for n, a in answers.items()

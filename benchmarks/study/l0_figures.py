@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import typer
-from found_l0 import CLOSE, LABELS, MODELS, ROOT, true_l0
+from found_l0 import CLOSE, LABELS, MODELS, ROOT, true_l0s
 from sae_lens import SAE
 from sae_lens.util import temporary_seed
 from torch import Tensor
@@ -116,7 +116,7 @@ def main(runs: Path, output: Path) -> None:
         by_steps = curves(folder, x)
         steps = max(n for n, c in by_steps.items() if answer(c["saved_bits"], 1) is not None)
         content[name] = {
-            "true_l0": round(true_l0(config, overrides), 3),
+            "true_l0": round(true_l0s(config, overrides)[0], 3),
             "steps": steps,
             "curves": {
                 figure: {l0: round(value, 5) for l0, value in sorted(curve.items())}
