@@ -37,7 +37,7 @@ LANGUAGE_MODELS = (
 )
 """Rows of the README's second table: label and results."""
 LANGUAGE_MODEL_FIGURES = (
-    *("explained_variance", "ce_loss_score", "sparse_probing_1", "dead_latents", "stability"),
+    *("explained_variance", "ce_loss_score", "sparse_probing_1", "absorption_full", "stability"),
 )
 ON_LANGUAGE_MODELS, THEIR_L0 = "atm (only budgets)", 64
 SEVERAL_STEPS = ("matching_pursuit",)
