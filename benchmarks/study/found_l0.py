@@ -41,8 +41,13 @@ OF_SISTER_B: Entries = {
     **{name: OTHERS[name] for name in ("batchtopk", "atm (both off)", "topk")},
     "matryoshka_batchtopk": {"sae": {"matryoshka_widths": [8, 32, 128, 256]}},
 }
+MORE_FEATURES_THAN_LATENTS: dict[str, tuple[Entries, int]] = {
+    "sister-b": (OF_SISTER_B, 2),
+    "synthsaebench-4k": (ATM, 1),
+}
+"""Models that are searched with half of the training: the architectures, and the seeds."""
 HALF = ("training_samples=1536000", "lr_decay_steps=450", "lr_warm_up_steps=50")
-"""Settings of half the training. Other architectures have it, and all on sister B."""
+"""Settings of half the training, as other architectures than ATM have it."""
 _SISTER_A = "configs/compare-sister-a.yaml"
 _ROOTS = {"max_root_probability": 0.25, "min_root_probability": 0.04, "lone_probability": 0.02}
 
@@ -61,6 +66,7 @@ MODELS: dict[str, tuple[str, list[str]]] = {
     "flat": ("benchmarks/study/held-out-flat.yaml", []),
     "not-exclusive": ("benchmarks/study/held-out-not-exclusive.yaml", []),
     "sister-b": ("configs/compare-sister-b.yaml", []),
+    "synthsaebench-4k": ("benchmarks/study/synthsaebench-4k.yaml", []),
 }
 LABELS = {
     "sister-a": "sister A",
@@ -71,6 +77,7 @@ LABELS = {
     "flat": "held out: one level",
     "not-exclusive": "held out: not exclusive",
     "sister-b": "sister B",
+    "synthsaebench-4k": "SynthSAEBench, a quarter",
 }
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -79,22 +86,23 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def commands() -> None:
     """Print the command of each search."""
     for name in MODELS:
-        if name == "sister-b":
-            _print_command(name, "others", OF_SISTER_B, HALF)
+        if name in MORE_FEATURES_THAN_LATENTS:
+            entries, seeds = MORE_FEATURES_THAN_LATENTS[name]
+            _print_command(name, "others", entries, HALF, seeds)
         else:
             _print_command(name, "l0", ATM)
             _print_command(name, "others", OTHERS, HALF)
 
 
 def _print_command(
-    name: str, prefix: str, entries: Entries, training: tuple[str, ...] = ()
+    name: str, prefix: str, entries: Entries, training: tuple[str, ...] = (), seeds: int = 2
 ) -> None:
     config, overrides = MODELS[name]
     settings = [f"architectures={json.dumps(entries)}", *overrides, *training]
     settings.append(f"output_path=runs/{prefix}-{name}")
     words = [word for setting in settings for word in ("--set", setting)]
     words += ["--longest", "1"] if training else []
-    words += ["--seeds", "2", "--jobs", "2"]
+    words += ["--seeds", str(seeds), "--jobs", "2"]
     print(shlex.join(["sae-lens-atm", "find-l0", config, *words]))
 
 
