@@ -141,10 +141,11 @@ def language_model_figures(
     alive = torch.tensor(density["feature_density"]) > 0
     excluded = torch.tensor(_excluded(cfg, model), dtype=torch.long)
     counted = (~torch.isin(batch.cpu(), excluded) for batch in tokens.batches)
-    figures["evaluated_samples"] = sum(int(batch.sum()) for batch in counted)
+    evaluated = sum(int(batch.sum()) for batch in counted)
     fired, further = fired_on(sae, tokens.stored_inputs)
     figures["dead_latents"] = int((~(alive | fired.cpu())).sum())
-    figures["dead_window"] = figures["evaluated_samples"] + further
+    figures["evaluated_samples"] = evaluated
+    figures["dead_window"] = evaluated + further
     figures |= decoder_figures(sae, alive, None if shared is None else shared.inputs())
     figures |= hierarchy
     return figures, alive

@@ -350,7 +350,7 @@ def test_a_tiny_gemma_2_from_disk(language_model_yaml, tmp_path):
     result = train(load_run(language_model_yaml))
     assert list(result.figures) == [
         *("l0", "explained_variance", "mse", "cosine", "shrinkage", "ce_loss_score"),
-        *("kl_div_score", "dead_latents", "evaluated_samples"),
+        *("kl_div_score", "dead_latents", "evaluated_samples", "dead_window"),
         *("decoder_cosine", "decoder_projection", "saved_bits", "description_length"),
     ]
     sae = SAE.load_from_disk(tmp_path / "out")
