@@ -142,13 +142,21 @@ def language_model_figures(
     excluded = torch.tensor(_excluded(cfg, model), dtype=torch.long)
     counted = (~torch.isin(batch.cpu(), excluded) for batch in tokens.batches)
     evaluated = sum(int(batch.sum()) for batch in counted)
-    fired, further = fired_on(sae, tokens.stored_inputs)
+    with _flat_heads(sae, hook.name):
+        fired, further = fired_on(sae, _watched(tokens, on_batch))
     figures["dead_latents"] = int((~(alive | fired.cpu())).sum())
     figures["evaluated_samples"] = evaluated
     figures["dead_window"] = evaluated + further
     figures |= decoder_figures(sae, alive, None if shared is None else shared.inputs())
     figures |= hierarchy
     return figures, alive
+
+
+def _watched(tokens: HeldOutTokens, on_batch: OnBatch) -> Generator[Tensor]:
+    """Yield the stored inputs, and call `on_batch` before each, which may stop the evaluation."""
+    for x in tokens.stored_inputs:
+        on_batch(len(tokens.batches), len(tokens.batches))
+        yield x
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from sae_lens_atm.compare.evaluate_saved import data_of, evaluate_saved
 from sae_lens_atm.compare.run.batch_pool import batch_seed, synthetic_model
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.synthetic import evaluate
+from sae_lens_atm.training.cached_run import cache_activations
 from tests.helpers import make_sae
 
 
@@ -40,6 +41,25 @@ def test_a_saved_sae_on_a_language_model(language_model_comparison_yaml, tmp_pat
     found = evaluate_saved([str(tmp_path / "sae")], data)[str(tmp_path / "sae")]
     assert {"l0", "ce_loss_score", "explained_variance"} <= found.figures.keys()
     assert not found.intervals
+
+
+def test_a_complete_cache_gives_the_tokens_and_more_activations(
+    language_model_comparison_yaml, tmp_path
+):
+    path = str(language_model_comparison_yaml)
+    data = data_of(path, ["seeds=[0]"])
+    TrainingSAE.from_dict(data.run.runner.sae.to_dict()).save_inference_model(tmp_path / "sae")
+    cached = data_of(path, ["seeds=[0]", "activations={cache: cached, dtype: float32}"])
+    without, incomplete = (
+        evaluate_saved([str(tmp_path / "sae")], each)[str(tmp_path / "sae")].figures
+        for each in (data, cached)
+    )
+    assert incomplete == pytest.approx(without, nan_ok=True)
+    cache_activations(cached.run, lambda _done, _all: None)
+    figures = evaluate_saved([str(tmp_path / "sae")], cached)[str(tmp_path / "sae")].figures
+    assert figures["dead_window"] > figures["evaluated_samples"]
+    for name in without.keys() - {"dead_latents", "dead_window"}:
+        assert figures[name] == pytest.approx(without[name], rel=1e-4, nan_ok=True), name
 
 
 def test_an_sae_of_another_width_is_an_error(synthetic_yaml, tmp_path):

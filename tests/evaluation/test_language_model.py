@@ -92,6 +92,19 @@ def test_dead_latents_fire_on_no_stored_input_either(sae, cfg, tokens, hooked_mo
     assert figures["dead_window"] == before["evaluated_samples"] + 2
 
 
+def test_the_count_of_dead_latents_can_be_stopped(sae, cfg, tokens, hooked_model):
+    read = []
+    tokens.stored_inputs = (read.append(i) or torch.randn(4, 16) for i in range(3))
+
+    def on_batch(done, total):
+        if done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        language_model_figures(sae, hooked_model, tokens, cfg, on_batch)
+    assert read == [0]
+
+
 def test_the_hierarchy_score_is_that_of_all_counted_tokens(sae, cfg, hooked_model, monkeypatch):
     monkeypatch.setattr(language_model, "FEWEST_SAMPLES", 100)
     batches = [torch.randint(4, 64, (30, CONTEXT)) for _ in range(2)]

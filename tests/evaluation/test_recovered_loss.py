@@ -120,6 +120,11 @@ def test_an_sae_that_reshapes_heads_is_left_as_it_was(hooked, tokens, cfg, monke
     sae.turn_on_forward_pass_hook_z_reshaping()
     check(sae, hooked, tokens, cfg, monkeypatch)
     assert sae.hook_z_reshaping_mode
+    # Stored activations have no dimension of heads either.
+    tokens.stored_inputs = [torch.randn(7, sae.cfg.d_in), torch.randn(6, sae.cfg.d_in)]
+    figures, _ = language_model_figures(sae, hooked, tokens, cfg)
+    assert figures["dead_window"] == figures["evaluated_samples"] + 13
+    assert sae.hook_z_reshaping_mode
 
 
 def test_further_saes_run_the_model_from_the_hook_on_only(gemma, tokens, cfg, monkeypatch):
