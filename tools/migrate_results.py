@@ -26,8 +26,8 @@ def migrate(content: dict[str, Any], summary_only: bool = False) -> dict[str, An
 
     Args:
         content: the parsed JSON.
-        summary_only: keep no values that only the charts of a run need: the curves, importance over
-            training, and absorption of each parent.
+        summary_only: keep no values that no table of the documentation reads: the curves, importance
+            over training, absorption of each parent, and probing by task.
     """
     entries = {name: _migrate_entry(entry) for name, entry in content["entries"].items()}
     config = dict(content["config"])
@@ -37,7 +37,7 @@ def migrate(content: dict[str, Any], summary_only: bool = False) -> dict[str, An
         }
     removed: dict[str, Any] = {"cosine_map": ""}
     if summary_only:
-        removed |= {"curve": None, "importance": None, "absorption_by_parent": []}
+        removed |= {"curve": None, "importance": None, "absorption_by_parent": [], "by_task": {}}
     runs = [{**run, **removed} for run in content["runs"]]
     version = {"schema_version": SCHEMA_VERSION}
     return {**content, **version, "config": config, "entries": entries, "runs": runs}
@@ -57,7 +57,7 @@ def _migrate_entry(entry: Any) -> Any:
 def main(
     files: list[Path],
     summary_only: Annotated[
-        bool, typer.Option(help="Keep no values that only charts of single runs need.")
+        bool, typer.Option(help="Keep no values that no table of the documentation reads.")
     ] = False,
 ) -> None:
     """Convert results.json files from schema 2 to schema 3, in place."""
