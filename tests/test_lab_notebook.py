@@ -76,6 +76,20 @@ def test_each_figure_has_its_own_best_baseline():
     ]
 
 
+def test_the_bound_of_a_figure_of_probing_is_two_standard_errors_above_the_best_baseline():
+    ours, theirs = row(targets.ON_LANGUAGE_MODELS), row("topk")
+    ours.figures["sparse_probing_1"] = Spread(mean=0.8, sd=0.03, n=9)
+    theirs.figures["sparse_probing_1"] = Spread(mean=0.76, sd=0.04, n=16)
+    found = results(ours, theirs, row("batchtopk", absorption_full=0.1))
+    found.entries[ours.entry].role = "candidate"
+    ours.figures["absorption_full"] = Spread(mean=0.06, sd=0.01, n=9)
+    lines = targets.language_model_targets(found).splitlines()
+    # sqrt(.03^2 / 9 + .04^2 / 16) = .01414, and .76 + 2 x .01414 = .788
+    probing = "| sparse probing, k 1 | ≥ best + 2 standard errors | **0.800** / 0.788 topk |"
+    assert probing in lines
+    assert "| absorption, full | ≤ 0.5 x batchtopk | 0.060 / 0.050 batchtopk |" in lines
+
+
 def test_where_absorption_is_not_ranked_there_is_no_target_for_it():
     found = results(
         row("atm", explained_variance=0.79, absorption_full=0.1),

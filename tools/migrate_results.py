@@ -26,8 +26,8 @@ def migrate(content: dict[str, Any], summary_only: bool = False) -> dict[str, An
 
     Args:
         content: the parsed JSON.
-        summary_only: keep no values that no table of the documentation reads: the curves, importance
-            over training, absorption of each parent, and probing by task.
+        summary_only: keep no values that no table of the documentation reads: the curves,
+            importance over training, absorption of each parent, and probing by task.
     """
     entries = {name: _migrate_entry(entry) for name, entry in content["entries"].items()}
     config = dict(content["config"])

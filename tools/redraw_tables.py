@@ -49,6 +49,7 @@ ON_A_LANGUAGE_MODEL = (
     "dead_latents",
     "stability",
 )
+OVER_L0 = ("explained_variance", "mcc", "f1", "precision", "recall", "saved_bits")
 CEILING = ("explained_variance", "mcc", "f1", "absorption_full", "absorption_fraction")
 
 
@@ -87,6 +88,11 @@ def script(name: str, function: str) -> Callable[[str], str]:
 def targets(path: str) -> str:
     """Return the table of targets of a results.json."""
     return import_module("targets").table(read_results(ROOT / path))
+
+
+def language_model_targets(path: str) -> str:
+    """Return the table of targets of a results.json on a language model."""
+    return import_module("targets").language_model_targets(complete(path))
 
 
 def summary(_: str) -> str:
@@ -165,6 +171,16 @@ def weights(path: str) -> str:
     return "\n".join(lines)
 
 
+def over_l0(path: str) -> str:
+    """Return a row for each architecture and L0 of a results.json on synthetic data."""
+    heads = [figure(name).label + ARROWS[figure(name).better] for name in OVER_L0]
+    lines = [f"| | L0 | {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) + 1) + "|"]
+    for row in sorted(complete(path).rows, key=lambda row: (row.entry, row.l0_target)):
+        cells = [f"{row.figures[name].mean:.{figure(name).digits}f}" for name in OVER_L0]
+        lines.append(f"| {row.entry} | {show_l0(row.l0_target)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def found_l0(path: str) -> str:
     """Return the answers of `find-l0`, and what makes each unsure."""
     lines = [
@@ -200,6 +216,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "table": comparison,
     "language_model": language_model,
     "targets": targets,
+    "language_model_targets": language_model_targets,
     "summary": summary,
     "language_models": language_models,
     "evaluated": evaluated,
@@ -211,6 +228,7 @@ KINDS: dict[str, Callable[[str], str]] = {
     "found_l0": found_l0,
     "found_models": script("found_l0", "table"),
     "weights": weights,
+    "over_l0": over_l0,
     "directions": script("error_directions", "table"),
     "l0_figures": script("l0_figures", "table"),
     "falling": script("falling_k", "table"),

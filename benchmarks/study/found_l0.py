@@ -11,6 +11,7 @@ A search with ATM writes to `runs/l0-NAME-l0`, one with other architectures to
 
 import json
 import shlex
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,9 +41,11 @@ OF_SISTER_B: Entries = {
     **ATM,
     **{name: OTHERS[name] for name in ("batchtopk", "atm (both off)", "topk")},
     "matryoshka_batchtopk": {"sae": {"matryoshka_widths": [8, 32, 128, 256]}},
+    "lista_matryoshka": {"sae": {"matryoshka_widths": [8, 32, 128]}},
 }
-MORE_FEATURES_THAN_LATENTS: dict[str, tuple[Entries, int]] = {
+SHORT: dict[str, tuple[Entries, int]] = {
     "sister-b": (OF_SISTER_B, 2),
+    "sister-b-wide": (ATM, 1),
     "synthsaebench-4k": (ATM, 1),
 }
 """Models that are searched with half of the training: the architectures, and the seeds."""
@@ -66,6 +69,7 @@ MODELS: dict[str, tuple[str, list[str]]] = {
     "flat": ("benchmarks/study/held-out-flat.yaml", []),
     "not-exclusive": ("benchmarks/study/held-out-not-exclusive.yaml", []),
     "sister-b": ("configs/compare-sister-b.yaml", []),
+    "sister-b-wide": ("configs/compare-sister-b.yaml", ["sae.d_sae=1024"]),
     "synthsaebench-4k": ("benchmarks/study/synthsaebench-4k.yaml", []),
 }
 LABELS = {
@@ -77,6 +81,7 @@ LABELS = {
     "flat": "held out: one level",
     "not-exclusive": "held out: not exclusive",
     "sister-b": "sister B",
+    "sister-b-wide": "sister B, 1,024 latents",
     "synthsaebench-4k": "SynthSAEBench, a quarter",
 }
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -86,8 +91,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def commands() -> None:
     """Print the command of each search."""
     for name in MODELS:
-        if name in MORE_FEATURES_THAN_LATENTS:
-            entries, seeds = MORE_FEATURES_THAN_LATENTS[name]
+        if name in SHORT:
+            entries, seeds = SHORT[name]
             _print_command(name, "others", entries, HALF, seeds)
         else:
             _print_command(name, "l0", ATM)
@@ -149,8 +154,12 @@ def collect(
 
 
 def table(content: dict[str, Any]) -> str:
-    """Return a row for each model: the true L0, and what is found with each architecture."""
-    names = list(dict.fromkeys(n for model in content.values() for n in model["entries"]))
+    """Return a row for each model: the true L0, and what is found with each architecture.
+
+    Architectures of one model are left out.
+    """
+    models = Counter(name for model in content.values() for name in model["entries"])
+    names = [name for name, count in models.items() if count > 1]
     lines = [f"| | true L0 | {' | '.join(names)} |", "|---" + "|--:" * (len(names) + 1) + "|"]
     for name, model in content.items():
         cells = [_cell(model["entries"].get(n), model["true_l0"]) for n in names]

@@ -6,6 +6,7 @@
 Each figure has its own best baseline, among the baselines within 5% of the target's L0.
 """
 
+import math
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -32,6 +33,7 @@ SUMMARY = (
 SUMMARY_FIGURES = ("explained_variance", "f1", "absorption_fraction")
 LANGUAGE_MODELS = (
     ("SmolLM2-135M, layer 12", "docs/smollm2-135m-l12/results.json"),
+    ("SmolLM2-135M, layer 20", "docs/smollm2-135m-l20/results.json"),
     ("Gemma 3 270M, layer 3", "docs/gemma-3-270m-l3/results.json"),
     ("Gemma 3 270M, layer 9", "docs/gemma-3-270m-l9/results.json"),
 )
@@ -55,6 +57,8 @@ class Target(NamedTuple):
     offset: float = 0.0
     than: str = ""
     """The entry to compare with; empty: the best baseline."""
+    errors: int = 0
+    """So many standard errors of the difference are added."""
 
     def __str__(self) -> str:
         sign = "≤" if figure(self.name).better < 0 else "≥"
@@ -63,7 +67,8 @@ class Target(NamedTuple):
         offset = (
             "" if not self.offset else f" {'+' if self.offset > 0 else MINUS} {abs(self.offset):g}"
         )
-        return f"{sign} {factor}{whom}{offset}"
+        errors = f" + {self.errors} standard errors" if self.errors else ""
+        return f"{sign} {factor}{whom}{offset}{errors}"
 
 
 _ABSORPTION = (
@@ -90,6 +95,15 @@ FOR_DICTIONARIES = [
     Target("stability"),
 ]
 """Targets on models where absorption is reported but not ranked, as in sister B."""
+FOR_LANGUAGE_MODELS = [
+    Target("explained_variance"),
+    Target("ce_loss_score"),
+    Target("dead_latents", 0.5),
+    Target("sparse_probing_1", errors=2),
+    Target("k1_f1", errors=2),
+    Target("absorption_full", 0.5, than="batchtopk"),
+    Target("stability"),
+]
 
 
 def _digits(name: str) -> int:
@@ -151,6 +165,36 @@ def table(results: Results, candidate: str = "atm") -> str:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def language_model_targets(results: Results) -> str:
+    """Return a table with a line for each target and a column for each L0: figure and bound."""
+    l0s = sorted({row.l0_target for row in results.rows})
+    heads = " | ".join(f"L0 {l0:g}" for l0 in l0s)
+    lines = [f"| | target | {heads} |", "|---|---" + "|---" * len(l0s) + "|"]
+    for target in FOR_LANGUAGE_MODELS:
+        cells = [_language_model_cell(results, l0, target) for l0 in l0s]
+        lines.append(f"| {figure(target.name).label} | {target} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _language_model_cell(results: Results, l0: float, target: Target) -> str:
+    rows = [row for row in results.rows if row.l0_target == l0]
+    at_l0 = results.model_copy(update={"rows": rows})
+    entries = {row.entry: row for row in rows}
+    against = entries.get(target.than) or best_baseline(at_l0, target.name, one_step=True)
+    if against is None:
+        return "-"
+    ours, theirs = (row.figures[target.name] for row in (entries[ON_LANGUAGE_MODELS], against))
+    if ours.mean is None or theirs.mean is None:
+        return "-"
+    error = math.sqrt(sum((one.sd or 0) ** 2 / one.n for one in (ours, theirs)))
+    better, digits = figure(target.name).better, figure(target.name).digits
+    bound = target.factor * theirs.mean + target.offset + target.errors * error
+    reached = f"{ours.mean:.{digits}f}"
+    if better * ours.mean >= better * bound:
+        reached = f"**{reached}**"
+    return f"{reached} / {bound:.{digits}f} {against.entry.removesuffix('_batchtopk')}"
 
 
 def summary_table() -> str:
