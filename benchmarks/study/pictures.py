@@ -7,7 +7,7 @@ Each panel is one kind of data, and each point an architecture with its deviatio
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import matplotlib as mpl
 import typer
@@ -111,7 +111,7 @@ def draw(axes: Axes, panel: Panel) -> None:
     axes.grid(alpha=0.3)
 
 
-def main() -> None:
+def main(folder: Annotated[Path, typer.Argument(help="Where docs/ is.")] = ROOT) -> None:
     """Draw both pictures."""
     for output, panels in PICTURES.items():
         columns = min(len(panels), 4)
@@ -130,7 +130,7 @@ def main() -> None:
         names = [name for name in COLOURS if name in drawn]
         handles = [drawn[name] for name in names]
         figure.legend(handles, names, loc="outside right center", frameon=False)
-        figure.savefig(ROOT / output, dpi=90)
+        figure.savefig(folder / output, dpi=90)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ SUMMARY = (
     ("held out: not exclusive", f"{STUDY}/held-out-not-exclusive.json", 4),
     ("held out: one level", f"{STUDY}/held-out-flat.json", 4),
     ("sister B", "docs/sister-b/results.json", 5),
+    ("sister B, L0 of `find-l0`", "docs/sister-b/own_l0.json", 0),
 )
-"""Rows of the README's table: label, results, L0."""
+"""Rows of the README's table: label, results, L0. 0: each architecture at its own L0."""
 SUMMARY_FIGURES = ("explained_variance", "f1", "absorption_fraction")
 LANGUAGE_MODELS = (
     ("SmolLM2-135M, layer 12", "docs/smollm2-135m-l12/results.json"),
@@ -42,7 +43,7 @@ LANGUAGE_MODEL_FIGURES = (
     *("explained_variance", "ce_loss_score", "sparse_probing_1", "absorption_full", "stability"),
 )
 ON_LANGUAGE_MODELS, THEIR_L0 = "atm (only budgets)", 64
-SEVERAL_STEPS = ("matching_pursuit",)
+SEVERAL_STEPS = ("matching_pursuit", "lista_matryoshka")
 """Baselines that encode in several steps. ATM and all others encode in one linear map."""
 MINUS = "\N{MINUS SIGN}"
 
@@ -207,7 +208,7 @@ def summary_table() -> str:
         results = results.model_copy(update={"rows": rows})
         cells = (_summary_cell(results, name) for name in SUMMARY_FIGURES)
         true = rows[0].figures["true_l0"].mean
-        lines.append(f"| {label} | {true:.1f} | {l0} | {' | '.join(cells)} |")
+        lines.append(f"| {label} | {true:.1f} | {l0 or 'own'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -237,8 +238,8 @@ def _summary_cell(results: Results, name: str) -> str:
     entries = {row.entry: row for row in results.rows}
     digits, better = figure(name).digits, figure(name).better
     ours, unmasked, theirs = (
-        f"{row.figures[name].mean:.{digits}f}"
-        for row in (entries["atm"], entries["atm (masking off)"], best)
+        f"{row.figures[name].mean:.{digits}f}" if row else "-"
+        for row in (entries["atm"], entries.get("atm (masking off)"), best)
     )
     lead = better * (float(ours) - float(theirs))  # as shown: equal to the last digit is level
     ours = f"**{ours}**" if lead > 0 else ours
