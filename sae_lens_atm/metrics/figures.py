@@ -118,7 +118,8 @@ FIGURES: dict[str, Figure] = {
         "saved bits",
         0,
         "Bits per sample that a description by activations and error needs less than one under a "
-        "Gaussian; over L0s it is largest near the true one.",
+        "Gaussian. Over L0s it is largest near the true one, and with fewer latents than features "
+        "below it.",
         1,
     ),
     "hierarchy_score": Figure(

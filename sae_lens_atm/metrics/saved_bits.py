@@ -18,7 +18,9 @@ The decoder takes the middle of the level. This adds a squared error of ``step^2
 each active latent, on average as much as one dimension of the error has.
 
 Over L0s the figure is largest near the true L0. If the L0 is too low, features are missing, and the
-error is large. If it is too high, additional latents cost bits and reduce the error little.
+error is large. If it is too high, additional latents cost bits and reduce the error little. With
+fewer latents than features it is largest below the number of active features: additional
+activations would describe features that have no latent.
 """
 
 import math
