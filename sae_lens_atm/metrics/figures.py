@@ -118,7 +118,7 @@ FIGURES: dict[str, Figure] = {
         "saved bits",
         0,
         "Bits per sample that a description by activations and error needs less than one under a "
-        "Gaussian. Over L0s it is largest near the true one, and with fewer latents than features "
+        "Gaussian; over L0s it is largest near the true one, or with fewer latents than features "
         "below it.",
         1,
     ),
