@@ -156,7 +156,7 @@ def collect(
 def table(content: dict[str, Any]) -> str:
     """Return a row for each model: the true L0, and what is found with each architecture.
 
-    Architectures of one model are left out.
+    An architecture that was searched on one model only has no column.
     """
     models = Counter(name for model in content.values() for name in model["entries"])
     names = [name for name, count in models.items() if count > 1]

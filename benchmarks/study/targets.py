@@ -105,6 +105,7 @@ FOR_LANGUAGE_MODELS = [
     Target("absorption_full", 0.5, than="batchtopk"),
     Target("stability"),
 ]
+"""Targets on real language models."""
 
 
 def _digits(name: str) -> int:

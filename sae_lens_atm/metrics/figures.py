@@ -118,8 +118,8 @@ FIGURES: dict[str, Figure] = {
         "saved bits",
         0,
         "Bits per sample that a description by activations and error needs less than one under a "
-        "Gaussian; over L0s it is largest near the true one, or with fewer latents than features "
-        "below it.",
+        "Gaussian; over L0s it is largest near the true one, and below it with fewer latents "
+        "than features.",
         1,
     ),
     "hierarchy_score": Figure(
