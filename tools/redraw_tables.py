@@ -51,6 +51,10 @@ ON_A_LANGUAGE_MODEL = (
 )
 OVER_L0 = ("explained_variance", "mcc", "f1", "precision", "recall", "saved_bits")
 CEILING = ("explained_variance", "mcc", "f1", "absorption_full", "absorption_fraction")
+BESIDE_CEILING = {
+    2: "benchmarks/study/results/budgets-other-l0.json",
+    4: "docs/sister-a/results.json",
+}
 
 
 def load(path: str) -> Any:
@@ -100,18 +104,24 @@ def summary(_: str) -> str:
     return import_module("targets").summary_table()
 
 
-def ceiling(_: str) -> str:
-    """Return the figures of the true dictionary beside ATM's."""
-    true = load("benchmarks/study/results/ceiling.json")
-    results = read_results(ROOT / "docs/sister-a/results.json")
-    ours = next(row for row in results.rows if row.entry == "atm")
-    rows = {
-        f"true dictionary, {len(true['runs'])} seeds": [true["mean"][name] for name in CEILING],
-        f"ATM, {len(ours.seeds)} seeds": [ours.figures[name].mean for name in CEILING],
-    }
+def ceiling(path: str) -> str:
+    """Return the figures of the true dictionary beside ATM's at the same L0."""
+    true = load(path)
+    ours = [
+        row
+        for row in read_results(ROOT / BESIDE_CEILING[true["l0"]]).rows
+        if row.l0_target == true["l0"]
+    ]
+    rows = {f"true dictionary, {len(true['runs'])} seeds": [true["mean"][name] for name in CEILING]}
+    for row in ours:
+        if row.entry in ("atm", "atm (both off)"):
+            label = f"{row.entry}, {len(row.seeds)} seeds"
+            rows[label] = [row.figures[name].mean for name in CEILING]
     head = f"| | {' | '.join(figure(name).label for name in CEILING)} |"
     cells = (f"| {label} | {' | '.join(f'{v:.4f}' for v in row)} |" for label, row in rows.items())
-    return "\n".join([head, "|---" + "|--:" * len(CEILING) + "|", *cells])
+    bound = f"{true['explained_variance_true_activations']:.4f}"
+    first = f"| true dictionary and activations | {bound}{' | -' * (len(CEILING) - 1)} |"
+    return "\n".join([head, "|---" + "|--:" * len(CEILING) + "|", first, *cells])
 
 
 def implied(_: str) -> str:

@@ -45,6 +45,21 @@ def train_encoder(run: SyntheticRun, l0: float, seed: int) -> dict[str, float]:
     return evaluate_closely(saved, model, cfg.eval_samples, batch_seed(seed, -2)).figures
 
 
+def with_true_activations(run: SyntheticRun, l0: float) -> float:
+    """Return the explained variance of the true features and their true activations.
+
+    Only the largest `l0` per sample on average are used: there is no encoder that could err.
+    """
+    model = synthetic_model(run, Path())
+    with torch.no_grad(), temporary_seed(batch_seed(0, -2)):
+        x, activations = model.sample_with_features(run.runner.eval_samples)
+    features = model.feature_dict.feature_vectors.detach()
+    lengths = activations * features.norm(dim=1)
+    smallest = lengths.flatten().topk(round(l0 * len(x))).values[-1]
+    parts = torch.where(lengths >= smallest, activations, 0) @ features
+    return 1 - float((x - parts).var(dim=0).sum() / x.var(dim=0).sum())
+
+
 def main(config: Path, output: Path, l0: float = 4, seeds: int = 3) -> None:
     """Train and evaluate each seed; write the figures, their means and standard deviations."""
     torch.set_num_threads(1)
@@ -55,6 +70,7 @@ def main(config: Path, output: Path, l0: float = 4, seeds: int = 3) -> None:
     content = {
         "config": config.name,
         "l0": l0,
+        "explained_variance_true_activations": with_true_activations(run, l0),
         "runs": runs,
         "mean": {name: mean(values) for name, values in spread.items()},
         "deviation": {name: stdev(values) for name, values in spread.items()},
