@@ -78,5 +78,7 @@ def largest_of_each(acts: Tensor, budgets: Sequence[int]) -> list[Tensor]:
         acts: shape ``(..., d_sae)``.
         budgets: the budgets ``b``.
     """
+    if not budgets:
+        return []
     falling = acts.detach().topk(max(budgets), dim=-1).values
     return [acts * (acts.detach() >= falling[..., b - 1 : b]) for b in budgets]

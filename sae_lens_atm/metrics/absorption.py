@@ -269,6 +269,14 @@ def _check(decoder: Tensor, vectors: Tensor, children: Mapping[int, Sequence[int
         raise ValueError(
             f"children has the feature {min(outside)}: it must be in [0, {len(vectors)})"
         )
+    parent_of: dict[int, int] = {}
+    for parent, members in children.items():
+        for child in members:
+            if parent_of.setdefault(child, parent) != parent:
+                raise ValueError(
+                    f"children has feature {child} under {parent_of[child]} and under {parent}: a "
+                    "feature must have at most one parent"
+                )
     for parent in children:
         if parent in _descendants(parent, children):
             raise ValueError(f"children has a cycle: feature {parent} is its own descendant")

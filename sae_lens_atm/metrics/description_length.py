@@ -48,7 +48,7 @@ def code_length(level: Tensor, bins: int) -> float:
     counts = torch.bincount(cell, minlength=latents * size).view(latents, size).double()
     fired = counts.sum(1)
     fires = torch.stack([fired, samples - fired], 1)
-    return float((_entropies(fires) + fired / samples * _entropies(counts)).sum())
+    return float((entropy(fires) + fired / samples * entropy(counts)).sum())
 
 
 def description_length(acts: Tensor, x: Tensor, decode: Callable[[Tensor], Tensor]) -> float:
@@ -69,7 +69,7 @@ def description_length(acts: Tensor, x: Tensor, decode: Callable[[Tensor], Tenso
     return code_length(levels(acts, bins)[0], bins)
 
 
-def _entropies(counts: Tensor) -> Tensor:
-    """Return the entropy of each row of counts, in bits."""
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    return -torch.where(shares > 0, shares * shares.clamp(min=1e-300).log2(), 0.0).sum(1)
+def entropy(counts: Tensor) -> Tensor:
+    """Return the entropy of counts along the last dimension, in bits."""
+    shares = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
+    return -torch.where(shares > 0, shares * shares.clamp(min=1e-300).log2(), 0.0).sum(-1)

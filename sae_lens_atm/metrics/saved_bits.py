@@ -28,6 +28,8 @@ import math
 import torch
 from torch import Tensor
 
+from sae_lens_atm.metrics.description_length import entropy
+
 
 @torch.no_grad()
 def saved_bits(x: Tensor, acts: Tensor, decoder: Tensor, bias: Tensor) -> float:
@@ -48,14 +50,8 @@ def saved_bits(x: Tensor, acts: Tensor, decoder: Tensor, bias: Tensor) -> float:
     parts = acts[sample, latent] * decoder.norm(dim=1)[latent]
     l0 = len(parts) / samples
     fired = torch.bincount(latent, minlength=acts.shape[1])
-    fires = _entropy(torch.stack([fired, samples - fired], 1)).sum()
+    fires = entropy(torch.stack([fired, samples - fired], 1)).sum()
     level = parts.sign() * (parts.abs() / math.sqrt(12 * error / d)).ceil()
-    levels = _entropy(level.unique(return_counts=True)[1])
+    levels = entropy(level.unique(return_counts=True)[1])
     gained = d / 2 * math.log2(max(variance, error) / (error * (1 + l0 / d)))
     return gained - float(fires + l0 * levels)
-
-
-def _entropy(counts: Tensor) -> Tensor:
-    """Return the entropy of counts along the last dimension, in bits."""
-    shares = counts.double() / counts.sum(-1, keepdim=True).clamp(min=1)
-    return -torch.where(shares > 0, shares * shares.clamp(min=1e-300).log2(), 0.0).sum(-1)

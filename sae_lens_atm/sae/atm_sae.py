@@ -162,14 +162,18 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
 
     @property
     def importance(self) -> Tensor:
-        """``Importance_i``, shape ``(d_sae,)``; its mean over the latents is 1."""
+        """``Importance_i``, shape ``(d_sae,)``; its mean over the latents is 1.
+
+        It is smaller if a signal is 0 for all latents, as before the first step.
+        """
         return combine_signals(self.tracker.averages(), self.cfg.signal_weights)
 
     def masks_are_active(self) -> bool:
         """Return whether this step masks latents."""
         cfg = self.cfg
         end = cfg.mask_end_step if cfg.mask_end < 1 else math.inf
-        return cfg.mask_rate > 0 and self.is_active(cfg.mask_warm_up_steps, end)
+        switched_on = cfg.mask_rate > 0 and cfg.masked_weight > 0
+        return switched_on and self.is_active(cfg.mask_warm_up_steps, end)
 
     @torch.no_grad()
     def draw_mask(self) -> Mask:

@@ -63,15 +63,18 @@ def dense_pass(
 
     sae_out = decode(acts)
 
+    def in_units_of_input(acts: Tensor) -> Tensor:
+        if not state:  # a copy of all activations would be made for nothing
+            return acts
+        return acts * (state.get("ln_std", 1.0) / state.get("x_norm_coeff", 1.0))
+
     def statistics(keep: Tensor) -> BatchStatistics:
-        scaled = acts.detach()
-        if state:  # otherwise a copy of all activations would be made for nothing
-            scaled = scaled * (state.get("ln_std", 1.0) / state.get("x_norm_coeff", 1.0))
+        scaled = in_units_of_input(acts.detach())
         inputs, scaled, outputs = (t.flatten(0, -2) for t in (x, scaled, sae_out))
         return dense_statistics(inputs, scaled, sae.decoder_rows(), outputs, keep)
 
     def weighted_length(weights: Tensor) -> Tensor:
-        lengths = acts.flatten(0, -2).mean(0)
+        lengths = in_units_of_input(acts).flatten(0, -2).mean(0)
         if not sae.cfg.rescale_acts_by_decoder_norm:  # otherwise SAELens has multiplied by |d_i|
             lengths = lengths * sae.W_dec.norm(dim=-1)
         return lengths @ weights.to(lengths.dtype)

@@ -80,6 +80,14 @@ def test_the_loss_in_training_is_its_formula(rescaled):
         torch.testing.assert_close(gradients[-1], torch.autograd.grad(expected, parameters))
 
 
+@pytest.mark.parametrize("kernels", ["auto", "dense"])
+@pytest.mark.parametrize("k", [0.9, 1])
+def test_without_a_smaller_budget_the_loss_is_zero(kernels, k):
+    sae = make_sae(k=k, kernels=kernels, budget_weight=0.5)
+    output = sae.training_forward_pass(step_input(torch.randn(64, 8)))
+    assert output.losses["budget_loss"] == 0
+
+
 def test_masks_give_the_loss_the_weight_of_the_full_pass():
     """Otherwise the full error, which the loss subtracts, would have a negative weight."""
     for weight in (0.25, 1.0):

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from sae_lens_atm import Signals
@@ -54,6 +55,23 @@ def test_the_loss_in_training_is_its_formula_and_reaches_encoder_and_decoder():
                 gradients[-1], torch.autograd.grad(expected, parameters), rtol=1e-6, atol=1e-9
             )
             assert all(gradient.any() for gradient in gradients[-1])
+
+
+@pytest.mark.parametrize("normalization", ["none", "layer_norm", "constant_norm_rescale"])
+def test_the_loss_has_the_unit_of_the_error(normalization):
+    x, ratios = torch.randn(64, 8, dtype=torch.float64), []
+    for scale in (1, 1000):
+        torch.manual_seed(0)
+        sae = make_sae(
+            dtype="float64",
+            activation="relu",
+            normalize_activations=normalization,
+            frequency_penalty=1.0,
+        )
+        sae.training_forward_pass(step_input(scale * x))
+        losses = sae.training_forward_pass(step_input(scale * x)).losses
+        ratios.append(losses["frequency_loss"] / losses["mse_loss"])
+    torch.testing.assert_close(*ratios, rtol=1e-3, atol=0)
 
 
 def test_the_loss_ends_at_its_step():

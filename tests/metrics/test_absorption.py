@@ -351,6 +351,11 @@ def test_no_parents_is_an_error():
         Absorption(torch.eye(2), torch.eye(2), {})
 
 
+def test_a_child_of_two_parents_is_refused():
+    with pytest.raises(ValueError, match="feature 2 under 0 and under 3: a feature must have"):
+        Absorption(torch.eye(4), torch.eye(4), {0: [1, 2], 3: [2]})
+
+
 @pytest.mark.parametrize("children", [{0: [0]}, {0: [1], 1: [2], 2: [0]}])
 def test_a_cycle_is_refused(children):
     with pytest.raises(ValueError, match="cycle"):

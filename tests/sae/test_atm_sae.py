@@ -236,6 +236,12 @@ def test_the_weight_mixes_the_two_losses():
     assert losses[1.0] > losses[0.0]
 
 
+def test_a_weight_of_zero_makes_no_masked_pass():
+    sae = with_importance(make_sae(mask_rate=20.0, masked_weight=0.0), HALF)
+    losses = sae.training_forward_pass(step_input(torch.randn(64, 8))).losses
+    assert not any(name.startswith("masked_") for name in losses)
+
+
 def test_dead_latents_are_revived_by_the_full_pass_alone_at_full_weight():
     sae = with_importance(make_sae(mask_rate=20.0, parent_weight=0.0, masked_weight=0.25), HALF)
     dead = torch.zeros(24, dtype=torch.bool)

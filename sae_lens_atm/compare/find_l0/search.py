@@ -12,6 +12,7 @@ The answer is the peak of the last round. `problems` says what makes it unsure.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -120,42 +121,46 @@ def expected_rounds(
     seeds: Sequence[int], limits: Limits
 ) -> list[tuple[float, list[float], list[int]]]:
     """Return length, L0s and seeds of each call of `Measure`, for a peak in the middle."""
-    low, high, whole, _ = limits
-    middle = math.sqrt(low * high)
-    first: list[list[float]] = []
-    curve: dict[float, float] = {}
-    to_try = grid(low, high, GRID_RATIO, whole)
-    while to_try:
-        first.append(to_try)
-        curve |= {l0: -abs(math.log(l0 / middle)) for l0 in to_try}
-        to_try = between(curve, whole)
-    around = window(middle, low, high, whole)
-    return [
-        *((FIRST, l0s, list(seeds[:1])) for l0s in first),
-        (SECOND, around, list(seeds[:1])),
-        (1, around, list(seeds)),
-    ]
+    middle = math.sqrt(limits.low * limits.high)
+    calls: list[tuple[float, list[float], list[int]]] = []
+
+    def measure(
+        length: float, l0s: Sequence[float], seeds: Sequence[int]
+    ) -> dict[tuple[float, int], float]:
+        calls.append((length, list(l0s), list(seeds)))
+        return {(l0, seed): -abs(math.log(l0 / middle)) for l0 in l0s for seed in seeds}
+
+    search(measure, seeds, limits)
+    return calls
 
 
 def _first_round(measure: Measure, seeds: Sequence[int], limits: Limits) -> Round:
-    found: dict[tuple[float, int], float] = {}
-    to_try = grid(limits.low, limits.high, GRID_RATIO, limits.whole)
-    while to_try:
-        found |= measure(FIRST, to_try, seeds)
-        to_try = between(mean_curve(_by_l0(found)), limits.whole)
-    return _as_round(FIRST, found)
+    l0s = grid(limits.low, limits.high, GRID_RATIO, limits.whole)
+    return _round(measure, FIRST, seeds, l0s, partial(between, whole=limits.whole))
 
 
 def _round_around(
     center: float, measure: Measure, length: float, seeds: Sequence[int], limits: Limits
 ) -> Round:
+    low, high, whole, _ = limits
+    more = partial(beyond, low=low, high=high, whole=whole)
+    return _round(measure, length, seeds, window(center, low, high, whole), more)
+
+
+def _round(
+    measure: Measure,
+    length: float,
+    seeds: Sequence[int],
+    l0s: list[float],
+    more: Callable[[dict[float, float]], list[float]],
+) -> Round:
+    """Measure at `l0s`, and at those that `more` adds to the mean curve until it adds none."""
     found: dict[tuple[float, int], float] = {}
-    to_try = window(center, limits.low, limits.high, limits.whole)
-    while to_try:
-        found |= measure(length, to_try, seeds)
-        curve = mean_curve(_by_l0(found))
-        to_try = beyond(curve, limits.low, limits.high, limits.whole)
-    return _as_round(length, found)
+    while l0s:
+        found |= measure(length, l0s, seeds)
+        l0s = more(mean_curve(_by_l0(found)))
+    values = _by_l0(found)
+    return Round(length=length, l0=peak(mean_curve(values)), values=values)
 
 
 def _by_l0(found: Mapping[tuple[float, int], float]) -> dict[float, dict[int, float]]:
@@ -163,11 +168,6 @@ def _by_l0(found: Mapping[tuple[float, int], float]) -> dict[float, dict[int, fl
     for (l0, seed), bits in sorted(found.items()):
         values.setdefault(l0, {})[seed] = bits
     return values
-
-
-def _as_round(length: float, found: Mapping[tuple[float, int], float]) -> Round:
-    values = _by_l0(found)
-    return Round(length=length, l0=peak(mean_curve(values)), values=values)
 
 
 def _agree(a: float, b: float) -> bool:
@@ -181,9 +181,8 @@ def _problems(rounds: Sequence[Round], low: float, high: float) -> list[str]:
     problems: list[str] = []
     if is_at_edge(curve):
         end = "smallest" if highest(curve) == min(curve) else "largest"
-        problems.append(
-            f"the peak is at the {end} L0 tried, {last.l0:g}: allow others with --l0 LOW,HIGH"
-        )
+        advice = ": allow others with --l0 LOW,HIGH" if last.l0 > 1 else ""
+        problems.append(f"the peak is at the {end} L0 tried, {last.l0:g}{advice}")
     problems += [
         f"the curve is flat {side} the peak: its fall is within two standard errors"
         for side in flat_sides(last.values)

@@ -1,40 +1,27 @@
-"""The searches of a run file or comparison file: one for each architecture.
+"""The searches of a run file or comparison file: one for each architecture."""
 
-A search trains SAEs as a comparison does: each is stored, and none is trained twice. The same call
-therefore resumes a search that was stopped.
-"""
-
-import shutil
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from sae_lens_atm.compare.find_l0.search import FoundL0, Limits, search
+from sae_lens.synthetic import SyntheticSAERunnerConfig
+
+from sae_lens_atm.compare.find_l0.search import Limits
 from sae_lens_atm.compare.plan.comparison_file import (
     Comparison,
     is_comparison,
     parse_comparison,
     read_comparison,
 )
-from sae_lens_atm.compare.plan.l0_target import direct_l0_field, is_whole_number
+from sae_lens_atm.compare.plan.l0_target import FINDS_L0, direct_l0_field, is_whole_number
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.plan.sweep_file import as_comparison
-from sae_lens_atm.compare.report.results import Curve
 from sae_lens_atm.compare.run.cached import longest_run
-from sae_lens_atm.compare.run.checks import check
-from sae_lens_atm.compare.run.comparison import run_lists
-from sae_lens_atm.compare.run.processes import Job, JobEvents, run_jobs
-from sae_lens_atm.compare.run.stored_run import TRAINING
-from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.data.cache_writer import plan_cache
 from sae_lens_atm.errors import SettingsError, shown
-from sae_lens_atm.files import locked, read_json, write_json
-from sae_lens_atm.training.found_l0 import FILENAME, SCHEMA, key_of, search_folder, with_fields_of
-from sae_lens_atm.training.hooks import StopFlag
-from sae_lens_atm.training.preflight.checks import check_devices
+from sae_lens_atm.training.found_l0 import key_of, search_folder, with_fields_of
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 SEEDS = (0, 1, 2)
@@ -44,8 +31,6 @@ _NOT_NEEDED = ("first_letters", "sae_probes", "contrastive_stories", "not_ranked
 _EVALUATED = 10_000  # samples of a synthetic model: figures that the search does not use
 
 Values = dict[str, Any]
-OnRound = Callable[[str, Sequence[Job]], AbstractContextManager[JobEvents]]
-"""Is called with the name of a round and its jobs, and shows their progress."""
 
 
 @dataclass(frozen=True)
@@ -117,24 +102,35 @@ def load_searches(
         content = as_comparison(content)
     content = {k: v for k, v in content.items() if k not in _NOT_NEEDED}
     content |= {"output_path": str(output), "seeds": list(seeds), "l0": [1], "curve_points": 10}
-    if "eval_samples" in content or content.get("runner") == "synthetic":
-        content["eval_samples"] = min(content.get("eval_samples", _EVALUATED), _EVALUATED)
     if content.get("spelling_lm") is not None:
         raise SettingsError("spelling_lm: find-l0 takes one language model, use `make-lm` first")
     name = str(content.get("name", Path(path).stem))
     planned = parse_comparison(content, name).planned  # the mistakes of the file, before anything
     content = _with_size_of_cache(content, planned)
     saes = {p.entry: p for p in planned if p.settings.trained}
+    if not saes:
+        raise SettingsError("architectures: find-l0 needs an entry that is trained")
     searches = [
-        Search(
-            entry,
-            content | {"architectures": {entry: content["architectures"][entry]}},
-            list(seeds),
-            _limits(plan, l0, longest),
-        )
+        Search(entry, _of_entry(content, plan), list(seeds), _limits(plan, l0, longest))
         for entry, plan in saes.items()
     ]
     return Searches(name, output, searches)
+
+
+def _of_entry(content: Values, planned: PlannedRun) -> Values:
+    """Return the content of a file that has this entry alone, and the length of its training.
+
+    `scaled` changes the length only if it stands at the top of the file.
+    """
+    runner, entry = planned.run.runner, content["architectures"][planned.entry]
+    field = next(name for name in _SAMPLES if hasattr(runner, name))
+    result = content | {field: getattr(runner, field)}
+    if isinstance(runner, SyntheticSAERunnerConfig):
+        result["eval_samples"] = min(runner.eval_samples, _EVALUATED)
+    if isinstance(entry, dict) and isinstance(cast(Values, entry).get("run"), dict):
+        own = {k: v for k, v in cast(Values, entry)["run"].items() if k != field}
+        entry = cast(Values, entry) | {"run": own}
+    return result | {"architectures": {planned.entry: entry}}
 
 
 def _with_size_of_cache(content: Values, planned: Sequence[PlannedRun]) -> Values:
@@ -156,17 +152,30 @@ def _limits(planned: PlannedRun, l0: tuple[float, float] | None, longest: float)
         raise SettingsError(
             f"sae.reshape_activations is {shown(sae.reshape_activations)}: find-l0 needs 'none'"
         )
+    if getattr(sae, FINDS_L0, False) and planned.settings.l0_parameter is None:
+        raise SettingsError(
+            f"architectures.{planned.entry}: its L0 follows from its method, so find-l0 cannot "
+            "train it at others: leave it out"
+        )
+    if not 1 <= longest < math.inf:
+        raise SettingsError(f"--longest must be a number, 1 or more, got {longest:g}")
+    whole = is_whole_number(type(sae), direct_l0_field(type(sae), planned.settings.l0_parameter))
     low, high = l0 or _default_range(sae.d_in, sae.d_sae)
     if not 1 <= low < high <= sae.d_sae:
         raise SettingsError(
             f"--l0 must be LOW,HIGH with 1 <= LOW < HIGH <= d_sae ({sae.d_sae}), got "
             f"{low:g},{high:g}"
         )
-    if longest < 1:
-        raise SettingsError(f"--longest must be 1 or more, got {longest:g}")
-    field = direct_l0_field(type(sae), planned.settings.l0_parameter)
-    whole = is_whole_number(type(sae), field)
-    return Limits(float(low), float(high), whole, longest)
+    smallest, largest = _rounded(low, math.ceil, whole), _rounded(high, math.floor, whole)
+    if not smallest < largest:
+        raise SettingsError(f"--l0: LOW and HIGH are too close, got {low:g},{high:g}")
+    return Limits(smallest, largest, whole, longest)
+
+
+def _rounded(l0: float, direction: Callable[[float], int], whole: bool) -> float:
+    """Round to three digits, or to a whole number, as the L0s between the limits are."""
+    digits = 0 if whole else 2 - math.floor(math.log10(l0))
+    return float(f"{direction(float(f'{l0:g}e{digits}'))}e{-digits}")
 
 
 def _default_range(d_in: int, d_sae: int) -> tuple[float, float]:
@@ -206,92 +215,7 @@ def scaled(content: Mapping[str, Any], length: float) -> Values:
     return result
 
 
-def find_l0(
-    searches: Searches,
-    at_once: int,
-    on_round: OnRound,
-    stop: StopFlag | None = None,
-    threads: int | None = None,
-) -> dict[str, FoundL0]:
-    """Carry out searches, and return the answer for each entry.
-
-    The answers are written to `found_l0.json` in the output folder as they come.
-
-    Args:
-        searches: the searches.
-        at_once: maximum number of processes.
-        on_round: shows the progress.
-        stop: flag to stop between training steps.
-        threads: number of threads of each process; None divides the cores among the processes.
-
-    Raises:
-        Interrupted: a signal or `stop` stopped the search. The same call resumes it.
-        SettingsError: a setting is wrong, or a run failed.
-    """
-    stop = stop or StopFlag()
-    found: dict[str, FoundL0] = {}
-    with stop.on_signals(), locked(searches.output):
-        for one in searches.searches:
-
-            def measure(
-                length: float, l0s: Sequence[float], seeds: Sequence[int], one: Search = one
-            ) -> dict[tuple[float, int], float]:
-                comparison = one.comparison(length, l0s, seeds)
-                show = partial(on_round, f"{one.entry}, {length:g} of the training")
-                _train(comparison, at_once, show, stop, threads)
-                return {
-                    (p.l0, p.seed): _saved_bits(p, comparison.output) for p in comparison.planned
-                }
-
-            found[one.entry] = search(measure, one.seeds, one.limits)
-            _write(searches, found)
-        shutil.rmtree(searches.output / "pools", ignore_errors=True)
-    return found
-
-
-def _train(
-    comparison: Comparison,
-    at_once: int,
-    show: Callable[[Sequence[Job]], AbstractContextManager[JobEvents]],
-    stop: StopFlag,
-    threads: int | None,
-) -> None:
-    check(comparison)
-    for planned in comparison.planned:
-        check_devices(planned.run)
-    lists = make_jobs(comparison, evaluate=False)
-    with show([job for jobs in lists for job in jobs]) as events:
-        failed = run_lists(lists, lambda jobs: run_jobs(jobs, at_once, events, stop, threads))
-    if failed:
-        raise SettingsError("\n".join(f"{label}: {error}" for label, error in failed.items()))
-
-
-def _saved_bits(planned: PlannedRun, folder: Path) -> float:
-    facts = read_json(folder / planned.folder / TRAINING)
-    saved = Curve.model_validate(facts["curve"]).saved_bits
-    if not saved or saved[-1] is None:
-        raise SettingsError(
-            f"{folder / planned.folder} has no saved bits: an older version trained this SAE. "
-            f"Delete {folder} and search again"
-        )
-    return saved[-1]
-
-
 def search_key(one: Search) -> str:
     """Return the hash of what the answer of a search depends on."""
     entry = one.content["architectures"][one.entry]
     return key_of(with_fields_of(one.content, entry), one.architecture)
-
-
-def _write(searches: Searches, found: Mapping[str, FoundL0]) -> None:
-    registered = {one.entry: one for one in searches.searches if one.entry in found}
-    keys = {name: search_key(one) for name, one in registered.items()}
-    write_json(
-        searches.output / FILENAME,
-        {
-            "schema": SCHEMA,
-            "name": searches.name,
-            "keys": keys,
-            "entries": {name: answer.model_dump() for name, answer in found.items()},
-        },
-    )

@@ -9,8 +9,9 @@ from sae_lens import TrainingSAE
 from torch import Tensor
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
-from sae_lens_atm.compare.run.curve import HeldOutBatch
+from sae_lens_atm.compare.run.curve import HELD_OUT_SAMPLES, HeldOutBatch
 from sae_lens_atm.compare.run.language_model_figures import evaluate_group
+from sae_lens_atm.compare.run.reading import LOADING
 from sae_lens_atm.data.activation_cache import (
     ActivationCache,
     CachedBatches,
@@ -23,8 +24,6 @@ from sae_lens_atm.training.before_first_step import OnPhase, Phase
 from sae_lens_atm.training.cached_run import cache_activations, held_out_tokens, open_cache
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import LanguageModelRun
-
-_HELD_OUT_SAMPLES = 2048
 
 
 class CachedData(NamedTuple):
@@ -45,7 +44,7 @@ class CachedData(NamedTuple):
         """Return activations of the contexts that are kept for the evaluation."""
         cfg = cast(LanguageModelRun, self.planned.run).runner
         rows = self.cache.rows(0, held_out_contexts(cfg))
-        chosen = np.random.default_rng(0).permutation(rows)[:_HELD_OUT_SAMPLES]
+        chosen = np.random.default_rng(0).permutation(rows)[:HELD_OUT_SAMPLES]
         return HeldOutBatch(self.cache.read(np.sort(chosen)).to(cfg.device))
 
     def groups(self, sae: TrainingSAE[Any]) -> dict[str, list[int]]:
@@ -89,7 +88,7 @@ def evaluate_cached(
 ) -> None:
     """Evaluate saved SAEs, with one load of the model, as `evaluate_group` does."""
     run = cast(LanguageModelRun, group[0].run)
-    on_phase(Phase("loading the language model"))
+    on_phase(Phase(LOADING))
     model = load_language_model(run.runner)
     tokens = held_out_tokens(open_cache(run), run)
     evaluate_group(group, folder, model, tokens, stop, on_phase, on_sae)

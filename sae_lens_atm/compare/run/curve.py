@@ -36,6 +36,8 @@ EV_TOLERANCE = 0.005
 """A larger change of explained variance in the last tenth of training means not converged."""
 DEAD_TOLERANCE = 0.02
 """So does a larger change of the share of dead latents."""
+HELD_OUT_SAMPLES = 2048
+"""Number of samples on which the curves are measured."""
 
 
 class HeldOutBatch:

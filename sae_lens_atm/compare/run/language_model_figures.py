@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.letters import first_letters
 from sae_lens_atm.compare.run.probing import add_probing
-from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED, is_evaluated
-from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.compare.run.reading import stop_if_requested
+from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED, is_evaluated, is_trained
 from sae_lens_atm.evaluation.contrastive_stories import (
     StoryActivations,
     contrastive_figures,
@@ -55,14 +55,14 @@ def evaluate_group(
     """
 
     def on_batch(what: str, done: int, total: int, unit: str = "batches") -> None:
-        if stop.signal_number is not None:
-            raise Interrupted(None, stop.signal_number)
+        stop_if_requested(stop)
         on_phase(Phase(what, done, total, unit))
 
     letters: FirstLetters | None = None
     stories: StoryActivations | None = None
     for planned in group:
-        if is_evaluated(planned, folder, with_map=False):
+        # An SAE whose training failed is not stored. Its own job has reported why.
+        if is_evaluated(planned, folder, with_map=False) or not is_trained(planned, folder):
             continue
         on_sae(1)
         if letters is None:

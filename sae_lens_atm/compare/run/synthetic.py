@@ -17,6 +17,7 @@ from torch import Tensor
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.batch_pool import Pool, batch_seed
 from sae_lens_atm.compare.run.curve import (
+    HELD_OUT_SAMPLES,
     HeldOutBatch,
     feature_groups,
 )
@@ -29,7 +30,6 @@ from sae_lens_atm.evaluation.synthetic import evaluate_closely
 from sae_lens_atm.files import write_json
 from sae_lens_atm.training.run_file import SyntheticRun
 
-_HELD_OUT_SAMPLES = 2048
 _MAP_SIDE = 256  # features, and latents, that a cosine map shows at most
 
 
@@ -58,7 +58,7 @@ class SyntheticData(NamedTuple):
     def held_out(self) -> HeldOutBatch:
         """Draw samples that no run is trained on."""
         with temporary_seed(batch_seed(self.planned.seed, -1)):
-            pair = self.model.sample_with_features(_HELD_OUT_SAMPLES)
+            pair = self.model.sample_with_features(HELD_OUT_SAMPLES)
         return HeldOutBatch(pair[0], pair[1].to_dense(), self.model)
 
     def groups(self, sae: TrainingSAE[Any]) -> dict[str, list[int]]:

@@ -98,7 +98,9 @@ def check_run(
 def has_masks(run: Run) -> bool:
     """Return whether a run is of ATM and its masks are not switched off."""
     cfg = run.runner.sae
-    return isinstance(cfg, ATMTrainingSAEConfig) and cfg.mask_rate > 0 and cfg.mask_end > 0
+    if not isinstance(cfg, ATMTrainingSAEConfig):
+        return False
+    return min(cfg.mask_rate, cfg.masked_weight, cfg.mask_end) > 0
 
 
 def never_masks(run: Run) -> str | None:

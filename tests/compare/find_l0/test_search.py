@@ -83,7 +83,7 @@ def test_it_stops_where_the_answer_stays():
 @pytest.mark.parametrize(
     ("bench", "seeds", "message"),
     [
-        (Bench(0.5), [0, 1], "the peak is at the smallest L0 tried, 1: allow others with --l0"),
+        (Bench(0.5), [0, 1], "the peak is at the smallest L0 tried, 1"),
         (Bench(500), [0, 1], "the peak is at the largest L0 tried, 64: allow others with --l0"),
         (Bench(4), [0], "one seed: the error is unknown"),
         (Bench(4, noise=0.3), [0, 1, 2], "the seeds disagree: the interval is"),
@@ -108,15 +108,25 @@ def test_an_answer_as_text():
     assert found.as_text == ("4.2", f"{found.low:.3g} to {found.high:.3g}")
 
 
-@pytest.mark.parametrize(("seeds", "whole"), [([0], False), ([0, 1, 2], False), ([0, 1], True)])
-def test_the_expected_rounds_are_those_of_a_peak_in_the_middle(seeds, whole):
-    limits = WIDE._replace(whole=whole)
-    bench = Bench(8)
-    search(bench, seeds, limits)
-    expected = expected_rounds(seeds, limits)
-    assert [(n, len(l0s), s) for n, l0s, s in expected] == [
-        (n, len(l0s), s) for n, l0s, s in bench.calls
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_expected_rounds_are_those_of_a_peak_in_the_middle(whole):
+    expected = expected_rounds([0, 1], Limits(1, 16, whole))  # the middle is 4
+    first = (
+        [[1, 2, 4, 8, 16], [3, 6], [5]] if whole else [[1, 2, 4, 8, 16], [2.83, 5.66], [3.36, 4.76]]
+    )
+    around = [2, 3, 4, 5, 6] if whole else [2.56, 3.2, 4, 5, 6.25]
+    assert expected == [
+        *((0.25, l0s, [0]) for l0s in first),
+        (0.5, around, [0]),
+        (1, around, [0, 1]),
     ]
+
+
+def test_others_are_only_advised_where_they_are_allowed():
+    (low,) = (p for p in search(Bench(0.5), [0, 1], Limits(2, 64)).problems if "smallest" in p)
+    assert low == "the peak is at the smallest L0 tried, 2: allow others with --l0 LOW,HIGH"
+    (least,) = (p for p in search(Bench(0.5), [0, 1], WIDE).problems if "smallest" in p)
+    assert least == "the peak is at the smallest L0 tried, 1"
 
 
 def test_the_interval_stays_within_the_limits():

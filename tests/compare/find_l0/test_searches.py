@@ -2,12 +2,14 @@ import json
 
 import pytest
 
-from sae_lens_atm.compare.find_l0 import find_l0, load_searches
+from sae_lens_atm.compare.find_l0 import FoundL0, Round, find, find_l0, load_searches
 from sae_lens_atm.compare.find_l0.dry_run import dry_run
+from sae_lens_atm.compare.find_l0.find import with_l0_checked
 from sae_lens_atm.compare.find_l0.searches import scaled
 from sae_lens_atm.compare.run.stored_run import FIGURES, TRAINING
 from sae_lens_atm.compare.run.tasks import make_jobs
 from sae_lens_atm.errors import Interrupted, SettingsError
+from sae_lens_atm.files import write_json
 from sae_lens_atm.training.found_l0 import FILENAME
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import load_run
@@ -67,12 +69,94 @@ def test_the_searches_of_a_comparison(comparison_yaml):
 
 
 @pytest.mark.parametrize(
+    "override", ["training_samples='2560'", "architectures.atm.run={training_samples: 2560}"]
+)
+def test_the_length_is_scaled_wherever_it_stands(comparison_yaml, override):
+    one = load_searches(comparison_yaml, ["architectures={atm: {}}", override]).searches[0]
+    lengths = (0.25, 0.5, 1)
+    runs = [one.comparison(n, [2], [0]).planned[0].run for n in lengths]
+    assert [run.runner.training_samples for run in runs] == [640, 1280, 2560]
+    assert [run.runner.sae.schedule_steps for run in runs] == [
+        run.runner.total_training_steps for run in runs
+    ]
+
+
+def test_the_default_length_is_scaled_too(comparison_yaml):
+    lines = comparison_yaml.read_text().splitlines()
+    comparison_yaml.write_text("\n".join(x for x in lines if "training_samples" not in x))
+    one = load_searches(comparison_yaml, ["architectures={atm: {}}"]).searches[0]
+    short, whole = (one.comparison(n, [2], [0]).planned[0].run.runner for n in (0.25, 1))
+    assert short.training_samples == whole.training_samples / 4
+
+
+def test_limits_are_rounded_inwards(comparison_yaml):
+    overrides = ["sae.d_sae=4096"]
+    searches = load_searches(comparison_yaml, overrides, l0=(1.234, 4096)).searches
+    assert [one.limits[:2] for one in searches] == [(1.24, 4090), (2, 4096), (1.24, 4090)]
+
+
+def answered(rounds_of):
+    """Return an answer with one round."""
+    values = {l0: dict(enumerate(bits)) for l0, bits in rounds_of.items()}
+    last = Round(length=1, l0=2, values=values)
+    return FoundL0(l0=2, low=1, high=3, problems=[], rounds=[last])
+
+
+@pytest.mark.parametrize(("measured", "problems"), [(2.05, []), (3.0, ["L0 3: train longer"])])
+def test_saes_that_miss_their_l0_are_told(comparison_yaml, measured, problems):
+    one = load_searches(comparison_yaml, ["architectures={jumprelu: {}}"]).searches[0]
+    comparison = one.comparison(1, [2], [0, 1])
+    for planned in comparison.planned:
+        home = comparison.output / planned.folder
+        home.mkdir(parents=True)
+        write_json(home / TRAINING, {"curve": {"l0": [9.0, measured]}})
+    answer = with_l0_checked(answered({1: [5, 5], 2: [6, 6], 4: [5, 5]}), one)
+    assert answer.problems == [f"at L0 2 the SAEs have {x}" for x in problems]
+
+
+def test_an_interrupted_repeat_keeps_earlier_answers(comparison_yaml, monkeypatch):
+    searches = load_searches(comparison_yaml, ["architectures={atm: {}, topk: {}}"])
+    answer, stopped = answered({1: [5], 2: [6], 4: [5]}), []
+
+    def search(_measure, _seeds, _limits):
+        if stopped:
+            raise Interrupted(None, 2)
+        return answer
+
+    monkeypatch.setattr(find, "search", search)
+    monkeypatch.setattr(find, "with_l0_checked", lambda found, _one: found)
+    find_l0(searches, 1, Rounds())
+    path = searches.output / FILENAME
+    before = json.loads(path.read_text())
+    assert list(before["entries"]) == ["atm", "topk"]
+    stopped.append(True)
+    with pytest.raises(Interrupted):
+        find_l0(searches, 1, Rounds())
+    assert json.loads(path.read_text()) == before
+    stopped.clear()
+    other = load_searches(comparison_yaml, ["architectures={atm: {}}", "sae.d_sae=48"])
+    find_l0(other, 1, Rounds())  # answers of other widths are dropped
+    assert list(json.loads(path.read_text())["entries"]) == ["atm"]
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"l0": (4, 2)}, "--l0 must be LOW,HIGH with 1 <= LOW < HIGH"),
         ({"l0": (0.5, 2)}, "--l0 must be"),
         ({"l0": (2, 99)}, r"<= d_sae \(32\), got 2,99"),
-        ({"longest": 0.5}, "--longest must be 1 or more, got 0.5"),
+        ({"l0": (2.001, 2.002)}, "--l0: LOW and HIGH are too close, got 2.001,2.002"),
+        ({"longest": 0.5}, "--longest must be a number, 1 or more, got 0.5"),
+        ({"longest": float("nan")}, "--longest must be a number, 1 or more, got nan"),
+        ({"overrides": ["eval_samples=many"]}, "eval_samples must be a valid integer"),
+        (
+            {"overrides": ["architectures={topk: {trained: false}}"]},
+            "architectures: find-l0 needs an entry that is trained",
+        ),
+        (
+            {"overrides": ["architectures={top_afa: {}}"]},
+            "architectures.top_afa: its L0 follows from its method",
+        ),
         ({"overrides": ["sae.reshape_activations=hook_z"]}, "find-l0 needs 'none'"),
         ({"overrides": ["sae.d_sea=3"]}, "sae.d_sea: unknown key"),
         ({"overrides": ["sweep={}"]}, "find-l0 takes a run file or a comparison file"),
@@ -113,6 +197,9 @@ def test_a_search_trains_resumes_and_fills_in_k(synthetic_yaml):
     path = searches.output / planned.folder / TRAINING
     path.write_text(json.dumps({**stored, "curve": {**stored["curve"], "saved_bits": []}}))
     with pytest.raises(SettingsError, match="has no saved bits: an older version trained this SAE"):
+        find_l0(searches, 2, Rounds(), threads=1)
+    path.write_text(json.dumps({**stored, "curve": {**stored["curve"], "saved_bits": [None]}}))
+    with pytest.raises(SettingsError, match="saved bits are not a number"):
         find_l0(searches, 2, Rounds(), threads=1)
     # The run file trains at the answer. So short a training has its peak at the edge.
     answers = searches.output / FILENAME

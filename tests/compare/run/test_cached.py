@@ -103,6 +103,18 @@ def test_a_stopped_run_resumes_exactly(language_model_comparison_yaml, entry, sc
     assert state_equal(train("stopped"), straight)
 
 
+def test_an_sae_whose_training_failed_leaves_the_evaluation_of_the_others(
+    language_model_comparison_yaml,
+):
+    comparison = load(language_model_comparison_yaml, "seeds=[0]")
+    jobs = {job.label: job for job in planned_jobs(comparison)}
+    del jobs["batchtopk, L0 4, seed 0"]  # as if it had diverged
+    for job in jobs.values():
+        job.work(lambda _steps: None, StopFlag())
+    evaluated = {run.entry for run in summarise(comparison, {}).runs}
+    assert evaluated == {"atm", "gated", "untrained"}
+
+
 def test_the_longest_run_sets_the_size_of_the_cache(language_model_comparison_yaml):
     comparison = load_comparison(
         language_model_comparison_yaml,
