@@ -55,6 +55,7 @@ _ATM = (
     "frequency_penalty_end",
     "budget_weight",
     "budget_end",
+    "per_sample_end",
 )
 _BETTER = {1: "more", -1: "less", 0: "-"}
 # Figures of SAELens on language models that a comparison does not report.

@@ -69,16 +69,3 @@ def sparse_errors(
         errors.append(residual.square().sum() / len(target))
         used = budget
     return errors
-
-
-def largest_of_each(acts: Tensor, budgets: Sequence[int]) -> list[Tensor]:
-    """Return the activations with all but the ``b`` largest of each sample set to zero.
-
-    Args:
-        acts: shape ``(..., d_sae)``.
-        budgets: the budgets ``b``.
-    """
-    if not budgets:
-        return []
-    falling = acts.detach().topk(max(budgets), dim=-1).values
-    return [acts * (acts.detach() >= falling[..., b - 1 : b]) for b in budgets]

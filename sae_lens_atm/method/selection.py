@@ -1,4 +1,6 @@
-"""The largest activations of a batch, as BatchTopK keeps them, without sorting the batch."""
+"""The largest activations: of a batch, as BatchTopK keeps them, and of each sample."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -8,6 +10,8 @@ _MARGIN = 1.2  # number of candidates to find, relative to the number needed
 
 def largest_positive(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the `count` largest positive values, those that SAELens' BatchTopK keeps.
+
+    The batch is not sorted.
 
     A sorted sample gives a lower bound of the smallest value to keep, and only the values above the
     bound are sorted. The bound is verified, so that the result is exact. Of equal values at the
@@ -29,6 +33,19 @@ def largest_positive(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if surplus > 0:
         kept[(found == border).nonzero().squeeze(1)[-surplus:]] = False
     return above[kept], found[kept]
+
+
+def largest_of_each(acts: Tensor, numbers: Sequence[int]) -> list[Tensor]:
+    """Return, for each number b, the activations with all but the b largest of each sample zero.
+
+    Args:
+        acts: shape ``(..., d_sae)``.
+        numbers: the numbers b.
+    """
+    if not numbers:
+        return []
+    falling = acts.detach().topk(max(numbers), dim=-1).values
+    return [acts * (acts.detach() >= falling[..., b - 1 : b]) for b in numbers]
 
 
 def candidates(flat: Tensor, count: int) -> Tensor:

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from sae_lens import BatchTopKTrainingSAE, StandardTrainingSAE
+from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput, mse_loss
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_atm.method.selection import largest_of_each
 from sae_lens_atm.method.sparse import sparse_products_are_fast
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
@@ -29,6 +31,31 @@ class BatchTopKATM(ATMTrainingSAE, BatchTopKTrainingSAE, activation="batchtopk")
         output = super().training_forward_pass(step_input)
         output.metrics["topk_threshold"] = self.topk_threshold
         return output
+
+    @override
+    def get_activation_fn(self) -> BatchTopK:
+        return self.limited(BatchTopK(self.cfg.k))
+
+    def limited(self, activation_fn: BatchTopK) -> BatchTopK:
+        """Make an activation function choose among the `candidates`."""
+        activation_fn.register_forward_pre_hook(self._limit)  # a method, which can be copied
+        return activation_fn
+
+    def _limit(self, _module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (self.candidates(*args),)
+
+    def candidates(self, pre: Tensor) -> Tensor:
+        """Return the pre-activations among which those of the batch are chosen.
+
+        Until ``cfg.per_sample_end`` all but the k largest of each sample are zero.
+        """
+        end = self.cfg.per_sample_end_step
+        if end == 0 or not self.is_active(0, end):
+            return pre
+        (own,) = largest_of_each(pre, [max(round(self.cfg.k), 1)])
+        if torch.compiler.is_compiling():
+            return torch.where(self.tracker.steps < end, own, pre)
+        return own
 
     @override
     def mask_activations(self, full: ForwardPass, keep: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ _OF_ACTIVATION = {
         "aux_negative_slope",
         "rescale_acts_by_decoder_norm",
         "use_sparse_activations",
+        "per_sample_end",
     ),
     "relu": ("l1_coefficient", "lp_norm", "l1_warm_up_steps"),
 }
@@ -47,6 +48,7 @@ def active_settings(details: dict[str, Any]) -> dict[str, Any]:
     budgets = details.get("budget_weight", 0) > 0
     if not budgets:
         inactive.update(_OF_BUDGETS)
-    if not (masks or parents or penalty or budgets):
+    per_sample = activation == "batchtopk" and details.get("per_sample_end", 0) > 0
+    if not (masks or parents or penalty or budgets or per_sample):
         inactive.update(_OF_SCHEDULES)
     return {name: value for name, value in details.items() if name not in inactive}

@@ -67,6 +67,9 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             It needs activation "batchtopk". At 0 it is off. On a language model try 1, with
             `parent_weight` 0 and `mask_rate` 0.
         budget_end: share of `schedule_steps` after which that loss ends, in [0, 1].
+        per_sample_end: share of `schedule_steps` until which each sample keeps its own k largest
+            activations, in [0, 1) (ours). After it the batch keeps the largest, k per sample on
+            average. It needs activation "batchtopk". At 0 it is off.
         kernels: "auto" uses sparse products where they are faster (see `method.sparse`), "dense"
             always dense ones, as SAELens does. The results are equal up to rounding.
     """
@@ -94,6 +97,7 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
     frequency_penalty_end: float = 0.6
     budget_weight: float = 0.0
     budget_end: float = 0.6
+    per_sample_end: float = 0.0
     kernels: Kernels = "auto"
 
     @override
@@ -164,6 +168,11 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
         """The first step without the loss on smaller budgets. At a share of 1 it does not end."""
         return self._end_step(self.budget_end)
 
+    @property
+    def per_sample_end_step(self) -> int:
+        """The first step in which the batch, not each sample, keeps its largest activations."""
+        return round(self.per_sample_end * self.schedule_steps)
+
     def _end_step(self, share: float) -> float:
         return round(share * self.schedule_steps) if share < 1 else math.inf
 
@@ -181,7 +190,8 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
         self._require("device", _is_device(self.device), "a device of torch")
         for name in _WHOLE:
             self._require(name, isinstance(getattr(self, name), int), "a whole number")
-        self._require("importance_decay", self.importance_decay < 1, "in [0, 1)")
+        for name in ("importance_decay", "per_sample_end"):
+            self._require(name, getattr(self, name) < 1, "in [0, 1)")
         self._require("parent_tau", self.parent_tau > 0, "in (0, 1]")
         if sum(self.signal_weights) == 0:
             raise ValueError(
@@ -258,6 +268,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "frequency_penalty_end": _UNIT,
     "budget_weight": _UNIT,
     "budget_end": _UNIT,
+    "per_sample_end": (0, 1, "in [0, 1)"),
     "topk_threshold_lr": _UNIT,
     "aux_loss_coefficient": _COEFFICIENT,
     "aux_negative_slope": _UNIT,

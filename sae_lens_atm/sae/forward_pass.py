@@ -12,11 +12,13 @@ from sae_lens import TrainingSAE
 from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 
-from sae_lens_atm.method.budgets import largest_of_each, sparse_errors
+from sae_lens_atm.method.budgets import sparse_errors
+from sae_lens_atm.method.selection import largest_of_each
 from sae_lens_atm.method.sparse import Pattern, dots_at, squared_error
 from sae_lens_atm.method.statistics import BatchStatistics, dense_statistics, sparse_statistics
 
 if TYPE_CHECKING:
+    from sae_lens_atm.sae.activations import BatchTopKATM
     from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 
 # SAELens' tensors with one entry for each latent, and the dimension of the latents.
@@ -89,7 +91,7 @@ def dense_pass(
     )
 
 
-def sparse_pass(sae: ATMTrainingSAE, step_input: TrainStepInput, hidden_pre: Tensor) -> ForwardPass:
+def sparse_pass(sae: BatchTopKATM, step_input: TrainStepInput, hidden_pre: Tensor) -> ForwardPass:
     """Decode the ``k * samples`` largest positive pre-activations of the batch by sparse products.
 
     Args:
@@ -98,7 +100,7 @@ def sparse_pass(sae: ATMTrainingSAE, step_input: TrainStepInput, hidden_pre: Ten
     """
     target, x = step_input.sae_in, sae.process_sae_in(step_input.sae_in)
     length = sae.get_W_dec_norm()
-    places, chosen = sae.context.largest(hidden_pre, sae.cfg.k)
+    places, chosen = sae.context.largest(sae.candidates(hidden_pre), sae.cfg.k)
     d_sae = hidden_pre.shape[1]
     pattern = Pattern(places // d_sae, places % d_sae, (len(x), d_sae))
     # `chosen` are activations for decoder rows of unit length. Rescale them to the actual rows.

@@ -29,7 +29,7 @@ from typing_extensions import override
 from sae_lens_atm.errors import RankLostError
 from sae_lens_atm.method.importance import Signals
 from sae_lens_atm.method.statistics import BatchStatistics
-from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
+from sae_lens_atm.sae.activations import BatchTopKATM
 from sae_lens_atm.training.guard import UpdateQueue, not_compiled
 from sae_lens_atm.training.ranks import Ranks, largest_across_ranks
 from sae_lens_atm.training.supervise import Forward, Hook, Step, replace_attribute
@@ -133,8 +133,10 @@ class RankExchange(Hook):
             undo.callback(hook.remove)
         if isinstance(sae, BatchTopKTrainingSAE):
             choice = BatchTopKAcrossRanks(sae.cfg.k, ranks)
+            of_atm = isinstance(sae, BatchTopKATM)
+            choice = sae.limited(choice) if of_atm else choice
             replace_attribute(sae, "activation_fn", choice, undo)
-            if not isinstance(sae, ATMTrainingSAE):
+            if not of_atm:
                 update = sae.update_topk_threshold
                 replace_attribute(sae, "update_topk_threshold", self._queued(update), undo)
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 
 from sae_lens_atm.method.budgets import (
-    largest_of_each,
     ranks,
     smaller_budgets,
     sparse_errors,
 )
+from sae_lens_atm.method.selection import largest_of_each
 from sae_lens_atm.method.sparse import Pattern
 from tests.helpers import make_sae, step_input
 from tests.method.brute_force import batchtopk, sae_of_uneven_rows
@@ -24,13 +24,6 @@ def test_ranks_by_hand():
     values = torch.tensor([1.0, 5.0, 3.0, 2.0, 7.0])
     assert ranks(values, Pattern(rows, columns, (3, 4))).tolist() == [2, 0, 1, 1, 0]
     assert ranks(values[:0], Pattern(rows[:0], columns[:0], (3, 4))).tolist() == []
-
-
-def test_the_largest_activations_of_each_sample():
-    acts = torch.tensor([[3.0, 0.0, 1.0, 2.0], [0.0, 4.0, 0.0, 0.0]])
-    one, two = largest_of_each(acts, [1, 2])
-    assert one.tolist() == [[3, 0, 0, 0], [0, 4, 0, 0]]
-    assert two.tolist() == [[3, 0, 0, 2], [0, 4, 0, 0]]
 
 
 def test_sparse_errors_and_their_gradients_are_those_of_dense_products():

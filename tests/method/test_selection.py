@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from sae_lens.saes.batchtopk_sae import BatchTopK
 
 from sae_lens_atm.method import selection
-from sae_lens_atm.method.selection import largest_positive
+from sae_lens_atm.method.selection import largest_of_each, largest_positive
 
 
 def test_by_hand():
@@ -70,3 +70,11 @@ def test_little_is_sorted(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "topk", counted)
     largest_positive(torch.randn(1024, 2048), 32 * 1024)
     assert sum(sizes) < 0.05 * 1024 * 2048
+
+
+def test_the_largest_activations_of_each_sample():
+    acts = torch.tensor([[3.0, 0.0, 1.0, 2.0], [0.0, 4.0, 0.0, 0.0]])
+    one, two = largest_of_each(acts, [1, 2])
+    assert one.tolist() == [[3, 0, 0, 0], [0, 4, 0, 0]]
+    assert two.tolist() == [[3, 0, 0, 2], [0, 4, 0, 0]]
+    assert largest_of_each(acts, []) == []

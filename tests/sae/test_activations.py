@@ -1,5 +1,6 @@
 """Sparse steps against dense ones, and what each activation function adds."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -268,3 +269,34 @@ def test_hooks_see_both_passes_on_the_dense_path():
     output = sae.training_forward_pass(step_input(torch.randn(4, 8)))
     assert shapes == [(4, 8), (4, 8)]
     assert not output.feature_acts.is_sparse
+
+
+@both_kernels
+def test_each_sample_keeps_its_own_largest_until_per_sample_end(kernels):
+    x = torch.randn(64, 8) * torch.linspace(0.1, 5, 64)[:, None]  # samples of uneven length
+    sae = make_sae(k=3.4, kernels=kernels, schedule_steps=10, per_sample_end=0.2, mask_rate=0.0)
+    for step in range(4):
+        pre = sae.encode_with_hidden_pre(x)[1].detach()
+        acts = sae.training_forward_pass(step_input(x, step=step)).feature_acts.to_dense()
+        each = (acts > 0).sum(1)
+        if step < 2:
+            largest = pre.topk(3).indices
+            kept = torch.zeros_like(pre, dtype=torch.bool).scatter(1, largest, True) & (pre > 0)
+            assert torch.equal(acts > 0, kept)
+        else:
+            assert each.sum() == int(3.4 * 64)
+            assert each.max() > 4
+
+
+def test_masks_and_a_copy_keep_the_largest_of_each_sample():
+    sae = make_sae(k=3, kernels="dense", schedule_steps=100, per_sample_end=0.5)
+    keep, x = torch.ones(24), torch.randn(64, 8)
+    keep[:12] = 0
+    pre = sae.encode_with_hidden_pre(x)[1]
+    masked = sae.activation_fn(pre * keep)
+    assert not masked[:, :12].any()
+    assert ((masked > 0).sum(1) <= 3).all()
+    other = copy.deepcopy(sae)
+    other.tracker.steps.fill_(50)  # the copy now chooses in the batch
+    assert other.activation_fn(pre).count_nonzero(1).max() > 3
+    assert sae.activation_fn(pre).count_nonzero(1).max() <= 3

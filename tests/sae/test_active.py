@@ -30,6 +30,7 @@ def test_settings_of_what_is_off_are_left_out():
     assert parents == {"parent_tau", "parent_chance", "parent_start", "parent_rows"}
     assert penalty == {"frequency_penalty_end"}
     assert budgets == {"budget_end"}
+    assert "schedule_steps" not in left_out(mask_rate=0.0, parent_weight=0.0, per_sample_end=0.1)
     nothing = left_out(mask_rate=0.0, parent_weight=0.0) - with_all
     assert nothing == masks | parents | penalty | budgets | {"schedule_steps"}
 

@@ -360,8 +360,13 @@ def test_batch_of_one_and_single_latent():
 
 @pytest.mark.parametrize(
     "preset",
-    [*PRESETS.values(), {"frequency_penalty": 0.5}, {"budget_weight": 0.5}],
-    ids=[*PRESETS, "frequency penalty", "budgets"],
+    [
+        *PRESETS.values(),
+        {"frequency_penalty": 0.5},
+        {"budget_weight": 0.5},
+        {"per_sample_end": 0.5},
+    ],
+    ids=[*PRESETS, "frequency penalty", "budgets", "per sample"],
 )
 def test_a_compiled_step_equals_an_eager_one(preset):
     x = torch.randn(64, 8)

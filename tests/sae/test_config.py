@@ -18,6 +18,7 @@ BAD = {
     "mask_warm_up_steps": 1.5,
     "mask_seed": 0.5,
     "k": "5",
+    "per_sample_end": 1.0,
     "d_in": 0,
     "d_sae": 10**12,
     "l1_coefficient": -1.0,

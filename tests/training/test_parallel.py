@@ -61,6 +61,7 @@ CASES = {
     "dense": {**ATM, "kernels": "dense"},
     "frequency penalty": {**ATM, "frequency_penalty": 0.5, "frequency_penalty_end": 0.7},
     "budgets": {**ATM, "k": 4.3, "budget_weight": 0.5, "budget_end": 0.7},
+    "per sample": {**ATM, "per_sample_end": 0.5},
     "mean norm": {**ATM, "normalize_activations": "expected_average_only_in"},
     "whitening": {**ATM, "normalize_activations": "covariance_whitening"},
     "batchtopk": {"architecture": "batchtopk", "k": 2.3},

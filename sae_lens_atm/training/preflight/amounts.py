@@ -32,8 +32,8 @@ def schedule_parts(cfg: Any, first: int, steps: int) -> list[tuple[int, int]]:
 
     Returns:
         The first step and the number of steps of each part. An ATM SAE has a new part where
-        masking starts, where it ends, where the pressure on children starts, and where the losses
-        on frequent latents and on smaller budgets end.
+        masking starts, where it ends, where the pressure on children starts, where the losses on
+        frequent latents and on smaller budgets end, and where the batch keeps the largest.
     """
     edges = {first, steps}
     if isinstance(cfg, ATMTrainingSAEConfig):
@@ -45,6 +45,7 @@ def schedule_parts(cfg: Any, first: int, steps: int) -> list[tuple[int, int]]:
             edges |= {round(cfg.frequency_penalty_end_step)}
         if cfg.budget_weight > 0 and cfg.budget_end < 1:
             edges |= {round(cfg.budget_end_step)}
+        edges |= {cfg.per_sample_end_step} if cfg.activation == "batchtopk" else set()
     inside = sorted(edge for edge in edges if first <= edge <= steps)
     return [(a, b - a) for a, b in pairwise(inside)]
 

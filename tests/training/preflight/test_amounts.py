@@ -37,6 +37,7 @@ def test_parts_of_the_schedule():
     assert schedule_parts(endless, 0, 1000) == [(0, 1000)]
     budgets = atm(**off, budget_weight=0.5, budget_end=0.3)
     assert schedule_parts(budgets, 0, 1000) == [(0, 300), (300, 700)]
+    assert schedule_parts(atm(**off, per_sample_end=0.2), 0, 1000) == [(0, 200), (200, 800)]
     other = BatchTopKTrainingSAEConfig(d_in=4, d_sae=8, k=2)
     assert schedule_parts(other, 10, 1000) == [(10, 990)]
 
