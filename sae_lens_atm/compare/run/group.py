@@ -12,6 +12,7 @@ from typing import Any
 
 from sae_lens import SAETrainer
 from sae_lens.multi_sae_training_runner import MultiSAETrainingRunner
+from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from torch import Tensor
 from typing_extensions import override
@@ -20,7 +21,7 @@ from sae_lens_atm.compare.plan.planned_run import TRAINER_FIELDS, PlannedRun
 from sae_lens_atm.compare.run.curve import CurveRecorder
 from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.random_state import load_random_state, save_random_state
-from sae_lens_atm.errors import Interrupted
+from sae_lens_atm.errors import Interrupted, NonFiniteBatchError
 from sae_lens_atm.files import replace_folder
 from sae_lens_atm.training.before_first_step import BeforeFirstStep, ModelBatches, OnPhase
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
@@ -37,7 +38,7 @@ from sae_lens_atm.training.hooks import (
 from sae_lens_atm.training.latent_history import LatentHistory
 from sae_lens_atm.training.preflight.amounts import estimation_batches, llm_batches_of
 from sae_lens_atm.training.run_file import LanguageModelRun
-from sae_lens_atm.training.supervise import Hook, replace_attribute, supervise
+from sae_lens_atm.training.supervise import Hook, Step, replace_attribute, supervise
 
 
 class SharedBatches:
@@ -99,6 +100,23 @@ def estimate_scales(trainer: MultiSAETrainer) -> None:
             )
 
 
+class NamedErrors(Hook):
+    """Names the SAE in the error of too many bad batches."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+
+    @override
+    def wrap_step(self, step: Step) -> Step:
+        def named(batch: Tensor) -> TrainStepOutput:
+            try:
+                return step(batch)
+            except NonFiniteBatchError as error:
+                raise NonFiniteBatchError(f"{self._label}: {error}") from None
+
+        return named
+
+
 class GroupCheckpoints(Hook):
     """Saves the state of a group after some steps."""
 
@@ -120,7 +138,9 @@ class GroupRunner(MultiSAETrainingRunner):
     recorders: dict[str, CurveRecorder]
     latents: dict[str, LatentHistory]
     saved_state: Path
-    """Folder with the state of a group that was stopped."""
+    """Folder where the state of the group is saved if it is stopped."""
+    resumed: Path | None
+    """Folder of the state that the group continues from."""
     points: list[int]
     save_at: set[int]
     """Numbers of steps after which the state of the group is saved."""
@@ -149,8 +169,8 @@ class GroupRunner(MultiSAETrainingRunner):
                     save = partial(self._save, trainer)
                     hooks += [stop, GroupCheckpoints(trainer, save, self.save_at), phases]
                 supervisions.enter_context(supervise(inner, hooks))
-            if self.cfg.resume_from_checkpoint is not None:
-                self._resume(trainer)
+            if self.resumed is not None:
+                self._resume(trainer, self.resumed)
             try:
                 return trainer.fit()
             except StopRequested:
@@ -162,14 +182,14 @@ class GroupRunner(MultiSAETrainingRunner):
         parameter, timer = planned.l0_parameter, StepTimer(trainer.sae.device)
         controller = L0Controller(trainer, parameter, planned.l0) if parameter.controlled else None
         recorder = CurveRecorder(trainer, self.points, timer, None, controller)
-        resumes = self.cfg.resume_from_checkpoint is not None
-        checkpoint = self.saved_state / name if resumes else None
+        checkpoint = self.resumed / name if self.resumed is not None else None
         home = self.homes[name]
         latents = LatentHistory(trainer, home, self.points, checkpoint)
         self.recorders[name], self.latents[name] = recorder, latents
         return [
             timer,
             BadBatchGuard(trainer, planned.run.max_bad_batches),
+            NamedErrors(planned.label),
             DeferredUpdates(trainer),
             *([] if controller is None else [controller]),
             recorder,
@@ -196,12 +216,12 @@ class GroupRunner(MultiSAETrainingRunner):
         save_random_state(partial_folder)
         replace_folder(partial_folder, self.saved_state)
 
-    def _resume(self, trainer: MultiSAETrainer) -> None:
+    def _resume(self, trainer: MultiSAETrainer, state: Path) -> None:
         # SAELens has loaded the state into trainers that were replaced since.
-        trainer.load_checkpoint(self.saved_state)
+        trainer.load_checkpoint(state)
         for name, recorder in self.recorders.items():
-            recorder.load(self.saved_state / name)
-        load_random_state(self.saved_state)
+            recorder.load(state / name)
+        load_random_state(state)
 
 
 def _with_own_settings(trainer: SAETrainer[Any, Any], planned: PlannedRun) -> SAETrainer[Any, Any]:

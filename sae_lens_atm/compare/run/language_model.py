@@ -1,8 +1,6 @@
 """The SAEs of a comparison on a language model. Those of one seed share the forward pass."""
 
-import hashlib
-import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -16,11 +14,12 @@ from sae_lens.util import temporary_seed
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.curve import curve_facts, importance_of_groups
 from sae_lens_atm.compare.run.group import GroupRunner
+from sae_lens_atm.compare.run.group_parts import parts_to_train
 from sae_lens_atm.compare.run.language_model_figures import evaluate_group
 from sae_lens_atm.compare.run.stored_run import TRAINING, is_trained
 from sae_lens_atm.data.language_model import load_language_model, saved_dataset, set_metadata
-from sae_lens_atm.evaluation.language_model import hold_out, make_store
-from sae_lens_atm.files import restore_replaced, saved_at_once, write_json
+from sae_lens_atm.evaluation.language_model import HeldOutTokens, hold_out, make_store
+from sae_lens_atm.files import saved_at_once, write_json
 from sae_lens_atm.training.before_first_step import LOADING, OnPhase, Phase, unseen
 from sae_lens_atm.training.curves_page import write_curves
 from sae_lens_atm.training.hooks import (
@@ -59,65 +58,65 @@ def train_group(
     on_phase(Phase(LOADING))
     model = load_language_model(cfg)
     pending = [p for p in group if not is_trained(p, folder)]
-    to_train = {p.name: p for p in pending if p.settings.trained}
-    saes: dict[str, TrainingSAE[Any]] = {}
-    for planned in pending:
-        with temporary_seed(planned.seed):
-            sae_cfg = planned.run.runner.sae
-            saes[planned.name] = TrainingSAE[Any].from_dict(sae_cfg.to_dict())
-    runner: GroupRunner | None = None
-    with temporary_seed(group[0].seed):
-        if to_train:
-            stopped = folder / "groups" / _group_key(to_train) / "stopped"
-            restore_replaced(stopped.parent)
-            config = _multi_config(cfg, {name: p.run.runner.sae for name, p in to_train.items()})
-            config.resume_from_checkpoint = str(stopped) if stopped.exists() else None
+    held_out: HeldOutTokens | None = None
+    for part in parts_to_train([p for p in pending if p.settings.trained], folder):
+        saes = {p.name: _new_sae(p) for p in part.runs}
+        with temporary_seed(group[0].seed):
+            config = _multi_config(cfg, {p.name: p.run.runner.sae for p in part.runs})
+            config.resume_from_checkpoint = str(part.resumed) if part.resumed else None
             runner = GroupRunner(
                 config,
                 override_dataset=saved_dataset(cfg.dataset_path),
                 override_model=model,
-                override_saes={name: saes[name] for name in to_train},
+                override_saes=saes,
             )
             held_out = hold_out(runner.activations_store, cfg)
-            runner.planned, runner.on_step, runner.stop = to_train, on_step, stop
-            runner.on_phase = on_phase
-            runner.homes = {name: folder / p.folder for name, p in to_train.items()}
+            runner.planned = {p.name: p for p in part.runs}
+            runner.on_step, runner.on_phase, runner.stop = on_step, on_phase, stop
+            runner.homes = {p.name: folder / p.folder for p in part.runs}
             runner.points = curve_points(cfg.total_training_steps, points)
             runner.save_at = set(curve_points(cfg.total_training_steps, cfg.n_checkpoints + 1)[:-1])
-            runner.saved_state = stopped
-            if stopped.exists():  # SAELens does so after prefetching has begun
-                runner.activations_store.load_from_checkpoint(stopped)
+            runner.saved_state, runner.resumed = part.saved, part.resumed
+            if part.resumed is not None:  # SAELens does so after prefetching has begun
+                runner.activations_store.load_from_checkpoint(part.resumed)
             runner.run()
-        else:
-            held_out = hold_out(make_store(cfg, model), cfg)
+        for planned in part.runs:
+            _store(saes[planned.name], planned, folder, _facts(runner, planned, folder))
+        part.remove_states()
     for planned in pending:
-        name = planned.name
-        home = folder / planned.folder
-        home.mkdir(parents=True, exist_ok=True)
-        facts: dict[str, Any] = {}
-        if runner is not None and planned.settings.trained:
-            recorder = runner.recorders[name]
-            everything = {"all latents": list(range(planned.run.runner.sae.d_sae))}
-            importance = importance_of_groups(runner.latents[name], everything)
-            write_curves(home, curve_facts(planned))
-            facts = {
-                "step_ms": recorder.step_ms,
-                "curve": recorder.curve().model_dump(),
-                "importance": importance.model_dump() if importance else None,
-                "group_seconds": recorder.seconds,  # of the whole group
-            }
-        set_metadata(saes[name], cfg)
-        with saved_at_once(home / "sae") as partial:
-            saes[name].save_inference_model(partial)
-        write_json(home / TRAINING, facts)
-    if runner is not None:
-        shutil.rmtree(runner.saved_state.parent, ignore_errors=True)
+        if not planned.settings.trained:
+            _store(_new_sae(planned), planned, folder, {})
     if evaluate:
-        evaluate_group(group, folder, model, held_out, stop, on_phase)
+        with temporary_seed(group[0].seed):
+            tokens = held_out or hold_out(make_store(cfg, model), cfg)
+        evaluate_group(group, folder, model, tokens, stop, on_phase)
 
 
-def _group_key(names: Iterable[str]) -> str:
-    return hashlib.sha256(" ".join(sorted(names)).encode()).hexdigest()[:10]
+def _new_sae(planned: PlannedRun) -> TrainingSAE[Any]:
+    with temporary_seed(planned.seed):
+        return TrainingSAE[Any].from_dict(planned.run.runner.sae.to_dict())
+
+
+def _facts(runner: GroupRunner, planned: PlannedRun, folder: Path) -> dict[str, Any]:
+    recorder = runner.recorders[planned.name]
+    everything = {"all latents": list(range(planned.run.runner.sae.d_sae))}
+    importance = importance_of_groups(runner.latents[planned.name], everything)
+    write_curves(folder / planned.folder, curve_facts(planned))
+    return {
+        "step_ms": recorder.step_ms,
+        "curve": recorder.curve().model_dump(),
+        "importance": importance.model_dump() if importance else None,
+        "group_seconds": recorder.seconds,  # of all SAEs that were trained together
+    }
+
+
+def _store(sae: TrainingSAE[Any], planned: PlannedRun, folder: Path, facts: dict[str, Any]) -> None:
+    home = folder / planned.folder
+    home.mkdir(parents=True, exist_ok=True)
+    set_metadata(sae, cast(LanguageModelRun, planned.run).runner)
+    with saved_at_once(home / "sae") as partial:
+        sae.save_inference_model(partial)
+    write_json(home / TRAINING, facts)
 
 
 def _multi_config(

@@ -111,6 +111,48 @@ def test_a_group_that_died_between_two_renames_is_resumed(language_model_compari
     assert min(steps) == 10
 
 
+def without_entry(path, name):
+    """Remove an entry from a comparison file, and return its line."""
+    lines = path.read_text().splitlines(keepends=True)
+    (line,) = (text for text in lines if text.strip().startswith(f"{name}:"))
+    path.write_text("".join(text for text in lines if text != line))
+    return line
+
+
+def test_a_stopped_group_resumes_with_an_entry_less_or_more(language_model_comparison_yaml):
+    path = language_model_comparison_yaml
+    straight = train_one_group(path, "output_path=straight")
+    line = without_entry(path, "gated")
+    with pytest.raises(Interrupted):
+        train_one_group(path, stop_after=9)  # without gated
+    rest = path.read_text()
+    without_entry(path, "batchtopk")
+    steps = []
+    with pytest.raises(Interrupted):
+        train_one_group(path, stop_after=12, steps=steps)  # without both
+    assert steps == [10, 11, 12]
+    path.write_text(rest.rstrip("\n") + "\n" + line)  # all
+    steps = []
+    found = train_one_group(path, steps=steps)
+    assert steps[0] == 13  # atm
+    assert steps.count(10) == 2  # batchtopk goes on after step 9, gated begins at 1
+    assert found.keys() == straight.keys()
+    (gated,) = (name for name in straight if name.startswith("gated"))
+    assert state_equal(straight[gated], found[gated])
+    assert not list(Path("out").glob("groups/*"))
+
+
+def test_a_damaged_state_is_passed_over(language_model_comparison_yaml):
+    with pytest.raises(Interrupted):
+        train_one_group(language_model_comparison_yaml, stop_after=9)
+    (state,) = Path("out").glob("groups/*/stopped/atm*/trainer_state.pt")
+    state.write_bytes(b"no state")
+    steps = []
+    train_one_group(language_model_comparison_yaml, steps=steps)
+    assert steps[0] == 10  # the others
+    assert 1 in steps
+
+
 def test_an_evaluation_is_stopped_and_done_later(language_model_comparison_yaml, monkeypatch):
     monkeypatch.setattr(language_model, "TOKENS", 32)
     with pytest.raises(Interrupted):
@@ -153,7 +195,9 @@ def test_all_saes_of_a_group_have_one_scale_from_few_batches():
 
 def test_too_many_bad_batches_stop_a_group(language_model_comparison_yaml, spoil):
     spoil([3], lambda x: x / 0, times=4)
-    with pytest.raises(NonFiniteBatchError, match=r"^4 bad batches in a row at step 3"):
+    with pytest.raises(
+        NonFiniteBatchError, match=r"^atm, L0 4, seed 0: 4 bad batches in a row at step 3"
+    ):
         train_one_group(language_model_comparison_yaml, "max_bad_batches=4")
 
 
