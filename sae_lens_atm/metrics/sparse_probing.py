@@ -2,7 +2,8 @@
 
 Split, choice of latents and probes are those of the package sae-probes 0.4.2:
 
-- The training rows have as many of each class as there are, at most 1024. The test rows, too.
+- Half of the rows of each part are of each class. All rows but 100, at most 1024, are for training.
+  All others but one are for testing.
 - Latents are divided by their mean absolute activation where they fire. The k latents whose means
   on the two classes differ most are probed.
 - A probe is scikit-learn's logistic regression with an L1 penalty; for the model's own activations,
@@ -51,7 +52,7 @@ def split_rows(labels: Labels, most: int | None, seed: int) -> Split:
     """Draw training and test rows, half of them of each class.
 
     Args:
-        labels: the class of each row.
+        labels: the class of each row. Half of the rows must be of each class.
         most: the largest number of rows. None for all.
         seed: seed of the draw.
     """

@@ -303,6 +303,7 @@ _BEFORE = {
     "aux_negative_slope": 0.0,
     "frequency_penalty": 0.0,
     "budget_weight": 0.0,
+    "per_sample_end": 0.0,
 }
 """What an ATM SAE does whose checkpoint is older than the field."""
 

@@ -389,9 +389,10 @@ def test_a_checkpoint_of_version_0_1_resumes():
     folder = Path(__file__).parent / "checkpoint_of_0_1"
     with pytest.raises(CheckpointError, match=r"parent_chance is 3\.0 in this run and 0\.0 in"):
         train(run_of_0_1(), resume=folder)
-    sae = train(
-        run_of_0_1(parent_chance=0.0, aux_negative_slope=0.0, frequency_penalty=0.0), resume=folder
-    ).sae
+    old = {"parent_chance": 0.0, "aux_negative_slope": 0.0, "frequency_penalty": 0.0}
+    with pytest.raises(CheckpointError, match=r"per_sample_end is 0\.5 in this run and 0\.0 in"):
+        train(run_of_0_1(**old, per_sample_end=0.5), resume=folder)
+    sae = train(run_of_0_1(**old), resume=folder).sae
     assert sae.tracker.steps.item() == 40
     assert (sae.parent_tracker.parents >= 0).any()
     # What 0.1 itself made of it. Machines differ in rounding.

@@ -68,7 +68,8 @@ def compare(
         stop: flag to stop between training steps.
         cluster: address of a Ray cluster. The jobs then run there, as many at once as fit. All its
             machines must have the output folder under the same path.
-        threads: number of threads of each process; None divides the cores among the processes.
+        threads: number of threads of each process; None divides the cores among the processes. On
+            a cluster each process has one.
 
     Raises:
         Interrupted: a signal or `stop` stopped the jobs. The same call resumes them.

@@ -13,6 +13,7 @@ from sae_lens_atm.training.supervise import Hook
 
 GAIN = 0.005
 PROPORTIONAL = 0.5
+LIMIT = 30.0
 
 
 class L0Controller(Hook):
@@ -24,8 +25,8 @@ class L0Controller(Hook):
     With ``e_t = log(L0_t / target)``, clipped to [-1, 1], the value after step t is
     ``exp(s_t + p e_t)`` with ``s_t = s_{t-1} + g_t e_t``. This is a proportional-integral
     controller of the logarithm of the value. ``g_t`` falls with the learning rate, since the SAE
-    then reacts more slowly. The first value is the config's. During a coefficient's own warm-up
-    nothing changes.
+    then reacts more slowly. The first value is the config's. ``s_t`` is kept in [-LIMIT, LIMIT].
+    During a coefficient's own warm-up nothing changes.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class L0Controller(Hook):
         l0 = float(mean_l0(output.feature_acts))
         error = max(-1.0, min(1.0, math.log(max(l0, 1e-6) / self._target)))
         rate = self._trainer.optimizer.param_groups[0]["lr"] / self._trainer.cfg.lr
-        self._integral += GAIN * rate * error
+        self._integral = max(-LIMIT, min(LIMIT, self._integral + GAIN * rate * error))
         self._set(math.exp(self._integral + PROPORTIONAL * error))
 
     def state_dict(self) -> dict[str, float]:

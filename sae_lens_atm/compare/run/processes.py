@@ -48,7 +48,7 @@ class Job:
     needed: bool = False
     """Whether the jobs after it cannot do without its result."""
     alone: bool = False
-    """Whether no other job runs beside it. It then gets all cores."""
+    """Whether no other job is planned beside it. By default it then gets all cores."""
 
 
 class JobEvents(Protocol):

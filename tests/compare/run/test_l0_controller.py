@@ -51,6 +51,11 @@ def follow(l0s, start=0.1, target=4.0, lrs=None, warm_up=0):
     return values
 
 
+def test_a_value_that_never_suffices_stays_finite():
+    values = follow([16] * 7000)  # the error is 1 in each step: the limit is reached after 6,500
+    assert values[-1] == values[-2] == pytest.approx(math.exp(30.5))
+
+
 def test_the_law_by_hand():
     # errors log(8/4) = .693, then log(2/4) = -.693; log(.1) + .005 * .693 + .5 * .693, ...
     log2 = math.log(2)
