@@ -126,21 +126,18 @@ def with_l0_checked(answer: FoundL0, one: Search) -> FoundL0:
 
 
 def _write(searches: Searches, found: Mapping[str, FoundL0]) -> None:
-    """Write the answers, beside those of earlier calls that are of the same data and SAEs."""
+    """Write the answers beside those of earlier calls. Their keys say what they are valid for."""
     path = searches.output / FILENAME
-    keys = {one.entry: search_key(one) for one in searches.searches}
     stored = read_json(path)
-    entries = {
-        name: answer
-        for name, answer in stored.get("entries", {}).items()
-        if stored.get("schema") == SCHEMA and stored["keys"].get(name) == keys.get(name)
-    } | {name: answer.model_dump() for name, answer in found.items()}
+    earlier = stored if stored.get("schema") == SCHEMA else {"keys": {}, "entries": {}}
+    keys = {one.entry: search_key(one) for one in searches.searches if one.entry in found}
+    entries = {name: answer.model_dump() for name, answer in found.items()}
     write_json(
         path,
         {
             "schema": SCHEMA,
             "name": searches.name,
-            "keys": {name: keys[name] for name in entries},
-            "entries": entries,
+            "keys": earlier["keys"] | keys,
+            "entries": earlier["entries"] | entries,
         },
     )

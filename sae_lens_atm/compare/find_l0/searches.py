@@ -174,8 +174,10 @@ def _limits(planned: PlannedRun, l0: tuple[float, float] | None, longest: float)
 
 def _rounded(l0: float, direction: Callable[[float], int], whole: bool) -> float:
     """Round to three digits, or to a whole number, as the L0s between the limits are."""
-    digits = 0 if whole else 2 - math.floor(math.log10(l0))
-    return float(f"{direction(float(f'{l0:g}e{digits}'))}e{-digits}")
+    if whole:
+        return float(direction(l0))
+    scale = 10.0 ** (2 - math.floor(math.log10(l0)))
+    return float(f"{direction(round(l0 * scale, 6)) / scale:.3g}")
 
 
 def _default_range(d_in: int, d_sae: int) -> tuple[float, float]:

@@ -34,9 +34,9 @@ class Part:
 
 
 def parts_to_train(runs: Sequence[PlannedRun], folder: Path) -> list[Part]:
-    """Divide runs into those that continue from the same state, and those that start anew.
+    """Group runs by the saved state from which they continue. Those without one start anew.
 
-    A state that cannot be read is passed over: its runs start anew.
+    A state that cannot be read is passed over.
 
     Args:
         runs: the runs to train.

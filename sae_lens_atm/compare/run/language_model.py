@@ -88,8 +88,9 @@ def train_group(
             _store(_new_sae(planned), planned, folder, {})
     if evaluate:
         with temporary_seed(group[0].seed):
-            tokens = held_out or hold_out(make_store(cfg, model), cfg)
-        evaluate_group(group, folder, model, tokens, stop, on_phase)
+            if held_out is None:
+                held_out = hold_out(make_store(cfg, model), cfg)
+        evaluate_group(group, folder, model, held_out, stop, on_phase)
 
 
 def _new_sae(planned: PlannedRun) -> TrainingSAE[Any]:

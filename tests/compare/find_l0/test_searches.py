@@ -90,9 +90,11 @@ def test_the_default_length_is_scaled_too(comparison_yaml):
 
 
 def test_limits_are_rounded_inwards(comparison_yaml):
-    overrides = ["sae.d_sae=4096"]
-    searches = load_searches(comparison_yaml, overrides, l0=(1.234, 4096)).searches
-    assert [one.limits[:2] for one in searches] == [(1.24, 4090), (2, 4096), (1.24, 4090)]
+    overrides = ["sae.d_sae=2_000_000", "architectures={atm: {}, topk: {}}"]
+    for high, rounded in ((4096, 4090), (512.3, 512), (9, 9), (1_234_567, 1_230_000)):
+        searches = load_searches(comparison_yaml, overrides, l0=(1.234, high)).searches
+        assert searches[0].limits[:2] == (1.24, rounded)
+    assert searches[1].limits[:2] == (2, 1_234_567)
 
 
 def answered(rounds_of):
@@ -135,8 +137,11 @@ def test_an_interrupted_repeat_keeps_earlier_answers(comparison_yaml, monkeypatc
     assert json.loads(path.read_text()) == before
     stopped.clear()
     other = load_searches(comparison_yaml, ["architectures={atm: {}}", "sae.d_sae=48"])
-    find_l0(other, 1, Rounds())  # answers of other widths are dropped
-    assert list(json.loads(path.read_text())["entries"]) == ["atm"]
+    find_l0(other, 1, Rounds())
+    after = json.loads(path.read_text())
+    assert list(after["entries"]) == ["atm", "topk"]
+    assert after["keys"]["topk"] == before["keys"]["topk"]
+    assert after["keys"]["atm"] != before["keys"]["atm"]
 
 
 @pytest.mark.parametrize(
