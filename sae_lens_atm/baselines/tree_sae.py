@@ -32,7 +32,7 @@ Not in the parts of the paper and code that we have, and chosen here:
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sae_lens import (
@@ -86,6 +86,8 @@ class TreeTrainingSAEConfig(TopKTrainingSAEConfig):
         schedule_steps: number of training steps. Run files set it.
     """
 
+    smallest_k: ClassVar[int] = 2
+    """Smallest k: one active latent for each of two layers."""
     k: int = 32
     aux_loss_coefficient: float = 1 / 32
     tree_widths: list[int] = field(default_factory=list)
@@ -103,7 +105,7 @@ class TreeTrainingSAEConfig(TopKTrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
-        require(self, "k", self.k >= 2, "2 or more: a tree has at least two layers")
+        require(self, "k", self.k >= self.smallest_k, "2 or more: a tree has at least two layers")
         widths, active = layer_widths(self), layer_k(self)
         exact = sum(widths) == self.d_sae and min(widths) > 0 and len(widths) > 1
         allowed = f"two or more widths above 0, in total d_sae = {self.d_sae}"

@@ -15,7 +15,12 @@ from sae_lens_atm.compare.plan.comparison_file import (
     parse_comparison,
     read_comparison,
 )
-from sae_lens_atm.compare.plan.l0_target import FINDS_L0, direct_l0_field, is_whole_number
+from sae_lens_atm.compare.plan.l0_target import (
+    FINDS_L0,
+    SMALLEST_K,
+    direct_l0_field,
+    is_whole_number,
+)
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.plan.sweep_file import as_comparison
 from sae_lens_atm.compare.run.cached import longest_run
@@ -28,6 +33,7 @@ SEEDS = (0, 1, 2)
 _SAMPLES = ("training_samples", "training_tokens")
 _STEPS = ("lr_warm_up_steps", "lr_decay_steps", "schedule_steps")
 _NOT_NEEDED = ("first_letters", "sae_probes", "contrastive_stories", "not_ranked", "quick")
+_ANY_L0 = 2  # allowed for every architecture. The rounds replace it
 _EVALUATED = 10_000  # samples of a synthetic model: figures that the search does not use
 
 Values = dict[str, Any]
@@ -101,7 +107,7 @@ def load_searches(
             content["sae"] = {k: v for k, v in cast(Values, sae).items() if k != "k"}
         content = as_comparison(content)
     content = {k: v for k, v in content.items() if k not in _NOT_NEEDED}
-    content |= {"output_path": str(output), "seeds": list(seeds), "l0": [1], "curve_points": 10}
+    content |= {"output_path": str(output), "seeds": list(seeds), "l0": [_ANY_L0], "curve_points": 10}
     if content.get("spelling_lm") is not None:
         raise SettingsError("spelling_lm: find-l0 takes one language model, use `make-lm` first")
     name = str(content.get("name", Path(path).stem))
@@ -166,7 +172,8 @@ def _limits(planned: PlannedRun, l0: tuple[float, float] | None, longest: float)
             f"--l0 must be LOW,HIGH with 1 <= LOW < HIGH <= d_sae ({sae.d_sae}), got "
             f"{low:g},{high:g}"
         )
-    smallest, largest = _rounded(low, math.ceil, whole), _rounded(high, math.floor, whole)
+    smallest = max(_rounded(low, math.ceil, whole), float(getattr(sae, SMALLEST_K, 1)))
+    largest = _rounded(high, math.floor, whole)
     if not smallest < largest:
         raise SettingsError(f"--l0: LOW and HIGH are too close, got {low:g},{high:g}")
     return Limits(smallest, largest, whole, longest)

@@ -20,6 +20,8 @@ CONDITIONAL_FIELDS = ("target_l0",)
 """Config fields that are the L0 only with some other settings: of JumpReLU's quadratic loss."""
 FINDS_L0 = "finds_l0"
 """Class attribute of configs of architectures whose L0 follows from the data."""
+SMALLEST_K = "smallest_k"
+"""Class attribute of configs of architectures that do not allow a k of 1."""
 
 
 class L0Parameter(NamedTuple):

@@ -97,6 +97,13 @@ def test_limits_are_rounded_inwards(comparison_yaml):
     assert searches[1].limits[:2] == (2, 1_234_567)
 
 
+def test_an_architecture_without_k_of_1_is_searched_from_2(comparison_yaml):
+    overrides = ["sae.d_sae=16", "architectures={topk: {}, tree_sae: {sae: {tree_widths: [8, 8]}}}"]
+    topk, tree = load_searches(comparison_yaml, overrides).searches
+    assert (topk.limits.low, tree.limits.low) == (1, 2)
+    assert tree.comparison(1, [tree.limits.low], [0]).planned[0].run.runner.sae.k == 2
+
+
 def answered(rounds_of):
     """Return an answer with one round."""
     values = {l0: dict(enumerate(bits)) for l0, bits in rounds_of.items()}
