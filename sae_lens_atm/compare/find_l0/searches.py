@@ -107,7 +107,8 @@ def load_searches(
             content["sae"] = {k: v for k, v in cast(Values, sae).items() if k != "k"}
         content = as_comparison(content)
     content = {k: v for k, v in content.items() if k not in _NOT_NEEDED}
-    content |= {"output_path": str(output), "seeds": list(seeds), "l0": [_ANY_L0], "curve_points": 10}
+    content |= {"output_path": str(output), "seeds": list(seeds), "l0": [_ANY_L0]}
+    content["curve_points"] = 10
     if content.get("spelling_lm") is not None:
         raise SettingsError("spelling_lm: find-l0 takes one language model, use `make-lm` first")
     name = str(content.get("name", Path(path).stem))
