@@ -50,6 +50,17 @@ def check_writable(name: str, folder: Path) -> None:
         raise SettingsError(f"{name} {folder} cannot be written: {existing} is read-only")
 
 
+def check_new_folder(name: str, folder: Path) -> None:
+    """Check that a folder can be made, or is empty and can be replaced.
+
+    Raises:
+        SettingsError: it holds files, is the working folder, or cannot be written.
+    """
+    check_writable(name, folder)
+    if folder.is_dir() and (any(folder.iterdir()) or folder.resolve() == Path.cwd()):
+        raise SettingsError(f"{name} must be a new or an empty folder, got {str(folder)!r}")
+
+
 def check_writable_file(name: str, file: Path | None) -> None:
     """Check that a file can be written into an existing folder. Do nothing without a file.
 
@@ -139,10 +150,20 @@ def turn(lock_file: Path, on_wait: Callable[[], None]) -> Generator[None]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file under a hidden name, then rename it. Return its path."""
+    """Write a file under a hidden name, then rename it. Return its path.
+
+    Raises:
+        SaveError: it cannot be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(path)
+    with saving(path):
+        try:
+            partial.write_text(text, encoding="utf-8")
+            return partial.replace(path)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager

@@ -154,3 +154,10 @@ def test_an_error_while_saving_names_the_folder(tmp_path, error, reason):
 def test_a_lost_rank_is_no_error_of_saving(tmp_path):
     with pytest.raises(RankLostError), saving(tmp_path):
         raise RankLostError("gone")
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "figures.json").mkdir()  # the rename fails
+    with pytest.raises(SaveError, match=r"cannot save .*figures\.json"):
+        write_text(tmp_path / "figures.json", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]

@@ -25,7 +25,8 @@ from sae_lens_atm.errors import Interrupted, SettingsError
 from sae_lens_atm.files import manifest_mismatch
 from sae_lens_atm.training.cached_run import cache_activations, open_cache
 from sae_lens_atm.training.hooks import StopFlag
-from sae_lens_atm.training.preflight.checks import check_devices
+from sae_lens_atm.training.preflight.checks import check_dataset_exists, check_devices
+from sae_lens_atm.training.preflight.lookups import check_files, look_up
 from sae_lens_atm.training.preflight.memory import size_text
 from sae_lens_atm.training.preflight.timing import duration
 from sae_lens_atm.training.quiet import silence_saelens
@@ -49,7 +50,10 @@ def cache_of_file(config: str, overrides: list[str], only_plan: bool, check: boo
         _check(run, folder)
         return
     done = check_cache_folder(run.runner, settings, plan)
-    console.print(facts_table(_facts(run, plan, folder, done)))
+    check_dataset_exists(run.runner)
+    check_files(run.runner)
+    facts = _facts(run, plan, folder, done)
+    console.print(facts_table(facts | look_up(run.runner) if only_plan else facts))
     if only_plan:
         return
     if is_complete(folder):

@@ -90,7 +90,9 @@ def cache(
         typer.Argument(help="A run, comparison or sweep file, or the name of a shipped one."),
     ],
     overrides: Overrides = None,
-    only_plan: OnlyPlan = False,
+    only_plan: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")
+    ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Compare every file with its checksum, and stop.")
     ] = False,

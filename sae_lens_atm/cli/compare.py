@@ -36,7 +36,7 @@ from sae_lens_atm.compare.report.tables import (
 )
 from sae_lens_atm.compare.run.processes import threads_per_job
 from sae_lens_atm.errors import Interrupted
-from sae_lens_atm.files import to_json
+from sae_lens_atm.files import to_json, write_text
 from sae_lens_atm.training.quiet import silence_saelens
 
 
@@ -132,7 +132,7 @@ def evaluate_on_file(
         console.print(about_letters(LetterFacts(**letters)), style="dim", highlight=False)
     if json_file is not None:
         content = {name: found.as_json() for name, found in evaluated.items()}
-        json_file.write_text(to_json(content), encoding="utf-8")
+        write_text(json_file, to_json(content))
 
 
 def _print_and_write(results: Results, folder: Path) -> None:

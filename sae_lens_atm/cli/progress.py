@@ -303,6 +303,6 @@ def figures_table(
             value = values.get(figure, float("nan"))
             text = f"{value:,d}" if isinstance(value, int) else f"{value:.4g}"
             low, high = (intervals or {}).get(name, {}).get(figure, (None, None))
-            cells.append(text if low is None else f"{text} \\[{low:.4g}, {high:.4g}]")
+            cells.append(text if low is None else f"{text} [{low:.4g}, {high:.4g}]")
         table.add_row(figure + ARROWS[figure_info(figure).better], *cells)
     return table

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae_lens_atm import saebench
 from sae_lens_atm.cli.terminal import console, exit_with, facts_table
-from sae_lens_atm.files import to_json
+from sae_lens_atm.files import to_json, write_text
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.hub.push import prepare
 from sae_lens_atm.hub.push import push as push_to_hub
@@ -126,7 +126,7 @@ def run_saebench(
     if json_file is not None:
         scores = saebench.scores_of(results["evals"])
         content = {"sae": sae, "model": request.model, "scores": scores, "saebench": results}
-        json_file.write_text(to_json(content), encoding="utf-8")
+        write_text(json_file, to_json(content))
     failed = saebench.failures(results["evals"])
     if failed:
         exit_with("\n".join(failed), 1)

@@ -21,6 +21,7 @@ from sae_lens_atm.errors import (
     NonFiniteBatchError,
     RankLostError,
     SAEBenchError,
+    SaveError,
     SettingsError,
     with_type,
 )
@@ -50,7 +51,7 @@ def clear_errors() -> Generator[None]:
         exit_with("stopped", 130)
     except (SettingsError, CheckpointError) as error:
         exit_with(str(error), BAD_INPUT)
-    except (NonFiniteBatchError, RankLostError, HubError, SAEBenchError) as error:
+    except (NonFiniteBatchError, RankLostError, HubError, SAEBenchError, SaveError) as error:
         exit_with(str(error), 1)
     except typer.Exit:
         raise
@@ -81,7 +82,7 @@ def config_path(config: str) -> Path:
     path = Path(config)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
-    return shipped_config(path.name)
+    return shipped_config(config)
 
 
 def check_config(config: str, overrides: Iterable[str]) -> None:

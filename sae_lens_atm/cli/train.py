@@ -78,7 +78,7 @@ def train_from_file(
     command += ["--threads", str(threads)] if threads else []
     warn_if_busy(run.runner.device, torch.get_num_threads())
     with (
-        resume_hint(run, command),
+        resume_hint(run, command, checkpoint),
         Progress(console, training_steps(run)) as progress,
     ):
         result = train_checked(
@@ -93,12 +93,13 @@ def train_from_file(
 
 
 @contextmanager
-def resume_hint(run: Run, arguments: list[str]) -> Generator[None]:
+def resume_hint(run: Run, arguments: list[str], resumed: Path | None = None) -> Generator[None]:
     """Print the command that resumes the run, when it is stopped or cannot be saved.
 
     Args:
         run: the run.
         arguments: the arguments of the command, without --resume.
+        resumed: the checkpoint that the run was resumed from.
     """
     try:
         yield
@@ -106,10 +107,10 @@ def resume_hint(run: Run, arguments: list[str]) -> Generator[None]:
         command = resume_command(run, arguments, stop.checkpoint)
         exit_with(f"{stop}; resume with: {command}", 128 + stop.signal_number)
     except SaveError as error:
-        checkpoint = any_checkpoint(Path(run.runner.checkpoint_path or ""))
-        then = "then resume with" if checkpoint else "there is no checkpoint, then train again with"
+        checkpoint = any_checkpoint(Path(run.runner.checkpoint_path or "")) or resumed
+        then = "resume with" if checkpoint else "train again, as there is no checkpoint, with"
         command = resume_command(run, arguments, checkpoint)
-        exit_with(f"{error}; free some space, {then}: {command}", 1)
+        exit_with(f"{error}; free some space, then {then}: {command}", 1)
 
 
 def resume_command(run: Run, arguments: list[str], checkpoint: Path | None) -> str:

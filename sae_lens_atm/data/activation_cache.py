@@ -27,6 +27,8 @@ FACTS_FILENAME = "cache.json"
 TOKENS = "token_ids"
 POSITION_FILENAME = "cached_batches.json"
 """The position in a cache, in a checkpoint."""
+LETTERS_FOLDER, TASKS_FOLDER = "first-letters", "sae-probes"
+"""Folders beside a cache, in which evaluations store what they read."""
 DTYPES = ("float16", "float32")
 
 
@@ -92,6 +94,26 @@ def check_facts(
                 f"activations.cache {folder} was made with another {name} "
                 f"({stored.get(name)!r}, this run has {value!r}): choose another folder"
             )
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return the content of `cache.json`, empty if there is no such file.
+
+    Raises:
+        SettingsError: it is damaged.
+    """
+    try:
+        facts: Any = read_json(folder / FACTS_FILENAME)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"activations.cache {folder} is damaged: {one_line(error)}") from error
+    needed = {"key": dict, "contexts": int, "contexts_per_file": int, "special_tokens": list}
+    if facts and not (
+        isinstance(facts, dict) and all(isinstance(facts.get(k), t) for k, t in needed.items())
+    ):
+        raise SettingsError(
+            f"activations.cache {folder} is damaged ({FACTS_FILENAME}): remove it and cache again"
+        )
+    return cast(dict[str, Any], facts)
 
 
 def held_out_contexts(cfg: LanguageModelSAERunnerConfig[Any]) -> int:
@@ -177,8 +199,8 @@ class ActivationCache:
 
 
 def _checked(folder: Path, cfg: LanguageModelSAERunnerConfig[Any]) -> dict[str, Any]:
+    facts = read_facts(folder)
     try:
-        facts = read_json(folder / FACTS_FILENAME)
         is_complete = read_manifest(folder) is not None
     except (OSError, ValueError) as error:
         reason = one_line(error)

@@ -18,15 +18,19 @@ from sae_lens.util import get_special_token_ids
 
 from sae_lens_atm.data.activation_cache import (
     FACTS_FILENAME,
+    LETTERS_FOLDER,
+    TASKS_FOLDER,
     TOKENS,
     CacheSettings,
     cache_facts,
     check_facts,
     held_out_contexts,
+    read_facts,
 )
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import (
     MANIFEST_FILENAME,
+    check_writable,
     existing_parent,
     hash_of,
     read_json,
@@ -82,16 +86,23 @@ def check_cache_folder(
         SettingsError: the folder holds something else, or the disk is too small.
     """
     folder = settings.folder
-    facts = read_json(folder / FACTS_FILENAME)
+    check_writable("activations.cache", folder)
+    facts = read_facts(folder)
     if facts:
         check_facts(folder, facts["key"], cfg)
+        if facts["contexts"] != plan.contexts:
+            begun, asked = (n * cfg.context_size for n in (facts["contexts"], plan.contexts))
+            raise SettingsError(
+                f"activations.cache {folder} was begun with another number of tokens ({begun:,}, "
+                f"this file has {asked:,}): set activations.tokens: {begun}, or another folder"
+            )
         for name, value in _size_facts(plan, settings).items():
-            if facts[name] != value:
+            if facts.get(name) != value:
                 raise SettingsError(
-                    f"activations.cache {folder} was begun with another {name} ({facts[name]}, "
-                    f"this file has {value}): choose another folder"
+                    f"activations.cache {folder} was begun with another {name} "
+                    f"({facts.get(name)}, this file has {value}): choose another folder"
                 )
-    elif folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
+    elif folder.is_dir() and any(not _may_be_beside(p.name) for p in folder.iterdir()):
         raise SettingsError(f"activations.cache {folder} is not empty: choose another folder")
     done = sum((folder / plan.file_name(i)).exists() for i in range(plan.files))
     needed = plan.bytes * (plan.files - done) // plan.files
@@ -102,6 +113,11 @@ def check_cache_folder(
             f"{free / 2**30:.1f} GiB free: set fewer activations.tokens or another folder"
         )
     return done
+
+
+def _may_be_beside(name: str) -> bool:
+    """Return whether evaluations, or a stopped process, leave files of this name in the folder."""
+    return name.startswith(".") or name in (LETTERS_FOLDER, TASKS_FOLDER)
 
 
 def is_complete(folder: Path) -> bool:

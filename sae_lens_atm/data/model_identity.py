@@ -8,8 +8,9 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 
 _BLOCKS, _BLOCK_BYTES = 16, 2**16
-# Files that do not change the content; `save_to_disk` puts random numbers into the last two.
-_UNREAD = (".md", ".txt", ".png", "state.json", "dataset_info.json")
+_UNREAD = re.compile(r"(readme|license|notice)\b.*|.*\.png|(state|dataset_info)\.json", re.I)
+"""Names of files that do not change the content. `save_to_disk` puts random numbers into the last
+two."""
 _MAPPED = re.compile(r"cache-.*\.arrow|tmp[a-z0-9_]{8}")
 """Names of the files that `Dataset.map` writes into the folder of its data set."""
 
@@ -46,7 +47,7 @@ def fingerprint(path: Path) -> str:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         name = str(file.relative_to(path)) if path.is_dir() else file.name
-        if _MAPPED.fullmatch(file.name) or file.name.endswith(_UNREAD):
+        if _MAPPED.fullmatch(file.name) or _UNREAD.fullmatch(file.name):
             continue
         if any(part.startswith(".") for part in Path(name).parts):
             continue

@@ -15,6 +15,7 @@ from sae_lens import LanguageModelSAERunnerConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_lens_atm.data.activation_cache import LETTERS_FOLDER
 from sae_lens_atm.data.model_identity import model_identity
 from sae_lens_atm.evaluation.first_letters import (
     FirstLetters,
@@ -39,7 +40,6 @@ from sae_lens_atm.files import (
 )
 from sae_lens_atm.metrics.probes import Probe, Words
 
-FOLDER = "first-letters"
 _VERSION = 1  # of the prompts, the probes and the files
 _TENSORS, _WORDS = "tensors.safetensors", "words.json"
 
@@ -70,7 +70,7 @@ def first_letters_of(
         return with_probes(found, train_letter_probes(found, cfg), cfg).to(run.device)
     check_writable("the folder for first letters", folder)
     key = _key_of(run, cfg)
-    home = folder / FOLDER
+    home = folder / LETTERS_FOLDER
     home.mkdir(parents=True, exist_ok=True)
 
     def on_wait() -> None:
@@ -87,7 +87,7 @@ def are_stored(
     run: LanguageModelSAERunnerConfig[Any], cfg: FirstLetterConfig, folder: Path
 ) -> bool:
     """Return whether the activations and probes are stored."""
-    key, home = _key_of(run, cfg), folder / FOLDER
+    key, home = _key_of(run, cfg), folder / LETTERS_FOLDER
     return _is_whole(home / f"activations-{key}") and _is_whole(_probes_folder(home, key, cfg))
 
 

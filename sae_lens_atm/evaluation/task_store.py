@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sae_lens_atm.data.activation_cache import TASKS_FOLDER
 from sae_lens_atm.data.model_identity import model_identity
 from sae_lens_atm.data.probing_tasks import choose_tasks, installed_version, read_task
 from sae_lens_atm.evaluation.hooked_reading import Hook
@@ -32,7 +33,6 @@ from sae_lens_atm.metrics.sparse_probing import (
     split_rows,
 )
 
-FOLDER = "sae-probes"
 _VERSION = 1  # of the files
 _CHARACTERS_IN_TOKEN = 4  # about; for the progress alone
 
@@ -103,7 +103,7 @@ class TaskStore:
         self._run = run
         settings = [cfg.max_samples, cfg.max_tokens, cfg.seed]
         key = hash_of([model_identity(run), settings, [installed_version(), _VERSION]])
-        self._home = folder / FOLDER / key
+        self._home = folder / TASKS_FOLDER / key
 
     def missing(self) -> list[str]:
         """Return the tasks that are not stored."""

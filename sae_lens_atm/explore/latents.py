@@ -86,7 +86,8 @@ def _top_tokens(reading: Reading, occurs: Sparse) -> NDArray[np.uint32]:
     The sum alone prefers frequent tokens, and the mean prefers those that occur once.
     """
     sums = (occurs @ reading.acts).tocsc()
-    weight = 1 / np.sqrt(np.maximum(np.diff(occurs.indptr), 1))
+    times = np.diff(occurs.tocsr().indptr)
+    weight = 1 / np.sqrt(np.maximum(times, 1))
     found = np.full((sums.shape[1], TOP_TOKENS), NONE, dtype=np.uint32)
     for latent in range(sums.shape[1]):
         part = slice(sums.indptr[latent], sums.indptr[latent + 1])

@@ -22,7 +22,7 @@ from sae_lens_atm.explore.examples import PARTS, TOP, WINDOW, Amount, Examples, 
 from sae_lens_atm.explore.latents import Latents
 from sae_lens_atm.explore.promoted import Promoted
 from sae_lens_atm.explore.reading import Reading
-from sae_lens_atm.files import check_writable
+from sae_lens_atm.files import check_new_folder
 from sae_lens_atm.training.before_first_step import OnPhase, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun
 
@@ -68,9 +68,7 @@ def check_export(folder: Path, run: Run) -> None:
         raise SettingsError(
             "--neuronpedia shows the tokens of a language model, and the data is synthetic"
         )
-    check_writable("--neuronpedia", folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"--neuronpedia must be a new or an empty folder, got {folder}")
+    check_new_folder("--neuronpedia", folder)
 
 
 def export(

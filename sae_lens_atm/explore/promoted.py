@@ -1,5 +1,6 @@
 """Which next tokens a latent promotes and suppresses, straight through the unembedding."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,11 @@ MOST = 8
 _LOGITS = 2**25  # logits in memory at a time
 _NORMS = ("ln_final", "norm", "ln_f", "final_layer_norm", "final_layernorm")
 """Names of the last normalisation in TransformerLens and transformers."""
+_IN_THE_STREAM = re.compile(
+    r"(.*\.)?(hook_resid_(pre|mid|post)|hook_(attn|mlp)_out"  # TransformerLens
+    r"|(layers|h|blocks)\.\d+(\.(mlp|attn|self_attn|attention))?)"  # transformers
+)
+"""Hooks whose activations are the residual stream, or are added to it."""
 
 
 class Promoted(NamedTuple):
@@ -48,9 +54,10 @@ def promoted_tokens(
         on_logits: is called with the logits of each part, shape ``(rows, vocabulary)``.
 
     Returns:
-        None if the model is built in an unknown way, or the rows are no vectors of its residual
-        stream.
+        None if the model is built in an unknown way, or the hook is not in its residual stream.
     """
+    if not _IN_THE_STREAM.fullmatch(hook_name):
+        return None
     try:
         unembedding = ModelFromHook(model, hook_name, model_kwargs).unembedding
     except (AttributeError, ValueError):

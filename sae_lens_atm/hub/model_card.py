@@ -51,11 +51,14 @@ _ATM = (
     "importance_decay",
     "parent_weight",
     "parent_start",
+    "parent_tau",
+    "parent_chance",
     "frequency_penalty",
     "frequency_penalty_end",
     "budget_weight",
     "budget_end",
     "per_sample_end",
+    "aux_negative_slope",
 )
 _BETTER = {1: "more", -1: "less", 0: "-"}
 # Figures of SAELens on language models that a comparison does not report.
@@ -84,6 +87,22 @@ class Described:
     """The configuration of its training run; empty if it was not saved."""
     figures: Mapping[str, Any]
     figures_from: str
+    folder: Path
+    """Where the SAE is saved. Paths in its metadata may be relative to a folder above."""
+
+    def hub_id(self, name: str | None) -> str | None:
+        """Return a name in the metadata if it is an id on the Hub, and not a local path."""
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name or "")
+        bases = (Path(), *self.folder.absolute().parents)
+        return name if is_id and not any((base / is_id[0]).exists() for base in bases) else None
+
+    def hub_model(self) -> str | None:
+        """Return the Hub's id of the model, from that or one of TransformerLens' short names."""
+        name = self.sae.cfg.metadata.model_name
+        try:
+            return self.hub_id(get_official_model_name(name or ""))
+        except ValueError:
+            return self.hub_id(name)
 
 
 def section(described: Described, repo_id: str, revision: str, sae_id: str) -> str:
@@ -134,7 +153,7 @@ def card_metadata(described: Described) -> dict[str, Any]:
     tags = ["saelens", "sae-lens-atm", "sparse-autoencoder", "mechanistic-interpretability"]
     if metadata.training_architecture == "atm":
         tags += ["adaptive-temporal-masking", "arxiv:2510.08855"]
-    base, data = _hub_model(metadata.model_name), _hub_id(metadata.dataset_path)
+    base, data = described.hub_model(), described.hub_id(metadata.dataset_path)
     return {
         "library_name": "saelens",
         "tags": tags,
@@ -207,19 +226,6 @@ def _synthetic(runner: Mapping[str, Any]) -> str | None:
     return (
         f"a synthetic model of {model['num_features']} features in {model['hidden_dim']} dimensions"
     )
-
-
-def _hub_model(name: str | None) -> str | None:
-    """Return the Hub's id of a model, given that or one of TransformerLens' short names."""
-    try:
-        return _hub_id(get_official_model_name(name or ""))
-    except ValueError:
-        return _hub_id(name)
-
-
-def _hub_id(name: str | None) -> str | None:
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name or "") and not Path(name or "").exists()
-    return name if is_id else None
 
 
 def _without_none(facts: Mapping[str, Any]) -> dict[str, Any]:

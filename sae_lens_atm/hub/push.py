@@ -106,7 +106,7 @@ def prepare(
             content = json.dumps(read[name], indent=2).encode() if name in read else folder / name
             files[f"{sae_id_or_default}/{name}"] = content
     figures, figures_from = _figures(folder, read[RUNNER_CFG_FILENAME])
-    described = Described(sae, read[RUNNER_CFG_FILENAME], figures, figures_from)
+    described = Described(sae, read[RUNNER_CFG_FILENAME], figures, figures_from, folder)
     text = section(described, repo_id, revision, sae_id_or_default)
     metadata = card_metadata(described)
 

@@ -67,9 +67,21 @@ def plan_evals(
         SettingsError: an eval or the SAE is unknown, or an eval cannot be run on the SAE.
     """
     names = [name.strip() for name in evals.split(",")]
-    unknown = [name for name in names if name not in EVALS]
-    if unknown:
-        raise SettingsError(f"--evals must be among {', '.join(EVALS)}, got {', '.join(unknown)}")
+    if not set(names) <= set(EVALS) or len(set(names)) < len(names):
+        raise SettingsError(
+            f"--evals must be among {', '.join(EVALS)}, each once, separated by commas, got "
+            f"{evals!r}"
+        )
+    for option, value, name in (
+        ("--dataset", text, "core"),
+        ("--words", words, "absorption"),
+        ("--tasks", tasks, "sae_probes"),
+    ):
+        if value is not None and name not in names:
+            raise SettingsError(f"{option} {value}: only {name} uses it, add {name} to --evals")
+    for option, value in (("--model", model), ("--dataset", text)):
+        if value is not None and _looks_local(value) and not Path(value).is_dir():
+            raise SettingsError(f"{option} {value}: there is no such folder")
     loaded = load_sae(sae)
     metadata = loaded.cfg.metadata
     model = model or metadata.model_name
@@ -92,6 +104,11 @@ def plan_evals(
         words or (QUICK_WORDS if quick else None),
         tasks or (QUICK_TASKS if quick else None),
     )
+
+
+def _looks_local(name: str) -> bool:
+    """Return whether a name is a path, and not the name of a repo on the Hub."""
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
 
 
 def _absolute(name: str) -> str:

@@ -1,7 +1,8 @@
 """Training a run file: train, save the SAE, evaluate it."""
 
 import time
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def train_checked(
     check_devices(run)
     stop = stop or StopFlag()
     output = Path(run.runner.output_path or "")
-    lock = locked(output) if rank() == 0 else nullcontext()
+    lock = _locked_folders(run) if rank() == 0 else nullcontext()
     with lock, joined(run) as ranks, fork_rng({*gpu_settings(run).values()}):
         if rank() == 0:  # another run may have ended since the check
             check_output(run, checkpoint, extend > 0)
@@ -119,3 +120,13 @@ def train_checked(
             figures, saved_l0 = prepared.evaluate_safely(sae, output, last)
         seconds = time.perf_counter() - start
         return Result(sae, output, seconds, figures, skipped, last.training_l0, saved_l0)
+
+
+@contextmanager
+def _locked_folders(run: Run) -> Generator[None]:
+    """Lock the folders of the SAE and of the checkpoints against other runs."""
+    output, checkpoints = Path(run.runner.output_path or ""), Path(run.runner.checkpoint_path or "")
+    real = checkpoints.resolve()
+    is_inside = output.resolve() in (real, *real.parents)
+    with locked(output), nullcontext() if is_inside else locked(checkpoints, "checkpoint_path"):
+        yield

@@ -71,7 +71,7 @@ def test_damage_is_found(language_model_yaml, tmp_path):
     ("settings", "message"),
     [
         ((), "activations.cache: missing, set it"),
-        ((*CACHE, "--set", "model_name=/no/such"), "cannot load model_name"),
+        ((*CACHE, "--set", "model_name=/no/such"), "model_name is '/no/such'"),
         ((*CACHE, "--set", "dataset_path=/no/such"), "dataset_path"),
         ((*CACHE, "--set", "hook_name=model.layers.9"), "similar names: model.layers.1"),
         ((*CACHE, "--set", "sae.d_in=8"), "sae.d_in must be 16"),
@@ -89,3 +89,38 @@ def test_synthetic_data_have_no_cache(synthetic_yaml):
     result = run("cache", synthetic_yaml)
     assert result.exit_code == 2
     assert "runner must be 'language_model'" in result.output
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"a": 1}', "{", '{"key": [], "contexts": 1}'])
+@pytest.mark.parametrize("options", [(), ("--check",)])
+def test_a_damaged_description_is_one_line(language_model_yaml, tmp_path, content, options):
+    run("cache", language_model_yaml, *CACHE)
+    (tmp_path / "cached/cache.json").write_text(content)
+    result = run("cache", language_model_yaml, *CACHE, *options)
+    assert result.exit_code == 2, result.output
+    assert "activations.cache" in result.stderr
+    assert "is damaged" in result.stderr
+
+
+def test_what_evaluations_have_stored_may_be_beside_it(language_model_yaml, tmp_path):
+    (tmp_path / "cached/first-letters").mkdir(parents=True)
+    result = run("cache", language_model_yaml, *CACHE)
+    assert result.exit_code == 0, result.output
+
+
+def test_a_folder_that_cannot_be_made_and_other_tokens(language_model_yaml, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("cache", language_model_yaml, "--set", "activations.cache=file/cached")
+    assert result.exit_code == 2, result.output
+    assert "activations.cache file/cached cannot be written" in result.stderr
+    run("cache", language_model_yaml, *CACHE)
+    result = run("cache", language_model_yaml, *CACHE, "--set", "activations.tokens=64")
+    assert result.exit_code == 2, result.output
+    assert "was begun with another number of tokens" in result.stderr
+
+
+def test_a_dry_run_looks_model_and_dataset_up(language_model_yaml):
+    for wrong in ("model_name=./nothing", "hook_name=model.layers.9", "dataset_path=./nothing"):
+        result = run("cache", language_model_yaml, *CACHE, "--dry-run", "--set", wrong)
+        assert result.exit_code == 2, result.output
+        assert wrong.split("=")[0] in result.stderr

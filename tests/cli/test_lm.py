@@ -14,4 +14,4 @@ def test_make_lm_makes_a_model_and_prints_its_probes(tmp_path):
     assert json.loads((tmp_path / "lm/spelling-lm.json").read_text())["seed"] == 3
     again = run("make-lm", "lm", "--seed", "4", *settings)
     assert again.exit_code == 2
-    assert again.stderr.startswith("error: lm is not empty")
+    assert again.stderr.startswith("error: FOLDER must be a new or an empty folder, got 'lm'")

@@ -84,7 +84,8 @@ NAMES = ", ".join(sorted(path.stem for path in shipped_config("demo").parent.glo
         ),
         (
             ["saebench", "checkpoint", "--evals", "core,ravel"],
-            "--evals must be among absorption, core, sparse_probing, sae_probes, got ravel",
+            "--evals must be among absorption, core, sparse_probing, sae_probes, each once, "
+            "separated by commas, got 'core,ravel'",
         ),
         (["make-lm", "lm", "--set", "stepz=3"], "stepz: unknown key, did you mean 'steps'?"),
         (
@@ -93,7 +94,7 @@ NAMES = ", ".join(sorted(path.stem for path in shipped_config("demo").parent.glo
         ),
         (
             ["make-lm", "checkpoint"],
-            "checkpoint is not empty and holds another model: choose a new folder",
+            "FOLDER must be a new or an empty folder, got 'checkpoint'",
         ),
         (["make-lm", "lm", "--set", "lr=.nan"], "lr must be a finite number, got nan"),
         (["make-lm", "{run}/lm"], "folder {run}/lm cannot be written: {run} is no folder"),

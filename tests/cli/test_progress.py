@@ -13,7 +13,7 @@ from sae_lens_atm.training.before_first_step import Phase
 
 
 def console(terminal=False):
-    return Console(file=io.StringIO(), width=120, force_terminal=terminal)
+    return Console(file=io.StringIO(), width=120, force_terminal=terminal, markup=False)
 
 
 def text_of(console):

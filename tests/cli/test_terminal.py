@@ -13,6 +13,7 @@ from sae_lens_atm.errors import (
     NonFiniteBatchError,
     RankLostError,
     SAEBenchError,
+    SaveError,
     SettingsError,
 )
 
@@ -26,6 +27,7 @@ from sae_lens_atm.errors import (
         (RankLostError("a process"), 1, "a process"),
         (HubError("refused"), 1, "refused"),
         (SAEBenchError("failed"), 1, "failed"),
+        (SaveError("cannot save out"), 1, "cannot save out"),
         (KeyboardInterrupt(), 130, "stopped"),
         (
             Interrupted(Path("out/1"), signal.SIGTERM),
@@ -73,3 +75,10 @@ def test_a_file_is_found_before_a_shipped_one(tmp_path):
     (tmp_path / "demo").write_text("")
     assert config_path("demo") == Path("demo")
     assert config_path("other.yaml") == Path("other.yaml")
+
+
+def test_a_path_is_no_name_of_a_shipped_file(tmp_path):
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    for path in ("/no/such/demo", "runs/demo"):
+        with pytest.raises(SettingsError, match=f"no run file '{path}': give a path or one of"):
+            config_path(path)

@@ -5,14 +5,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from sae_lens_atm import ATMTrainingSAE
 from sae_lens_atm.cli import train as cli_train
-from sae_lens_atm.cli.train import estimate_table
-from sae_lens_atm.files import read_json
+from sae_lens_atm.cli.train import estimate_table, resume_hint
+from sae_lens_atm.errors import SaveError
+from sae_lens_atm.files import locked, read_json
 from sae_lens_atm.training.preflight import estimate
 from sae_lens_atm.training.preflight.checks import check_run
 from sae_lens_atm.training.preflight.timing import AFTER, BEFORE, TRAINING, Entry
@@ -229,4 +231,25 @@ def test_a_full_disk_before_the_first_checkpoint(synthetic_yaml, monkeypatch):
     monkeypatch.setattr(ATMTrainingSAE, "save_model", full_disk)
     result = run("train", synthetic_yaml, "n_checkpoints=1")
     (line,) = result.stderr.splitlines()
-    assert "there is no checkpoint, then train again with: sae-lens-atm train" in line
+    assert "then train again, as there is no checkpoint, with: sae-lens-atm train" in line
+
+
+def test_two_runs_cannot_share_a_folder_of_checkpoints(synthetic_yaml, tmp_path):
+    with locked(tmp_path / "aside"):
+        result = run("train", synthetic_yaml, "output_path=t1", "checkpoint_path=aside")
+    assert result.exit_code == 2, result.output
+    assert "checkpoint_path is " in result.stderr
+    assert "another process is writing there" in result.stderr
+
+
+def test_a_full_disk_after_a_resume_names_the_checkpoint(synthetic_yaml, capsys):
+    arguments = ["train", str(synthetic_yaml), "output_path=new"]
+    lost = load_run(synthetic_yaml, ["output_path=new"])
+    for checkpoint, end in (
+        (Path("t1/checkpoints/896"), "then resume with: {} --resume t1/checkpoints/896"),
+        (None, "then train again, as there is no checkpoint, with: {}"),
+    ):
+        with pytest.raises(typer.Exit), resume_hint(lost, arguments, checkpoint):
+            raise SaveError("cannot save new: No space left on the disk")
+        command = shlex.join(["sae-lens-atm", *arguments])
+        assert capsys.readouterr().err.endswith(f"free some space, {end.format(command)}\n")

@@ -80,3 +80,13 @@ def test_the_sae_and_the_training_do_not(language_model_yaml):
 
 def test_a_name_on_the_hub_stays_a_name():
     assert source_identity("google/gemma-2-2b") == "google/gemma-2-2b"
+
+
+def test_texts_count_and_notes_do_not(tmp_path):
+    (tmp_path / "part.txt").write_text("one")
+    first = fingerprint(tmp_path)
+    for name in ("README.md", "LICENSE", "license.txt", "NOTICE.txt", "picture.png"):
+        (tmp_path / name).write_text("a note")
+    assert fingerprint(tmp_path) == first
+    (tmp_path / "part.txt").write_text("two")
+    assert fingerprint(tmp_path) != first

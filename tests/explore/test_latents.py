@@ -53,3 +53,12 @@ def test_nearest_rows_by_brute_force():
 
 def test_few_rows_have_few_neighbours():
     assert nearest_rows(torch.eye(3))[0].shape == (3, 2)
+
+
+def test_top_tokens_of_a_transposed_matrix():
+    # Feature 3 is on in all three samples, feature 4 in the first.
+    features = np.zeros((3, 5), dtype=np.float32)
+    features[:, 3] = features[0, 4] = 1
+    reading = reading_of([[2.0], [1.0], [1.0]])
+    found = describe_latents(reading, csr_matrix(features).T, (1, 1, 1)).tokens
+    assert found.tolist() == [[3, 4, NONE, NONE, NONE]]  # 4 / sqrt(3), 2 / 1

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from sae_lens_atm.data.language_model import load_language_model
@@ -31,7 +32,19 @@ def test_a_hooked_transformer_has_folded_its_norm(hooked_model):
 
 
 def test_rows_of_another_width_promote_nothing(hooked_model):
-    decoder = torch.randn(3, 8)
-    assert (
-        promoted_tokens(hooked_model, "blocks.1.attn.hook_q", {}, decoder, lambda _: None) is None
-    )
+    hook, decoder = "blocks.1.hook_resid_post", torch.randn(3, 8)
+    assert promoted_tokens(hooked_model, hook, {}, decoder, lambda _: None) is None
+
+
+@pytest.mark.parametrize(
+    ("hook", "is_in_the_stream"),
+    [
+        ("blocks.1.hook_resid_mid", True),
+        ("blocks.1.hook_mlp_out", True),
+        ("blocks.1.ln2.hook_normalized", False),
+        ("blocks.1.attn.hook_z", False),
+    ],
+)
+def test_rows_outside_of_the_residual_stream_promote_nothing(hooked_model, hook, is_in_the_stream):
+    found = promoted_tokens(hooked_model, hook, {}, torch.randn(3, 16), lambda _: None)
+    assert (found is not None) == is_in_the_stream

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +15,7 @@ def described():
     sae.cfg.metadata.training_architecture = "atm"
     sae.cfg.metadata.training_architecture_details = {**sae.cfg.to_dict()}
     sae.cfg.metadata.model_name = "google/gemma-2-2b"
-    return Described(sae, {"lr": 3e-4, "seed": 0}, {}, "measured:")
+    return Described(sae, {"lr": 3e-4, "seed": 0}, {}, "measured:", Path("saved"))
 
 
 def text_of(described):
@@ -93,3 +94,10 @@ def test_a_section_replaces_its_former_one_alone():
 def test_metadata_that_is_no_mapping_is_refused():
     with pytest.raises(SettingsError, match=r"^README\.md"):
         updated_card("---\na: [\n---\nText\n", "a", "x", {})
+
+
+def test_a_folder_above_the_sae_is_no_id_on_the_hub(described, tmp_path):
+    (tmp_path / "other/google/gemma-2-2b").mkdir(parents=True)
+    near = replace(described, folder=tmp_path / "other/runs/sae")
+    assert "base_model" not in card_metadata(near)
+    assert "base_model" in card_metadata(described)

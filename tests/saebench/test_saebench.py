@@ -139,7 +139,14 @@ def test_other_folders_are_left_alone(tmp_path, pip):
 @pytest.mark.parametrize(
     ("metadata", "options", "message"),
     [
-        ({}, {"evals": "core,ravel"}, "^--evals .* ravel"),
+        ({}, {"evals": "core,ravel"}, "^--evals .* 'core,ravel'"),
+        ({}, {"evals": "core,core"}, "^--evals .* each once"),
+        ({}, {"evals": "absorption,"}, "^--evals .* 'absorption,'"),
+        ({}, {"evals": "core", "words": 9}, "^--words 9: only absorption uses it"),
+        ({}, {"evals": "core", "tasks": 9}, "^--tasks 9: only sae_probes uses it"),
+        ({}, {"evals": "absorption", "text": "a/b"}, "^--dataset a/b: only core uses it"),
+        ({}, {"text": "./nothing"}, "^--dataset ./nothing: there is no such folder"),
+        ({}, {"model": "/no/such"}, "^--model /no/such: there is no such folder"),
         ({"model_name": None}, {}, "no model_name"),
         ({"hook_name": None}, {}, "no hook_name"),
         ({"hook_name": "blocks.1.hook_mlp_out"}, {}, "hook blocks.1.hook_mlp_out: "),
@@ -230,7 +237,7 @@ def test_a_checkpoint_goes_in_as_a_stock_sae(tmp_path):
     ],
 )
 def test_words_and_tasks(sae_folder, options, words, tasks):
-    request = saebench.plan_evals(str(sae_folder), "core", **options)
+    request = saebench.plan_evals(str(sae_folder), ",".join(evals.EVALS), **options)
     assert (request.words, request.tasks) == (words, tasks)
 
 

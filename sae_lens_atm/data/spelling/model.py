@@ -28,6 +28,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_lens_atm.data.spelling.text import QUESTION, Text, text, tokenizer
 from sae_lens_atm.errors import SettingsError
+from sae_lens_atm.files import check_new_folder
 
 HOOK = "transformer.h.0"
 """The hook for SAEs: the residual stream after the first layer."""
@@ -72,19 +73,13 @@ class SpellingLMConfig:
     dataset_rows: int = 8192
 
     def __post_init__(self) -> None:
-        whole = (
-            "words_per_letter",
-            "layers",
-            "d_model",
-            "heads",
-            "steps",
-            "batch_size",
-            "dataset_rows",
-        )
-        for name in whole:
-            if not 1 <= getattr(self, name) <= _LARGEST:
+        whole = dict.fromkeys(("words_per_letter", "layers", "d_model", "heads", "steps"), 1)
+        # A quarter of the rows are prompts, a quarter words with their letters.
+        for name, least in (whole | {"batch_size": 4, "dataset_rows": 4}).items():
+            if not least <= getattr(self, name) <= _LARGEST:
                 raise ValueError(
-                    f"{name} must be 1 or more, and at most 2**20, got {getattr(self, name)!r}"
+                    f"{name} must be {least} or more, and at most 2**20, got "
+                    f"{getattr(self, name)!r}"
                 )
         if not 0 < self.lr <= 1:
             raise ValueError(f"lr must be in (0, 1], got {self.lr!r}")
@@ -174,9 +169,13 @@ def make_spelling_lm(
     """
     if is_spelling_lm(cfg, folder):
         return folder
-    if folder.exists() and any(folder.iterdir()):
-        raise SettingsError(f"{folder} is not empty and holds another model: choose a new folder")
+    check_new_folder("FOLDER", folder)
     material = text(cfg.words_per_letter)
+    if cfg.context_size > len(material.tokens):
+        raise SettingsError(
+            f"context_size must be at most {len(material.tokens):,}, the tokens of the text, got "
+            f"{cfg.context_size:,}"
+        )
     rows = Rows(material, cfg.context_size, torch.Generator().manual_seed(cfg.seed))
     with temporary_seed(cfg.seed), _one_thread():
         model = _train(cfg, len(material.vocabulary), rows, on_step)
@@ -242,7 +241,8 @@ def _train(
     optimizer = torch.optim.AdamW(
         model.parameters(), cfg.lr, betas=(0.9, 0.98), weight_decay=_DECAY
     )
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, cfg.steps, pct_start=0.1)
+    rising = 0.2 if cfg.steps == 10 else 0.1  # OneCycleLR divides by `rising * steps - 1`
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, cfg.lr, cfg.steps, pct_start=rising)
     model.train()
     for _ in range(cfg.steps):
         batch, is_answer = rows.draw(cfg.batch_size)

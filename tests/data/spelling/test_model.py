@@ -1,4 +1,5 @@
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_a_model_that_is_there_is_not_made_again(tmp_path):
 def test_somebody_elses_folder_is_left_alone(tmp_path):
     (tmp_path / "lm").mkdir()
     (tmp_path / "lm" / "thesis.txt").write_text("mine")
-    with pytest.raises(SettingsError, match=r"lm .*is not empty"):
+    with pytest.raises(SettingsError, match="FOLDER must be a new or an empty folder"):
         make_spelling_lm(tiny(), tmp_path / "lm")
     assert (tmp_path / "lm" / "thesis.txt").read_text() == "mine"
 
@@ -105,3 +106,29 @@ def test_it_is_saved_as_transformers_wants_it(tmp_path):
 def test_an_error_names_field_and_value(field, value):
     with pytest.raises(ValueError, match=f"^{field} must|multiple of {field}"):
         tiny(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 3}, "batch_size must be 4 or more"),
+        ({"dataset_rows": 3}, "dataset_rows must be 4 or more"),
+        ({"steps": 0}, "steps must be 1 or more"),
+    ],
+)
+def test_values_that_leave_no_rows_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**values)
+
+
+def test_what_cannot_be_saved_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingsError, match=r"FOLDER must be a new or an empty folder, got '\.'"):
+        make_spelling_lm(tiny(), Path())
+    with pytest.raises(SettingsError, match="context_size must be at most"):
+        make_spelling_lm(tiny(context_size=2**20), tmp_path / "lm")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_few_steps(tmp_path, steps):
+    assert is_spelling_lm(tiny(steps=steps), make_spelling_lm(tiny(steps=steps), tmp_path / "lm"))
