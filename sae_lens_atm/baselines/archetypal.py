@@ -9,7 +9,8 @@ arXiv:2502.12892, with details from the authors' library overcomplete. This is t
 
 C holds points of the data, and D is the decoder. W, Lambda and mu are trained. Before each step
 W is clipped at 0 and its rows are divided by their sums, and rows of Lambda longer than delta are
-shortened. At first Lambda and mu are 0, and each row of W selects a point.
+shortened. The saved decoder is that after the last step, so W and Lambda may be one step outside.
+At first Lambda and mu are 0, and each row of W selects a point.
 
 Open, and our choice:
 

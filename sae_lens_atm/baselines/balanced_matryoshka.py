@@ -7,7 +7,8 @@ the reconstruction from the latents of levels 1 to m:
     L = sum_m beta_m L_m + alpha L_aux,    beta_m = beta^(M - m)
 
 beta = 1 is SAELens' `matryoshka_batchtopk`: narrow levels hedge, they mix correlated features.
-beta = 0 is BatchTopK: its latents absorb. A value between balances both.
+beta = 0 is BatchTopK, but for the auxiliary loss: its latents absorb. A value between balances
+both.
 
 The paper leaves open which beta is best for other data. Its code tries 0, .1, .25, .5, .75, 1, 2
 and 5, and so can a comparison file. 0.75 is our default. The widths are those of its code: d_sae /
@@ -26,7 +27,7 @@ from sae_lens import (
 from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from typing_extensions import override
 
-from sae_lens_atm.baselines.shared import require
+from sae_lens_atm.baselines.shared import require, require_one_scale
 
 _DIVISORS = (256, 64, 16, 4, 1)
 
@@ -53,6 +54,7 @@ class BalancedMatryoshkaTrainingSAEConfig(MatryoshkaBatchTopKTrainingSAEConfig):
         require(self, "matryoshka_balance", 0 <= self.matryoshka_balance <= 1e3, "from 0 to 1000")
         if not self.matryoshka_widths:
             self.matryoshka_widths = sorted({self.d_sae // divisor for divisor in _DIVISORS} - {0})
+        require_one_scale(self, or_whitening=True)
         super().__post_init__()
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd import Function
 from typing_extensions import Self, override
 
-from sae_lens_atm.baselines.shared import require
+from sae_lens_atm.baselines.shared import require, require_one_scale
 
 
 @dataclass
@@ -64,6 +64,7 @@ class HierarchicalTopKTrainingSAEConfig(TopKTrainingSAEConfig):
         allowed = f"from k = {self.k} to d_sae = {self.d_sae}"
         require(self, "max_k", self.max_k is None or self.k <= self.max_k <= self.d_sae, allowed)
         require(self, "use_sparse_activations", not self.use_sparse_activations, "false")
+        require_one_scale(self, or_whitening=True)
         super().__post_init__()
 
 
@@ -79,6 +80,7 @@ class HierarchicalTopKTrainingSAE(TopKTrainingSAE):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
+        cast(TopK, self.activation_fn).k = self.cfg.budgets  # a new SAE is in training mode
         output = super().training_forward_pass(step_input)
         error = self.mean_error(step_input.sae_in, output.feature_acts)
         losses = {**output.losses, "mse_loss": error}

@@ -86,8 +86,8 @@ class ITDATrainingSAEConfig(TrainingSAEConfig):
 def matching_pursuit(x: Tensor, rows: Tensor, steps: int, products: Tensor | None = None) -> Tensor:
     """Return the sparse codes of samples.
 
-    The correlations of residual and atoms are updated with the products of atoms, so that a step
-    needs no product of matrices.
+    With the products of atoms, which take as long as those of as many samples, a step needs no
+    product of matrices. For fewer samples than atoms the residual is updated instead.
 
     Args:
         x: samples, ``(batch, d_in)``.
@@ -96,13 +96,18 @@ def matching_pursuit(x: Tensor, rows: Tensor, steps: int, products: Tensor | Non
         products: ``rows @ rows.T``, if it is known.
     """
     correlations = x @ rows.T
-    codes = torch.zeros_like(correlations)
-    products = rows @ rows.T if products is None else products
+    codes, residual = torch.zeros_like(correlations), x
+    if products is None and len(x) * steps >= len(rows):
+        products = rows @ rows.T
     for _ in range(steps):
         best = correlations.abs().argmax(1, keepdim=True)
-        values = correlations.gather(1, best)
+        values, chosen = correlations.gather(1, best), best.squeeze(1)
         codes.scatter_add_(1, best, values)
-        correlations.addcmul_(products[best.squeeze(1)], values, value=-1)
+        if products is not None:
+            correlations.addcmul_(products[chosen], values, value=-1)
+        else:
+            residual = residual - values * rows[chosen]
+            correlations = residual @ rows.T
     return codes
 
 
@@ -114,8 +119,8 @@ class ITDASAE(StandardSAE):
     @override
     def encode(self, x: Tensor) -> Tensor:
         samples = self.process_sae_in(x)
-        codes = matching_pursuit(samples.flatten(0, -2), self.W_enc.T, self.cfg.k)
-        return self.hook_sae_acts_post(codes.unflatten(0, samples.shape[:-1]))
+        codes = matching_pursuit(samples.reshape(-1, samples.shape[-1]), self.W_enc.T, self.cfg.k)
+        return self.hook_sae_acts_post(codes.reshape(*samples.shape[:-1], -1))
 
 
 class ITDATrainingSAE(ExactBuffers, TrainingSAE[ITDATrainingSAEConfig]):
@@ -157,9 +162,9 @@ class ITDATrainingSAE(ExactBuffers, TrainingSAE[ITDATrainingSAEConfig]):
         samples = self.process_sae_in(x)
         if self._products is None:
             self._products = (self.W_enc.T @ self.W_enc).detach()
-        flat = samples.flatten(0, -2)
+        flat = samples.reshape(-1, samples.shape[-1])
         codes = matching_pursuit(flat, self.W_enc.T, self.cfg.k, self._products)
-        codes = self.hook_sae_acts_post(codes.unflatten(0, samples.shape[:-1]))
+        codes = self.hook_sae_acts_post(codes.reshape(*samples.shape[:-1], -1))
         return codes, codes
 
     @override
@@ -206,9 +211,14 @@ class ITDATrainingSAE(ExactBuffers, TrainingSAE[ITDATrainingSAEConfig]):
         state_dict.pop("size")
 
     @override
-    def process_state_dict_for_loading(self, state_dict: dict[str, Any]) -> None:
-        super().process_state_dict_for_loading(state_dict)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
         self._products = None
+
+    @override
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._products = None  # device or dtype may change
+        return super()._apply(*args, **kwargs)
 
 
 register_sae_class("itda", ITDASAE, ITDASAEConfig)

@@ -8,12 +8,13 @@ SynthSAEBench (arXiv:2602.14687). With x_c = x - b_dec, and s a BatchTopK:
     L = TERM(|x - x_hat|^2) + sum_m TERM(|x - x_hat_m|^2) + L_aux
 
 - LISTA (Gregor, LeCun 2010): T = 1 refinement with eta = 0.3.
-- The levels m are prefixes of the latents in falling order of firing frequency (a moving average
-  with decay .99), d_sae / 32, / 8 and / 2 wide. In level m only its own latents get a gradient.
+- The levels m are prefixes of the latents in falling order of firing frequency, a moving average
+  with decay .99. They are d_sae / 32, / 8 and / 2 wide. In level m only its own latents get a
+  gradient.
 - TERM (arXiv:2411.00743): the mean over samples with weights softmax(tau L_i / mean(L)). tau is
   .002.
-- The number of active latents falls linearly over the run, from 60 for k = 25 (`initial_k`, as a
-  multiple of k) to k.
+- The number of active latents falls linearly over the run to k. It starts at `initial_k` times k,
+  60 for k = 25.
 
 Each step of the encoder has its own threshold, an average of SAELens' kind, in the saved SAE.
 
@@ -41,7 +42,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_atm.baselines.shared import CountsSteps, require
+from sae_lens_atm.baselines.shared import CountsSteps, require, require_one_scale
 
 _DIVISORS = (32, 8, 2)
 _FREQUENCY_DECAY = 0.99
@@ -106,6 +107,7 @@ class ListaMatryoshkaTrainingSAEConfig(BatchTopKTrainingSAEConfig):
         require(self, "initial_k", self.initial_k >= 1, "1 or more")
         require(self, "schedule_steps", self.schedule_steps >= 0, "0 or more")
         require(self, "rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm, "true")
+        require_one_scale(self)
         super().__post_init__()
 
 
@@ -212,7 +214,7 @@ class ListaMatryoshkaTrainingSAE(CountsSteps, BatchTopKTrainingSAE):
         for width, sae_out in self.level_reconstructions(output.feature_acts):
             losses[f"inner_mse_loss_{width}"] = self.tilted_error(sae_out, x)
         output.loss = torch.stack(list(losses.values())).sum()
-        output.metrics["k"] = k
+        output.metrics |= {"k": k, "topk_threshold": self.thresholds[-1]}
         return output
 
     def tilted_error(self, sae_out: Tensor, x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_atm.baselines.shared import CountsSteps, require
+from sae_lens_atm.baselines.shared import CountsSteps, require, require_one_scale
 from sae_lens_atm.method.masking import uniform_at
 
 _DELTA = 1e-8
@@ -68,6 +68,7 @@ class OrtSAETrainingSAEConfig(BatchTopKTrainingSAEConfig):
         # With 2 a chunk could have a single latent.
         require(self, "ort_chunk_size", self.ort_chunk_size >= 3, "3 or more")
         require(self, "ort_interval", self.ort_interval >= 1, "1 or more")
+        require_one_scale(self, or_whitening=True)
         super().__post_init__()
 
 

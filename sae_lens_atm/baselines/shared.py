@@ -15,9 +15,16 @@ def require(cfg: Any, name: str, holds: bool, allowed: str) -> None:
         raise ValueError(f"{name} must be {allowed}, got {getattr(cfg, name)!r}")
 
 
-def require_one_scale(cfg: Any) -> None:
-    """Raise a `ValueError` unless all inputs are scaled by one factor, or not at all."""
+def require_one_scale(cfg: Any, or_whitening: bool = False) -> None:
+    """Raise a `ValueError` unless all inputs are scaled by one factor, or not at all.
+
+    Args:
+        cfg: the configuration.
+        or_whitening: allow one linear map of all inputs, too.
+    """
     supported = ("none", "expected_average_only_in")
+    if or_whitening:
+        supported += ("covariance_whitening",)
     is_supported = cfg.normalize_activations in supported
     require(cfg, "normalize_activations", is_supported, f"one of {', '.join(supported)}")
 

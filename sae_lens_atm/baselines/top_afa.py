@@ -16,7 +16,8 @@ Open, and our choice:
 
 - SAELens sums the squared error over d_in, so lambda_AFA is multiplied by d_in here.
 - The code compares |z| with |x|, not with |x - b_dec|, in the loss. So does this file.
-- The code standardises each input. Use SAELens' `normalize_activations` for other scales.
+- The code standardises each input. Here one factor may scale them,
+  `normalize_activations: expected_average_only_in`.
 """
 
 from collections.abc import Callable
@@ -37,7 +38,7 @@ from sae_lens.saes.sae import TrainCoefficientConfig, TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_atm.baselines.shared import require
+from sae_lens_atm.baselines.shared import require, require_one_scale
 
 _FIRST_COUNT = 64  # of the largest activations that are sorted at first
 
@@ -81,6 +82,7 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
     def __post_init__(self) -> None:
         require(self, "afa_coefficient", 0 <= self.afa_coefficient <= 1e6, "from 0 to 1e6")
         require(self, "rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm, "true")
+        require_one_scale(self)
         super().__post_init__()
 
 
@@ -96,9 +98,10 @@ def norm_matched(acts: Tensor, norm: Tensor, first: int = _FIRST_COUNT) -> tuple
         The activations; and the number that had to be sorted.
     """
     count, target = min(first, acts.shape[-1]), norm.unsqueeze(-1)
+    wide = torch.promote_types(acts.dtype, torch.float32)  # squares overflow in float16
     while True:
         values, indices = acts.topk(count, dim=-1)
-        norms = values.detach().square().cumsum(-1).sqrt()
+        norms = values.detach().to(wide).square().cumsum(-1).sqrt()
         is_enough = (norms[..., -1:] >= target) | (values[..., -1:] <= 0)
         if count == acts.shape[-1] or bool(is_enough.all()):
             break

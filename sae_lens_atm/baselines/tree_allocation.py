@@ -30,7 +30,7 @@ def reallocated(parents: Tensor, dead: Tensor, capacity: Tensor, living: Tensor)
     """Return the parents of a layer after its dead children moved (algorithm 2).
 
     Args:
-        parents: the parent of each latent of the layer, an index into the next but one.
+        parents: the parent of each latent of the layer, an index into `capacity`.
         dead: which latents of the layer are dead.
         capacity: C_p of each possible parent.
         living: which of them may get children.

@@ -12,8 +12,9 @@ L_aux,1: dead latents of the first layer reconstruct its error, and L_aux,1 is r
 variance of that error. The paper divides the other terms by Var(x). Here L_aux,1 is multiplied by
 Var(x) instead, for the scale of SAELens' losses. alpha_1 is 1/32.
 
-Parents are drawn at random and then reallocated. In each step the loss, divided by the number of
-possible parents that fired, is added to the capacity C_p of each of these. A reallocation shares
+Parents are drawn at random and then reallocated. Each step divides the loss by the number of
+possible parents that fired, the root included, and adds it to the capacity C_p of each of them. A
+reallocation shares
 the s_l latents of a layer among the living possible parents p, k_p each, so that the smallest
 C_p / k_p is as large as possible (algorithm 1). Dead children of parents with more than k_p then
 move to parents with fewer (algorithm 2). The paper reallocates after 3,000 steps, then after twice
@@ -26,7 +27,8 @@ Not in the parts of the paper and code that we have, and chosen here:
 - s_l for few active latents: with k of 4 or more, d_sae times 1/16, 2/16, 6/16 and 7/16, as in the
   paper's largest tree; with less, 1/4 and 3/4.
 - Dead is what the trainer counts as dead (`dead_feature_window`).
-- The paper standardises each input. Use SAELens' `normalize_activations` for other scales.
+- The paper standardises each input. Here one factor may scale them,
+  `normalize_activations: expected_average_only_in`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -49,7 +51,7 @@ from sae_lens.saes.topk_sae import calculate_topk_aux_acts
 from torch import Tensor
 from typing_extensions import override
 
-from sae_lens_atm.baselines.shared import CountsSteps, require
+from sae_lens_atm.baselines.shared import CountsSteps, require, require_one_scale
 from sae_lens_atm.baselines.tree_allocation import (
     reallocated,
     reallocation_end,
@@ -108,17 +110,24 @@ class TreeTrainingSAEConfig(TopKTrainingSAEConfig):
         require(self, "k", self.k >= self.smallest_k, "2 or more: a tree has at least two layers")
         widths, active = layer_widths(self), layer_k(self)
         exact = sum(widths) == self.d_sae and min(widths) > 0 and len(widths) > 1
-        allowed = f"two or more widths above 0, in total d_sae = {self.d_sae}"
-        require(self, "tree_widths", exact, allowed)
-        allowed = f"numbers from 0 to the {len(widths)} widths, in total k = {self.k}"
+        if not exact:
+            raise ValueError(
+                f"tree_widths must be two or more widths above 0, in total d_sae = {self.d_sae}, "
+                f"got {widths}{'' if self.tree_widths else ' by default'}"
+            )
         fits = len(active) == len(widths) and sum(active) == self.k and min(active) >= 0
         fits = fits and all(k <= width for k, width in zip(active, widths, strict=True))
-        require(self, "tree_k", fits, allowed)
+        if not fits:
+            raise ValueError(
+                f"tree_k must be numbers from 0 to the widths {widths}, in total k = {self.k}, got "
+                f"{active}{'' if self.tree_k else ' by default: set tree_k, tree_widths or k'}"
+            )
         require(self, "schedule_steps", self.schedule_steps >= 0, "0 or more")
         require(self, "rescale_acts_by_decoder_norm", self.rescale_acts_by_decoder_norm, "true")
         require(self, "use_sparse_activations", not self.use_sparse_activations, "false")
         exact_types = ("float32", "float64")  # others round the indices of parents
         require(self, "dtype", self.dtype in exact_types, "one of float32, float64")
+        require_one_scale(self)
         super().__post_init__()
 
 

@@ -24,6 +24,7 @@ from sae_lens_atm.evaluation.contrastive_stories import (
 )
 from sae_lens_atm.evaluation.first_letters import figures_of, matched_l0, scores_of
 from sae_lens_atm.evaluation.language_model import (
+    flat_heads,
     hold_out,
     language_model_figures,
     make_store,
@@ -162,18 +163,21 @@ def evaluate_saved(
             on_tokens(len(figures) * every + done, len(saes) * every)
 
         figures[name] = language_model_figures(sae, model, tokens, cfg, on_batch_of_sae)[0]
-        figures[name] |= contrastive_figures(sae, stories)
+        with flat_heads(sae):
+            figures[name] |= contrastive_figures(sae, stories)
     evaluated = {name: Evaluated(values) for name, values in figures.items()}
     if letters is not None:
         found = first_letters_of(cfg, letters, lambda: model, data.folder, on_batch)
         for name, sae in saes.items():
-            scores = scores_of(sae, found)
+            with flat_heads(sae):
+                scores = scores_of(sae, found)
             values = figures[name] | figures_of(scores, found)
             evaluated[name] = Evaluated(values, scores.intervals, found.facts())
     if store is not None:
         store.fill(lambda: model, on_text)
         for name, sae in saes.items():
-            evaluated[name] = _with_probes(evaluated[name], probe_sae(sae, store))
+            with flat_heads(sae):
+                evaluated[name] = _with_probes(evaluated[name], probe_sae(sae, store))
     return evaluated
 
 

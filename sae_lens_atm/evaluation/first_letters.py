@@ -311,7 +311,7 @@ def keep_largest(acts: Sequence[Tensor], l0: float) -> None:
     keep = round(l0 * sum(map(len, acts)))
     if keep >= len(sizes):
         return
-    threshold = sizes.topk(keep).values[-1]
+    threshold = sizes.topk(max(keep, 1)).values[-1]
     for part in acts:
         part[part.abs() < threshold] = 0
 

@@ -119,7 +119,7 @@ def language_model_figures(
     if shared is None:
         found, density = _figures_of_saelens(sae, model, tokens, cfg)
     else:
-        with _flat_heads(sae, hook.name):
+        with flat_heads(sae):
             found = shared.scores(sae, on_batch)
             metrics, density = get_sparsity_and_variance_metrics(
                 sae,
@@ -142,7 +142,7 @@ def language_model_figures(
     excluded = torch.tensor(_excluded(cfg, model), dtype=torch.long)
     counted = (~torch.isin(batch.cpu(), excluded) for batch in tokens.batches)
     evaluated = sum(int(batch.sum()) for batch in counted)
-    with _flat_heads(sae, hook.name):
+    with flat_heads(sae):
         fired, further = fired_on(sae, _watched(tokens, on_batch))
     figures["dead_latents"] = int((~(alive | fired.cpu())).sum())
     figures["evaluated_samples"] = evaluated
@@ -208,9 +208,9 @@ def _excluded(cfg: LanguageModelSAERunnerConfig[Any], model: Any) -> list[int]:
 
 
 @contextmanager
-def _flat_heads(sae: SAE[Any], hook_name: str) -> Generator[None]:
+def flat_heads(sae: SAE[Any]) -> Generator[None]:
     """Let an SAE at `hook_z` take activations without a dimension of heads, as SAELens does."""
-    reshapes = "hook_z" in hook_name and sae.hook_z_reshaping_mode
+    reshapes = sae.hook_z_reshaping_mode
     if reshapes:
         sae.turn_off_forward_pass_hook_z_reshaping()
     try:

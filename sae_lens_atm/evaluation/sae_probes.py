@@ -29,7 +29,7 @@ class Probing(NamedTuple):
 
     @property
     def figures(self) -> dict[str, float]:
-        """The means over tasks. F1 is left out: classes are balanced, and it equals accuracy."""
+        """The means over tasks. F1 is left out: on balanced classes it is close to accuracy."""
         return {n: fmean(values) for n, values in self.by_task.items() if "_f1_" not in n}
 
     @property

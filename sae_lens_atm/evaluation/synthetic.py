@@ -123,13 +123,13 @@ def bits_saved_by(sae: SAE[Any], x: Tensor, acts: Tensor | None = None) -> float
 
 def code_figure(sae: SAE[Any], x: Tensor, acts: Tensor | None = None) -> float:
     """Return the description length of samples, in bits a sample."""
-    acts = sae.encode(x).to_dense() if acts is None else acts.to(sae.dtype)
+    acts = sae.encode(x).to_dense() if acts is None else acts
     normalises = sae.cfg.normalize_activations in ("layer_norm", "constant_norm_rescale")
 
     def decode(rounded: Tensor) -> Tensor:
         if normalises:  # decoding needs, and forgets, the norms of the last samples encoded
             sae.encode(x)
-        return sae.decode(rounded)
+        return sae.decode(rounded.to(sae.dtype))
 
     return description_length(acts, x, decode)
 

@@ -8,6 +8,7 @@ complete or absent. A damaged one is made again.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -178,10 +179,12 @@ class TaskStore:
     def raw_scores(self, task: str) -> ProbeScores:
         """Return the scores of a probe on the activations themselves. They are stored, too."""
         file = self._raw_file(task)
-        if not file.exists():
-            found = self.read(task)
-            parts = found._replace(train=found.train.float(), test=found.test.float())
-            write_json(file, probe_scores(*parts, "l2", self.cfg.seed)._asdict())
+        with suppress(ValueError, TypeError):  # damaged
+            if file.exists():
+                return ProbeScores(**read_json(file))
+        found = self.read(task)
+        parts = found._replace(train=found.train.float(), test=found.test.float())
+        write_json(file, probe_scores(*parts, "l2", self.cfg.seed)._asdict())
         return ProbeScores(**read_json(file))  # as rounded in the file
 
     def _file(self, task: str) -> Path:

@@ -2,7 +2,7 @@
 
 An SAE whose L0 is too low or too high learns latents that mix features. Its decoder rows then point
 in similar directions, and project on many inputs that do not have their feature. "Sparse but Wrong"
-(Chanin & Garriga-Alonso, arXiv 2508.16560) finds both figures least near the true L0. On our
+(Chanin & Garriga-Alonso, arXiv 2508.16560) finds both figures smallest near the true L0. On our
 synthetic models `saved_bits` is more reliable (docs/lab-notebook.md, section 22).
 """
 

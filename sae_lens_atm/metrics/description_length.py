@@ -59,11 +59,15 @@ def description_length(acts: Tensor, x: Tensor, decode: Callable[[Tensor], Tenso
         x: the samples, ``(samples, d_in)``.
         decode: reconstructs samples from activations.
     """
-    error = (x - decode(acts)).square().sum()
-    limit = error + _LIMIT * (x - x.mean(0)).square().sum()
+    x, acts = x.float(), acts.float()  # squares overflow in float16
+
+    def error(acts: Tensor) -> Tensor:
+        return (x - decode(acts).float()).square().sum()
+
+    limit = error(acts) + _LIMIT * (x - x.mean(0)).square().sum()
 
     def reconstructs(bins: int) -> bool:
-        return bool((x - decode(levels(acts, bins)[1])).square().sum() <= limit)
+        return bool(error(levels(acts, bins)[1]) <= limit)
 
     bins = next((bins for bins in BINS[:-1] if reconstructs(bins)), BINS[-1])
     return code_length(levels(acts, bins)[0], bins)

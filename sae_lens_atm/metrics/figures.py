@@ -117,16 +117,15 @@ FIGURES: dict[str, Figure] = {
     "saved_bits": Figure(
         "saved bits",
         0,
-        "Bits per sample that a description by activations and error needs less than one under a "
-        "Gaussian; over L0s it is largest near the true one, and below it with fewer latents "
-        "than features.",
+        "Bits per sample that a code of activations and error needs less than a Gaussian code; "
+        "largest near the true L0, and below the true L0 with fewer latents than features.",
         1,
     ),
     "hierarchy_score": Figure(
         "hierarchy",
         1,
-        "Share of the pairs of a latent and one that fires mostly with it in which both decoder "
-        "rows are among the five nearest to a probe for the second (Tree SAE's hierarchy score).",
+        "Share of pairs of latents, the second firing mostly with the first, whose decoder rows "
+        "are both among the five nearest to a probe for the second (Tree SAE's hierarchy score).",
     ),
     "mcc": Figure(
         "MCC",
@@ -259,22 +258,21 @@ FIGURES: dict[str, Figure] = {
     "contrastive_score": Figure(
         "contrastive",
         1,
-        "How far the largest difference of a latent's mean activations on two opposite stories is "
-        "above the average one, in standard deviations over latents, averaged over pairs of "
-        "stories (CE-Bench's contrastive score).",
+        "Largest difference of a latent's mean activation between two opposite stories, in "
+        "standard deviations above the mean over latents (CE-Bench's contrastive score).",
         2,
     ),
     "ce_loss_score": Figure(
         "CE loss recovered",
         1,
-        "Share of the rise in cross-entropy loss without the activations that the "
-        "reconstruction prevents.",
+        "Share of the rise in cross-entropy loss, with zeros at the hook, that the "
+        "reconstruction avoids.",
     ),
     "kl_div_score": Figure(
         "KL recovered",
         1,
-        "Share of the KL divergence of the next-token distribution without the activations "
-        "that the reconstruction prevents.",
+        "Share of the KL divergence of the next-token distribution, with zeros at the hook, that "
+        "the reconstruction avoids.",
     ),
     "stability": Figure(
         "stability",

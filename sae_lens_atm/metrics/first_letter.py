@@ -19,6 +19,10 @@ Scores are averaged over the words of a letter, then over the letters whose prob
 0.6. There must be 20 such letters. The scores are also averaged over those of these letters with a
 latent whose own F1 is at least 0.5. Without such a latent the main latents are chosen by chance.
 
+Where the activations of a latent are mostly negative, its weight counts with the opposite sign.
+Cosines are compared by their absolute values. Flipping the signs of a latent's activations and of
+its decoder row then changes no score.
+
 `METRIC` names the definition beside the figures. SAEBench 0.4.1 changed the fraction, so fractions
 of earlier versions cannot be compared with these. Full absorption can.
 """
@@ -84,7 +88,7 @@ def absorbed(
     """
     contribution = acts * cosine
     by_main = contribution[:, main].sum(-1)
-    others = contribution * (~main & (cosine >= ABSORBER_COSINE))
+    others = contribution * (~main & (cosine.abs() >= ABSORBER_COSINE))
     most = min(MAX_ABSORBERS, acts.shape[1])
     by_others = others.clamp(min=0).topk(most, dim=-1).values.sum(-1)
     carried = torch.minimum(by_others, explained - by_main)
@@ -94,7 +98,8 @@ def absorbed(
         (by_main >= explained) | (by_others < ABSORBED_SHARE * explained) | (explained <= 0), 0.0
     )
     largest, latent = contribution.max(-1)
-    full = (acts[:, main] < _SILENT).all(-1) & (cosine[latent] >= FULL_ABSORBER_COSINE)
+    full = (acts[:, main].abs() < _SILENT).all(-1)
+    full &= cosine[latent].abs() >= FULL_ABSORBER_COSINE
     full &= (explained > 0) & (largest >= ABSORBED_SHARE * explained)
     return fraction, full
 
@@ -140,7 +145,10 @@ def first_letter_scores(
         l1=_L1,
     )
     most = min(MAX_SPLITS, train.x.shape[1])
-    order = sparse.weight.topk(most, dim=-1).indices
+    on_letter = functional.one_hot(train.letter, letters).T.to(train.x) @ train.x
+    usual = torch.where(on_letter == 0, train.x.sum(0), on_letter)  # the sign of its activations
+    evidence = sparse.weight * torch.where(usual < 0, -1.0, 1.0)
+    order = evidence.topk(most, dim=-1).indices
     by_best = is_letter.new_zeros(len(test.x), letters, most)
     for letter in train.letter.unique().tolist():
         by_best[:, letter] = _predictions(train, test, letter, order[letter])

@@ -42,9 +42,10 @@ def train_probes(
     weight_decay: float = 1e-4,
     l1: float = 0.0,
 ) -> Probe:
-    """Train SAEBench's probes: logistic, each on its own.
+    """Train SAEBench's probes: logistic, for one target each.
 
-    Positives are weighted by negatives over positives. Adam's learning rate decays to 1e-5.
+    The loss is averaged over probes, and the weight decay is not. Positives are weighted by
+    negatives over positives. Adam's learning rate decays to 1e-5.
 
     Args:
         x: shape ``(rows, width)``.

@@ -9,7 +9,8 @@ the samples cancels out::
     saved = d/2 log2(V / (E + E L0 / d)) - sum_i H(fires_i) - L0 H(level)
 
 ``V`` is the mean squared distance of a sample from the mean, ``E`` the mean squared error of the
-reconstruction, ``d`` the dimension, ``H`` the entropy over samples. An activation is described by
+reconstruction, ``d`` the dimension, ``H`` the entropy over samples. If ``E`` is larger than ``V``,
+``V`` takes its value. An activation is described by
 its level and its sign. All latents share the step and the distribution of levels::
 
     level_i = ceil(|a_i| |d_i| / step),   step = sqrt(12 E / d)
@@ -42,10 +43,10 @@ def saved_bits(x: Tensor, acts: Tensor, decoder: Tensor, bias: Tensor) -> float:
         bias: ``b_dec``, shape ``(d,)``.
     """
     samples, d = x.shape
-    tiny = torch.finfo(x.dtype).eps
     variance = float((x - x.mean(0)).square().sum()) / samples
     error = float((x - acts @ decoder - bias).square().sum()) / samples
-    error = max(error, tiny * variance, torch.finfo(x.dtype).tiny)
+    info = torch.finfo(x.dtype)
+    error = max(error, info.eps * variance, info.tiny)
     sample, latent = acts.nonzero(as_tuple=True)
     parts = acts[sample, latent] * decoder.norm(dim=1)[latent]
     l0 = len(parts) / samples

@@ -20,7 +20,13 @@ _TIMEOUT = timedelta(minutes=30)  # all ranks wait while one evaluates or saves
 _DIGIT_BITS = 11  # bits of a floating-point number in one histogram
 
 
-_TAKE_DATA = ("archetypal", "itda")
+_ONE_PROCESS = {
+    "archetypal": "it takes samples into its dictionary",
+    "itda": "it takes samples into its dictionary",
+    "lista_matryoshka": "its thresholds and frequencies are counted on samples",
+    "tree_sae": "its tree is built from counts on samples",
+}
+"""Architectures that cannot be trained in several processes, and why."""
 
 
 def check_shares(run: Run) -> None:
@@ -40,10 +46,10 @@ def check_shares(run: Run) -> None:
         # SAELens stores the position in the cache for one process only.
         raise SettingsError("use_cached_activations must be False with several processes, got True")
     architecture = cfg.sae.architecture()
-    if size() > 1 and architecture in _TAKE_DATA:
+    if size() > 1 and architecture in _ONE_PROCESS:
         raise SettingsError(
-            f"sae.architecture must not be {architecture!r} with several processes: it takes "
-            "samples into its dictionary, and each process has others. Train it in one process"
+            f"sae.architecture must not be {architecture!r} with several processes: "
+            f"{_ONE_PROCESS[architecture]}, and each process has others. Train it in one process"
         )
     for where, device in gpu_settings(run).items():
         if size() > 1 and ":" in device:

@@ -40,9 +40,17 @@ EVERY = {
             "normalize_activations": "covariance_whitening",
         },
     ),
-    "balanced_matryoshka": Baseline({"k": 3}, "jumprelu", {"matryoshka_balance": -1}),
+    "balanced_matryoshka": Baseline(
+        {"k": 3}, "jumprelu", {"matryoshka_balance": -1, "normalize_activations": "layer_norm"}
+    ),
     "hierarchical_topk": Baseline(
-        {"k": 3, "max_k": 5}, "topk", {"max_k": 2, "use_sparse_activations": True}
+        {"k": 3, "max_k": 5},
+        "topk",
+        {
+            "max_k": 2,
+            "use_sparse_activations": True,
+            "normalize_activations": "constant_norm_rescale",
+        },
     ),
     "itda": Baseline(
         {"k": 3},
@@ -69,15 +77,27 @@ EVERY = {
             "term_tilt": -1,
             "initial_k": 0.5,
             "rescale_acts_by_decoder_norm": False,
+            "normalize_activations": "covariance_whitening",
         },
     ),
     "ortsae": Baseline(
         {"k": 3, "ort_chunk_size": 10},
         "jumprelu",
-        {"ort_coefficient": -1, "ort_chunk_size": 2, "ort_interval": 0},
+        {
+            "ort_coefficient": -1,
+            "ort_chunk_size": 2,
+            "ort_interval": 0,
+            "normalize_activations": "layer_norm",
+        },
     ),
     "top_afa": Baseline(
-        {}, "top_afa", {"afa_coefficient": -1, "rescale_acts_by_decoder_norm": False}
+        {},
+        "top_afa",
+        {
+            "afa_coefficient": -1,
+            "rescale_acts_by_decoder_norm": False,
+            "normalize_activations": "covariance_whitening",
+        },
     ),
     "tree_sae": Baseline(
         {"k": 3, "tree_widths": [8, 24], "schedule_steps": 300},
@@ -88,6 +108,7 @@ EVERY = {
             "tree_k": [3, 1],
             "rescale_acts_by_decoder_norm": False,
             "dtype": "bfloat16",
+            "normalize_activations": "covariance_whitening",
         },
     ),
 }

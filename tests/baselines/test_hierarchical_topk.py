@@ -68,6 +68,12 @@ def test_one_training_serves_every_budget():
     assert torch.equal(*weights)
 
 
+def test_a_new_sae_trains_all_budgets():
+    sae = make(k=1, max_k=5)
+    acts = sae.training_forward_pass(step_input(torch.randn(16, 8))).feature_acts
+    assert (acts > 0).sum(1).max() > 1
+
+
 def test_few_latents_reconstruct_better_than_those_of_topk():
     def data(step):
         generator = torch.Generator().manual_seed(step)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sae_lens import TrainingSAE
+from sae_lens import SAE, TrainingSAE
 
 from sae_lens_atm.baselines.itda import ITDATrainingSAEConfig, matching_pursuit
 from tests.helpers import step_input
@@ -83,3 +83,28 @@ def test_a_lower_threshold_gives_a_larger_dictionary():
             sae.training_forward_pass(step_input(torch.randn(200, 8)))
         sizes.append(int(sae.size))
     assert sizes[0] < sizes[1] < sizes[2]
+
+
+def test_a_few_samples_need_no_products_of_atoms():
+    x = torch.randn(3, 8, dtype=torch.float64)
+    rows = torch.nn.functional.normalize(torch.randn(90, 8, dtype=torch.float64), dim=1)
+    torch.testing.assert_close(matching_pursuit(x, rows, 6), slow(x, rows, 6))
+
+
+def test_the_products_of_atoms_are_those_of_the_present_dictionary():
+    x, sae, other = torch.randn(64, 8), make(), make()
+    for one in (sae, other):
+        one.training_forward_pass(step_input(torch.randn(64, 8)))
+        one.encode(x)
+    sae.load_state_dict(other.state_dict())
+    torch.testing.assert_close(sae.encode(x), other.encode(x))
+    assert sae.double()._products is None
+
+
+def test_a_single_vector_is_encoded(tmp_path):
+    sae = make()
+    sae.training_forward_pass(step_input(torch.randn(64, 8)))
+    sae.save_inference_model(tmp_path)
+    saved, x = SAE.load_from_disk(tmp_path), torch.randn(5, 8)
+    torch.testing.assert_close(saved.encode(x[0]), saved.encode(x)[0])
+    torch.testing.assert_close(sae.encode(x[0]), saved.encode(x[0]))

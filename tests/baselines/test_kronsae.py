@@ -18,6 +18,12 @@ def test_one_head_by_hand():
     assert mand(torch.tensor([*u, *v]), 2, 3).tolist() == expected
 
 
+def test_products_do_not_overflow_in_float16():
+    for value in (300, 1e-4):
+        pre = torch.tensor([value, value], dtype=torch.float16)
+        assert mand(pre, 1, 1).item() == pytest.approx(value, rel=2e-3)
+
+
 def test_it_is_the_root_of_the_kronecker_product_of_each_head():
     h, m, n = 5, 2, 3
     pre = torch.randn(h * (m + n), dtype=torch.float64, requires_grad=True)

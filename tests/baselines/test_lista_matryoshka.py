@@ -80,6 +80,12 @@ def test_k_falls_linearly_to_its_end():
     assert found == pytest.approx([9, 7.5, 6, 4.5, 3, 3])
 
 
+def test_the_threshold_of_the_last_step_is_reported():
+    sae = make()
+    metrics = sae.training_forward_pass(step_input(torch.randn(64, 8))).metrics
+    assert metrics["topk_threshold"] == sae.thresholds[-1]
+
+
 def test_the_default_widths_are_those_of_the_benchmark():
     assert make(d_sae=4096, k=25).cfg.widths == [128, 512, 2048]
 

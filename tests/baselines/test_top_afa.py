@@ -22,6 +22,13 @@ def test_as_many_latents_as_reach_the_norm():
     assert norm_matched(acts, norm, 1)[0].tolist() == expected
 
 
+def test_squares_do_not_overflow_in_float16():
+    acts, norm = torch.tensor([[300.0, 200, 100, 50]]), torch.tensor([380.0])
+    expected = [[300, 200, 100, 50]]
+    assert norm_matched(acts, norm)[0].tolist() == expected
+    assert norm_matched(acts.half(), norm.half())[0].tolist() == expected
+
+
 def test_latents_of_orthogonal_rows_are_all_found():
     """The paper's case: with orthogonal rows of norm 1 the true latents have the input's norm."""
     z = (torch.rand(50, 8) < 0.4) * (0.5 + torch.rand(50, 8))

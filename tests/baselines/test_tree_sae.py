@@ -176,6 +176,22 @@ def test_default_layers():
     assert layers(256, 2) == ([64, 192], [1, 1])
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"d_sae": 64, "k": 32},
+            r"widths \[4, 8, 24, 28\], .* got \[8, 8, 8, 8\] by default",
+        ),
+        ({"d_sae": 7, "k": 4}, r"total d_sae = 7, got \[0, 1, 3, 3\] by default"),
+        ({"d_sae": 64, "k": 3, "tree_widths": [8]}, r"total d_sae = 64, got \[8\]$"),
+    ],
+)
+def test_layers_that_do_not_fit_are_shown(values, message):
+    with pytest.raises(ValueError, match=message):
+        TreeTrainingSAEConfig(d_in=8, **values)
+
+
 def test_it_learns_a_hierarchy(tmp_path):
     """Children of the data become children in the tree, and their parents are not absorbed."""
     parents, children = torch.eye(16)[:4], torch.eye(16)[4:12]

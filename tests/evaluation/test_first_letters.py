@@ -196,6 +196,8 @@ def test_the_largest_activations_over_all_words_are_kept():
     assert test.tolist() == [[0, -4, 0]]
     keep_largest((train, test), 2)
     assert train.count_nonzero() + test.count_nonzero() == 3
+    keep_largest((train, test), 0.1)
+    assert train.count_nonzero() + test.count_nonzero() == 1
 
 
 def test_too_few_words_for_the_prompts(model):

@@ -153,3 +153,11 @@ def test_a_folder_that_cannot_be_written(run, tmp_path):
 def test_bad_settings(values, message):
     with pytest.raises(ValueError, match=message):
         SaeProbesConfig(**values)
+
+
+def test_damaged_scores_are_made_again(run, store):
+    store.fill(Loader(run), silent)
+    scores = store.raw_scores(store.tasks[0])
+    for content in ('{"auc": 0.', '{"other": 1}', "3"):
+        store._raw_file(store.tasks[0]).write_text(content)
+        assert store.raw_scores(store.tasks[0]) == scores

@@ -61,3 +61,14 @@ def test_more_active_latents_take_more_bits():
         acts = torch.zeros_like(x).scatter(1, kept.indices, kept.values.relu())
         found.append(description_length(acts, x, lambda z: z))
     assert found[0] < found[1] < found[2]
+
+
+def test_float16_does_not_overflow():
+    decoder = torch.randn(6, 4)
+    acts = 300 * torch.randn(400, 6).relu()
+    x = acts @ decoder
+    lengths = [
+        description_length(acts.to(dtype), x.to(dtype), lambda a, t=dtype: (a @ decoder).to(t))
+        for dtype in (torch.float32, torch.float16)
+    ]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.02)

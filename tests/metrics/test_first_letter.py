@@ -103,9 +103,10 @@ def test_a_probe_finds_what_can_be_told():
     assert probe.weight.diagonal().min() > probe.weight.abs().median()
 
 
-def one_hot_sae(absorbing=False):
+def one_hot_sae(absorbing=False, signs=1.0):
     """Three letters of four words each, 30 of each word. Latents 0 to 2 fire for their letters, 3
-    to 14 for words; if absorbing, word 0 has its letter in its own latent."""
+    to 14 for words; if absorbing, word 0 has its letter in its own latent. Activations and decoder
+    rows are multiplied by `signs`."""
     word = torch.arange(12).repeat(30)
     letter = word // 4
     direction = torch.eye(16)
@@ -115,6 +116,7 @@ def one_hot_sae(absorbing=False):
     if absorbing:
         acts[word == 0, 0] = 0.0
         decoder[3] += direction[0]
+    acts, decoder = acts * signs, (decoder.T * signs).T
     probe = Probe(direction[:3], torch.full((3,), -0.5))
     return first_letter_scores(
         Words(acts, letter),
@@ -157,6 +159,14 @@ def test_a_word_with_its_letter_in_its_own_latent_is_absorbed():
         pytest.approx(1 / 12 - 0.027, abs=0.006),
         pytest.approx(1 / 12 + 0.027, abs=0.006),
     )
+
+
+@pytest.mark.parametrize("absorbing", [False, True])
+def test_the_sign_of_a_latent_has_no_effect(absorbing):
+    signs = 1 - 2.0 * (torch.arange(15) % 2 == 0)  # latents 0 and 2 detect their letters by -1
+    plain, signed = (one_hot_sae(absorbing, s) for s in (torch.ones(15), signs))
+    assert signed.figures == pytest.approx(plain.figures)
+    assert torch.equal(signed.main_latents, plain.main_latents)
 
 
 def test_letters_that_do_not_count_are_left_out():

@@ -109,9 +109,10 @@ def test_what_does_not_go_into_the_number_of_processes(synthetic_yaml, monkeypat
     for name in ("device", "sae.device"):
         with pytest.raises(SettingsError, match=f"^{name} must be 'cuda'"):
             check_run(load_run(synthetic_yaml, [f"{name}=cuda:1", "batch_size=66"]))
-    sae = "sae={architecture: archetypal, d_in: 16, d_sae: 32, k: 2, archetypal_points: 4}"
-    with pytest.raises(SettingsError, match=r"^sae\.architecture must not be 'archetypal' with"):
-        check_run(load_run(synthetic_yaml, [sae, "batch_size=66"]))
+    for name in ("archetypal", "itda", "lista_matryoshka", "tree_sae"):
+        sae = f"sae={{architecture: {name}, d_in: 16, d_sae: 32, k: 2}}"
+        with pytest.raises(SettingsError, match=rf"^sae\.architecture must not be '{name}' with"):
+            check_run(load_run(synthetic_yaml, [sae, "batch_size=66"]))
 
 
 def test_a_process_without_a_gpu_says_so(synthetic_yaml, monkeypatch):

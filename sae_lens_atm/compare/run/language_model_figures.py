@@ -21,7 +21,11 @@ from sae_lens_atm.evaluation.contrastive_stories import (
     story_activations,
 )
 from sae_lens_atm.evaluation.first_letters import FirstLetters, figures_of, scores_of
-from sae_lens_atm.evaluation.language_model import HeldOutTokens, language_model_figures
+from sae_lens_atm.evaluation.language_model import (
+    HeldOutTokens,
+    flat_heads,
+    language_model_figures,
+)
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.synthetic import is_signed
 from sae_lens_atm.files import write_json
@@ -108,18 +112,16 @@ def evaluate_on_language_model(
     sae = SAE[Any].load_from_disk(home / "sae", device=cfg.device)
     figures, alive = language_model_figures(sae, model, tokens, cfg, on_batch)
     save_file({"alive": alive}, home / MEASURED)
-    content: dict[str, Any] = {
-        "evaluation_key": planned.evaluation_key,
-        "figures": figures,
-        "signed": is_signed(sae),
-    }
-    if letters is not None:
-        scores = scores_of(sae, letters, planned.l0)
-        figures |= figures_of(scores, letters)
-        content["intervals"] = scores.intervals
-        content["first_letters"] = letters.facts()
-        content["absorption_by_parent"] = scores.fraction_by_letter.tolist()
-        content["parent_probability"] = letters.shares.tolist()
-    figures |= contrastive_figures(sae, stories)
-    add_probing(content, planned, folder, sae, lambda: model, on_task)
+    content: dict[str, Any] = {"evaluation_key": planned.evaluation_key, "figures": figures}
+    with flat_heads(sae):
+        content["signed"] = is_signed(sae)
+        if letters is not None:
+            scores = scores_of(sae, letters, planned.l0)
+            figures |= figures_of(scores, letters)
+            content["intervals"] = scores.intervals
+            content["first_letters"] = letters.facts()
+            content["absorption_by_parent"] = scores.fraction_by_letter.tolist()
+            content["parent_probability"] = letters.shares.tolist()
+        figures |= contrastive_figures(sae, stories)
+        add_probing(content, planned, folder, sae, lambda: model, on_task)
     write_json(home / FIGURES, content)
