@@ -12,8 +12,14 @@ from sae_lens.load_model import HookedProxyLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sae_lens_atm.evaluation import language_model, next_token_loss
-from sae_lens_atm.evaluation.language_model import HeldOutTokens, language_model_figures
+from sae_lens_atm.evaluation.contrastive_stories import contrastive_figures
+from sae_lens_atm.evaluation.language_model import (
+    HeldOutTokens,
+    flat_heads,
+    language_model_figures,
+)
 from sae_lens_atm.evaluation.model_from_hook import ModelFromHook
+from sae_lens_atm.evaluation.synthetic import is_signed
 from sae_lens_atm.training.run_file import load_run
 from tests.conftest import CONTEXT
 from tests.evaluation.models import lively
@@ -124,6 +130,9 @@ def test_an_sae_that_reshapes_heads_is_left_as_it_was(hooked, tokens, cfg, monke
     tokens.stored_inputs = [torch.randn(7, sae.cfg.d_in), torch.randn(6, sae.cfg.d_in)]
     figures, _ = language_model_figures(sae, hooked, tokens, cfg)
     assert figures["dead_window"] == figures["evaluated_samples"] + 13
+    with flat_heads(sae):
+        assert not is_signed(sae)
+        assert contrastive_figures(sae, [(torch.randn(3, 16), torch.randn(4, 16))])
     assert sae.hook_z_reshaping_mode
 
 
