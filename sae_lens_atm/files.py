@@ -231,15 +231,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def to_json(value: Any, compact_lists: bool = False) -> str:
-    """Return JSON text in which NaN is null, since JSON has no NaN.
+    """Return JSON text in which NaN and infinite numbers are null, since JSON has neither.
 
     Args:
         value: any value of plain Python types.
         compact_lists: write lists of numbers in one line, and numbers with six digits.
     """
     if not compact_lists:
-        return json.dumps(_without_nan(value), indent=2)
-    text = json.dumps(_without_nan(_rounded(value)), indent=1)
+        return json.dumps(_finite(value), indent=2)
+    text = json.dumps(_finite(_rounded(value)), indent=1)
     return re.sub(r"\[[-+\d.e,\snul]*\]", lambda m: " ".join(m[0].split()), text)
 
 
@@ -251,12 +251,12 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _without_nan(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(v) for key, v in cast(dict[str, Any], value).items()}
+        return {key: _finite(v) for key, v in cast(dict[str, Any], value).items()}
     if isinstance(value, list):
-        return [_without_nan(v) for v in cast(list[Any], value)]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_finite(v) for v in cast(list[Any], value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def hash_of(value: Any) -> str:

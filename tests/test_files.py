@@ -91,10 +91,10 @@ def test_a_replacement_that_did_not_end_is_undone(tmp_path):
     restore_replaced(tmp_path / "absent")
 
 
-def test_json_has_null_for_nan_and_short_lists(tmp_path):
+def test_json_has_null_for_what_is_not_finite_and_short_lists(tmp_path):
     path = tmp_path / "a.json"
     assert read_json(path) == {}
-    content = {"a": [1.0, math.nan, 2.123456789], "b": {"c": math.nan, "d": "x"}, "e": 0.1234567}
+    content = {"a": [1.0, math.nan, 2.123456789], "b": {"c": math.inf, "d": "x"}, "e": 0.1234567}
     write_json(path, content)
     assert read_json(path) == {"a": [1.0, None, 2.12346], "b": {"c": None, "d": "x"}, "e": 0.123457}
     assert '"a": [ 1.0, null, 2.12346 ]' in path.read_text()

@@ -28,7 +28,7 @@ from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.preflight.checks import check_dataset_exists, check_devices
 from sae_lens_atm.training.preflight.lookups import check_files, look_up
 from sae_lens_atm.training.preflight.memory import size_text
-from sae_lens_atm.training.preflight.timing import duration
+from sae_lens_atm.training.preflight.timing import time_left
 from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.run_file import LanguageModelRun
 
@@ -122,7 +122,7 @@ def _write(run: LanguageModelRun) -> None:
             if console.is_terminal or (now - last < _SECONDS_PER_LINE and done < contexts):
                 return
             last, rate = now, (done - begun[1]) / max(now - begun[0], 1e-9)
-            left = f", about {duration((contexts - done) / rate)} left" if rate else ""
+            left = f", {time_left((contexts - done) / rate)}" if rate else ""
             speed = f", {rate * run.runner.context_size:,.0f} tokens/s" if rate else ""
             console.print(f"{done:,} of {contexts:,} contexts{speed}{left}", highlight=False)
 

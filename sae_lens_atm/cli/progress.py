@@ -26,7 +26,7 @@ from sae_lens_atm.metrics.figures import figure as figure_info
 from sae_lens_atm.metrics.word_figures import Interval
 from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.history import step_figures
-from sae_lens_atm.training.preflight.timing import duration
+from sae_lens_atm.training.preflight.timing import time_left
 
 _REFRESH = 20  # steps between two readings, each of which waits for the device
 _SECONDS = 5.0  # between two lines on a phase or on training in a log file
@@ -130,7 +130,7 @@ class Progress:
         if step in (first, self._steps):
             return ""
         seconds = (now - start) / (step - first) * (self._steps - step)
-        return f"  about {duration(seconds)} left"
+        return f"  {time_left(seconds)}"
 
 
 def shown_figures(figures: Mapping[str, float]) -> str:
@@ -210,7 +210,7 @@ class RunsProgress:
 
     def _time_left(self) -> str:
         left = (time.monotonic() - self._start) * (self._steps / self._done - 1)
-        return f", about {max(left, 0) / 60:.0f} min left"
+        return f", {time_left(left)}"
 
     def ended(self, job: Job, error: str | None) -> None:
         """Remove the bar of a run, and print its time or its error."""

@@ -91,7 +91,7 @@ def test_runs_are_counted_and_their_errors_printed():
         "100% of all steps",
         "[2/2] run 1 failed: ValueError: bad",
     ]
-    assert lines[1].endswith("min left")
+    assert lines[1].endswith("under 1 s left")
 
 
 @pytest.mark.usefixtures("clock")

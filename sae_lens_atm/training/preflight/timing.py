@@ -244,3 +244,8 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def time_left(seconds: float) -> str:
+    """Return a phrase on the time that is left, about."""
+    return f"{'about ' if seconds >= 1 else ''}{duration(max(seconds, 0))} left"
