@@ -8,6 +8,7 @@ import torch
 from sae_lens import SAE
 
 from sae_lens_atm.compare.plan.comparison_file import is_comparison, parse_comparison
+from sae_lens_atm.compare.plan.l0_target import ANY_L0
 from sae_lens_atm.compare.plan.planned_run import spelling_lm_folder
 from sae_lens_atm.compare.plan.sweep_file import as_comparison
 from sae_lens_atm.compare.run.batch_pool import batch_seed
@@ -89,7 +90,7 @@ def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
     if not is_comparison(content):
         return EvaluationData(parse_run(_with_any_k(content)))
     if isinstance(content.get("l0"), str):  # `found`
-        content["l0"] = [1]
+        content["l0"] = [ANY_L0]
     comparison = parse_comparison(content, Path(path).stem)
     first = comparison.planned[0]
     if first.lm is not None:
@@ -105,7 +106,7 @@ def _with_any_k(content: dict[str, Any]) -> dict[str, Any]:
     sae = content.get("sae")
     if not isinstance(sae, dict) or not isinstance(cast(dict[str, Any], sae).get("k"), str):
         return content
-    return {**content, "sae": {**cast(dict[str, Any], sae), "k": 1}}
+    return {**content, "sae": {**cast(dict[str, Any], sae), "k": ANY_L0}}
 
 
 def evaluate_saved(
@@ -197,6 +198,8 @@ def _evaluate_on_synthetic_data(
 ) -> dict[str, Evaluated]:
     model = build_synthetic_model(run)
     cfg, seed = run.runner, batch_seed(run.seed, -2)
+    if cfg.eval_samples < 1:
+        raise SettingsError(f"eval_samples must be more than 0, got {cfg.eval_samples}")
     with torch.no_grad():
         return {
             name: Evaluated(evaluate(sae, model, cfg.eval_samples, seed, cfg.batch_size))

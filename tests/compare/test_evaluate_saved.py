@@ -6,6 +6,7 @@ from sae_lens import TrainingSAE
 
 from sae_lens_atm.compare import load_comparison
 from sae_lens_atm.compare.evaluate_saved import data_of, evaluate_saved
+from sae_lens_atm.compare.plan.any_file import runs_in
 from sae_lens_atm.compare.run.batch_pool import batch_seed, synthetic_model
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.synthetic import evaluate
@@ -66,6 +67,18 @@ def test_an_sae_of_another_width_is_an_error(synthetic_yaml, tmp_path):
     make_sae(d_in=8).save_model(tmp_path / "narrow")
     with pytest.raises(SettingsError, match=r"d_in of .*narrow must be 16, got 8"):
         evaluate_saved([str(tmp_path / "narrow")], data_of(str(synthetic_yaml)))
+
+
+def test_data_of_a_comparison_of_trees_whose_l0_is_to_be_found(comparison_yaml):
+    trees = "architectures={tree_sae: {sae: {tree_widths: [8, 24]}}}"
+    assert data_of(str(comparison_yaml), [trees, "l0=found"]).run.runner.sae.d_sae == 32
+    assert runs_in(str(comparison_yaml), [trees, "l0=found"])
+
+
+def test_no_samples_are_refused(synthetic_yaml, tmp_path):
+    make_sae(d_in=16, d_sae=32).save_inference_model(tmp_path / "sae")
+    with pytest.raises(SettingsError, match=r"^eval_samples must be more than 0, got 0"):
+        evaluate_saved([str(tmp_path / "sae")], data_of(str(synthetic_yaml), ["eval_samples=0"]))
 
 
 def test_a_run_file_whose_k_is_still_to_be_found(synthetic_yaml):

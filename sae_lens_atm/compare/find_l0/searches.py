@@ -16,6 +16,7 @@ from sae_lens_atm.compare.plan.comparison_file import (
     read_comparison,
 )
 from sae_lens_atm.compare.plan.l0_target import (
+    ANY_L0,
     FINDS_L0,
     SMALLEST_K,
     direct_l0_field,
@@ -33,7 +34,6 @@ SEEDS = (0, 1, 2)
 _SAMPLES = ("training_samples", "training_tokens")
 _STEPS = ("lr_warm_up_steps", "lr_decay_steps", "schedule_steps")
 _NOT_NEEDED = ("first_letters", "sae_probes", "contrastive_stories", "not_ranked", "quick")
-_ANY_L0 = 2  # allowed for every architecture. The rounds replace it
 _EVALUATED = 10_000  # samples of a synthetic model: figures that the search does not use
 
 Values = dict[str, Any]
@@ -107,7 +107,7 @@ def load_searches(
             content["sae"] = {k: v for k, v in cast(Values, sae).items() if k != "k"}
         content = as_comparison(content)
     content = {k: v for k, v in content.items() if k not in _NOT_NEEDED}
-    content |= {"output_path": str(output), "seeds": list(seeds), "l0": [_ANY_L0]}
+    content |= {"output_path": str(output), "seeds": list(seeds), "l0": [ANY_L0]}
     content["curve_points"] = 10
     if content.get("spelling_lm") is not None:
         raise SettingsError("spelling_lm: find-l0 takes one language model, use `make-lm` first")

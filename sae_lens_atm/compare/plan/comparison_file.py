@@ -37,6 +37,7 @@ from sae_lens_atm.compare.plan.comparison_settings import (
     check_settings,
 )
 from sae_lens_atm.compare.plan.l0_target import (
+    ANY_L0,
     L0Parameter,
     direct_l0_field,
     find_l0_parameter,
@@ -132,7 +133,7 @@ def parse_comparison(content: dict[str, Any], name: str, quick: bool = False) ->
             raise SettingsError("l0: with spelling_lm it must be a list, `found` is not possible")
         if quick:
             raise SettingsError("l0: --quick needs a list, name it under `quick`")
-        own["l0"] = [1]  # each entry has its own
+        own["l0"] = [ANY_L0]  # each entry has its own
     settings = check_settings({"name": name, **own})
     shared = {key: value for key, value in content.items() if key not in OWN_KEYS}
     if "seed" in shared:

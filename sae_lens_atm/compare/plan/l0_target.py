@@ -20,6 +20,8 @@ CONDITIONAL_FIELDS = ("target_l0",)
 """Config fields that are the L0 only with some other settings: of JumpReLU's quadratic loss."""
 FINDS_L0 = "finds_l0"
 """Class attribute of configs of architectures whose L0 follows from the data."""
+ANY_L0 = 2
+"""An L0 that every architecture allows, where it has no effect."""
 SMALLEST_K = "smallest_k"
 """Class attribute of configs of architectures that do not allow a k of 1."""
 
