@@ -29,23 +29,26 @@ def shipped_config(name: str) -> Path:
     return names[name]
 
 
-class _DuplicateKey(ValueError):
-    """A key that a mapping in a YAML file has twice."""
+_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+
+class _WrongKey(ValueError):
+    """A key that a mapping in a YAML file has twice, or that is no text."""
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Loads YAML as `yaml.safe_load` does, and refuses a key that a mapping has twice."""
+    """Loads YAML as `yaml.safe_load` does, and refuses keys that occur twice or are no text."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         lines: dict[str, int] = {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
-            name = key.value if isinstance(key, yaml.ScalarNode) else ""
-            if name in lines:
-                raise _DuplicateKey(f"{name} is set twice, in lines {lines[name]} and {line}")
-            if name:
-                lines[name] = line
+            if key.tag not in _KEYS:
+                raise _WrongKey(f"the key in line {line} must be text, put it in quotes")
+            if key.value in lines:
+                raise _WrongKey(f"{key.value} is set twice, in lines {lines[key.value]} and {line}")
+            lines[key.value] = line
         return node
 
 
@@ -59,7 +62,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror}") from error
-    except _DuplicateKey as error:
+    except _WrongKey as error:
         raise SettingsError(f"{path}: {error}") from error
     except Exception as error:  # PyYAML's constructors raise errors of many types
         reason = one_line(error) or type(error).__name__
@@ -88,7 +91,7 @@ def apply_overrides(content: dict[str, Any], overrides: Iterable[str]) -> dict[s
             target = target[parent]
         try:
             target[key] = yaml.load(text, _UniqueKeys)
-        except _DuplicateKey as error:
+        except _WrongKey as error:
             raise SettingsError(f"--set {shown(override)}: {error}") from error
         except Exception as error:  # see `read_yaml`
             raise SettingsError(f"--set {shown(override)}: the value is not YAML") from error

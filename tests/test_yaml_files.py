@@ -25,6 +25,14 @@ def test_a_key_that_is_set_twice_is_an_error(file):
     assert message_of(read_yaml, path) == f"{path}: lr is set twice, in lines 1 and 3"
 
 
+@pytest.mark.parametrize("key", ["1", "null", "? ", "yes", "[1]"])
+def test_a_key_that_is_no_text_is_an_error(file, key):
+    path = file(f"lr: 2\nsae:\n  {key}: 1\n" if key != "? " else "lr: 2\n\n? \n: 3\n")
+    assert (
+        message_of(read_yaml, path) == f"{path}: the key in line 3 must be text, put it in quotes"
+    )
+
+
 def test_a_merged_key_may_be_set_again(file):
     path = file("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
     assert read_yaml(path)["b"] == {"x": 3, "y": 2}
