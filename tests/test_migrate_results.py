@@ -56,7 +56,7 @@ def test_again_changes_nothing(old):
 def test_a_summary_has_no_values_for_charts_of_runs(old):
     migrate_results.main([old], summary_only=True)
     for run in read_results(old).runs:
-        assert (run.curve, run.importance) == (None, None)
+        assert (run.curve, run.importance, run.intervals) == (None, None, {})
         assert (run.absorption_by_parent, run.by_task) == ([], {})
         assert run.figures
 

@@ -27,7 +27,8 @@ def migrate(content: dict[str, Any], summary_only: bool = False) -> dict[str, An
     Args:
         content: the parsed JSON.
         summary_only: keep no values that no table of the documentation reads: the curves,
-            importance over training, absorption of each parent, and probing by task.
+            importance over training, intervals of single runs, absorption of each parent, and
+            probing by task.
     """
     entries = {name: _migrate_entry(entry) for name, entry in content["entries"].items()}
     config = dict(content["config"])
@@ -37,7 +38,8 @@ def migrate(content: dict[str, Any], summary_only: bool = False) -> dict[str, An
         }
     removed: dict[str, Any] = {"cosine_map": ""}
     if summary_only:
-        removed |= {"curve": None, "importance": None, "absorption_by_parent": [], "by_task": {}}
+        removed |= {"curve": None, "importance": None, "intervals": {}}
+        removed |= {"absorption_by_parent": [], "by_task": {}}
     runs = [{**run, **removed} for run in content["runs"]]
     version = {"schema_version": SCHEMA_VERSION}
     return {**content, **version, "config": config, "entries": entries, "runs": runs}
