@@ -259,7 +259,7 @@ def check_output(run: Run, checkpoint: Path | None = None, extends: bool = False
         )
     if checkpoint is None and any(is_checkpoint(folder) for folder in checkpoints.glob("*")):
         raise SettingsError(
-            f"{setting} {checkpoints} holds checkpoints of another run: resume it with "
-            f"--resume {checkpoints}, or choose another folder"
+            f"{checkpoints} holds checkpoints of another run: resume it with "
+            f"--resume {checkpoints}, or choose another {setting}"
         )
     return output
