@@ -33,11 +33,11 @@ _KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 
 class _WrongKey(ValueError):
-    """A key that a mapping in a YAML file has twice, or that is no text."""
+    """A key that is no text, or that its mapping has twice."""
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """Loads YAML as `yaml.safe_load` does, and refuses keys that occur twice or are no text."""
+    """Loads YAML as `yaml.safe_load` does. Refuses keys that are no text or occur twice."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)

@@ -86,8 +86,8 @@ class ITDATrainingSAEConfig(TrainingSAEConfig):
 def matching_pursuit(x: Tensor, rows: Tensor, steps: int, products: Tensor | None = None) -> Tensor:
     """Return the sparse codes of samples.
 
-    With the products of atoms, which take as long as those of as many samples, a step needs no
-    product of matrices. For fewer samples than atoms the residual is updated instead.
+    With the products of all pairs of atoms a step needs no product of matrices. If a few samples
+    take fewer products in all their steps, the residual is updated instead.
 
     Args:
         x: samples, ``(batch, d_in)``.
@@ -120,7 +120,7 @@ class ITDASAE(StandardSAE):
     def encode(self, x: Tensor) -> Tensor:
         samples = self.process_sae_in(x)
         codes = matching_pursuit(samples.reshape(-1, samples.shape[-1]), self.W_enc.T, self.cfg.k)
-        return self.hook_sae_acts_post(codes.reshape(*samples.shape[:-1], -1))
+        return self.hook_sae_acts_post(codes.reshape(*samples.shape[:-1], self.cfg.d_sae))
 
 
 class ITDATrainingSAE(ExactBuffers, TrainingSAE[ITDATrainingSAEConfig]):
@@ -164,7 +164,7 @@ class ITDATrainingSAE(ExactBuffers, TrainingSAE[ITDATrainingSAEConfig]):
             self._products = (self.W_enc.T @ self.W_enc).detach()
         flat = samples.reshape(-1, samples.shape[-1])
         codes = matching_pursuit(flat, self.W_enc.T, self.cfg.k, self._products)
-        codes = self.hook_sae_acts_post(codes.reshape(*samples.shape[:-1], -1))
+        codes = self.hook_sae_acts_post(codes.reshape(*samples.shape[:-1], self.cfg.d_sae))
         return codes, codes
 
     @override

@@ -86,7 +86,8 @@ def check_cache_folder(
         SettingsError: the folder holds something else, or the disk is too small.
     """
     folder = settings.folder
-    check_writable("activations.cache", folder)
+    if not is_complete(folder):  # a complete cache may be read-only
+        check_writable("activations.cache", folder)
     facts = read_facts(folder)
     if facts:
         check_facts(folder, facts["key"], cfg)

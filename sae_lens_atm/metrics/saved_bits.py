@@ -10,8 +10,8 @@ the samples cancels out::
 
 ``V`` is the mean squared distance of a sample from the mean, ``E`` the mean squared error of the
 reconstruction, ``d`` the dimension, ``H`` the entropy over samples. If ``E`` is larger than ``V``,
-``V`` takes its value. An activation is described by
-its level and its sign. All latents share the step and the distribution of levels::
+it replaces ``V``. An activation is described by its level and its sign. All latents share the step
+and the distribution of levels::
 
     level_i = ceil(|a_i| |d_i| / step),   step = sqrt(12 E / d)
 

@@ -20,6 +20,7 @@ from sae_lens_atm.sae.inference import ATMSAE
 from sae_lens_atm.saebench.environment import python_of
 from sae_lens_atm.saebench.inside.models import hooked_name
 from sae_lens_atm.saebench.scores import SCORES
+from sae_lens_atm.training.preflight.model_facts import is_path
 
 EVALS = tuple(SCORES)
 DEFAULT_EVALS = tuple(name for name in EVALS if name != "sae_probes")
@@ -80,7 +81,7 @@ def plan_evals(
         if value is not None and name not in names:
             raise SettingsError(f"{option} {value}: only {name} uses it, add {name} to --evals")
     for option, value in (("--model", model), ("--dataset", text)):
-        if value is not None and _looks_local(value) and not Path(value).is_dir():
+        if value is not None and is_path(value) and not Path(value).is_dir():
             raise SettingsError(f"{option} {value}: there is no such folder")
     loaded = load_sae(sae)
     metadata = loaded.cfg.metadata
@@ -104,11 +105,6 @@ def plan_evals(
         words or (QUICK_WORDS if quick else None),
         tasks or (QUICK_TASKS if quick else None),
     )
-
-
-def _looks_local(name: str) -> bool:
-    """Return whether a name is a path, and not the name of a repo on the Hub."""
-    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
 
 
 def _absolute(name: str) -> str:

@@ -108,3 +108,4 @@ def test_a_single_vector_is_encoded(tmp_path):
     saved, x = SAE.load_from_disk(tmp_path), torch.randn(5, 8)
     torch.testing.assert_close(saved.encode(x[0]), saved.encode(x)[0])
     torch.testing.assert_close(sae.encode(x[0]), saved.encode(x[0]))
+    assert saved.encode(x[:0]).shape == sae.encode(x[:0]).shape == (0, 32)

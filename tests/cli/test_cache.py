@@ -3,6 +3,7 @@ import signal
 
 import pytest
 
+from sae_lens_atm.data import cache_writer
 from sae_lens_atm.data.cache_writer import is_complete
 from sae_lens_atm.training import cached_run
 from tests.cli.command import run
@@ -124,3 +125,11 @@ def test_a_dry_run_looks_model_and_dataset_up(language_model_yaml):
         result = run("cache", language_model_yaml, *CACHE, "--dry-run", "--set", wrong)
         assert result.exit_code == 2, result.output
         assert wrong.split("=")[0] in result.stderr
+
+
+def test_a_complete_cache_may_be_read_only(language_model_yaml, monkeypatch):
+    run("cache", language_model_yaml, *CACHE)
+    monkeypatch.setattr(cache_writer, "check_writable", None)  # fails if it is called
+    result = run("cache", language_model_yaml, *CACHE)
+    assert result.exit_code == 0, result.output
+    assert "cached is already complete" in result.output
