@@ -209,6 +209,8 @@ class RunsProgress:
         self._bar.update(self._tasks[job.label], description=f"{job.label}: {phase}")
 
     def _time_left(self) -> str:
+        if self._done >= self._steps:
+            return ""
         left = (time.monotonic() - self._start) * (self._steps / self._done - 1)
         return f", {time_left(left)}"
 

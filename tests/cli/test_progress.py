@@ -92,6 +92,7 @@ def test_runs_are_counted_and_their_errors_printed():
         "[2/2] run 1 failed: ValueError: bad",
     ]
     assert lines[1].endswith("under 1 s left")
+    assert lines[3] == "100% of all steps"
 
 
 @pytest.mark.usefixtures("clock")
