@@ -276,7 +276,7 @@ def explore(
         int, typer.Option(min=1, help="About how many tokens or samples are read.")
     ] = 200_000,
     max_size: Annotated[
-        float, typer.Option(min=0, help="Largest size of the file in MB. It decides the contexts.")
+        float, typer.Option(min=1, help="Largest size of the file in MB. It decides the contexts.")
     ] = 20.0,
     neuronpedia: Annotated[
         Path | None,
@@ -363,7 +363,7 @@ def saebench(
         int | None, typer.Option(min=1, help="Number of tasks for sae_probes. By default all.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write all results to this file.")
+        Path | None, typer.Option("--json", help="Write the results to this file, after each eval.")
     ] = None,
 ) -> None:
     """Run SAEBench's evals on a saved SAE.

@@ -121,12 +121,15 @@ def run_saebench(
     if not saebench.is_complete(environment):
         console.print(f"installing {environment}: once, some minutes", highlight=False)
         saebench.prepare(environment)
-    results = saebench.run_evals(request, environment)
+
+    def keep(results: dict[str, Any]) -> None:
+        if json_file is not None:
+            scores = saebench.scores_of(results["evals"])
+            content = {"sae": sae, "model": request.model, "scores": scores, "saebench": results}
+            write_text(json_file, to_json(content))
+
+    results = saebench.run_evals(request, environment, keep)
     console.print(saebench.table(f"SAEBench of {sae}", results["evals"]))
-    if json_file is not None:
-        scores = saebench.scores_of(results["evals"])
-        content = {"sae": sae, "model": request.model, "scores": scores, "saebench": results}
-        write_text(json_file, to_json(content))
     failed = saebench.failures(results["evals"])
     if failed:
         exit_with("\n".join(failed), 1)

@@ -6,7 +6,8 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.util import filter_valid_dataclass_fields
 
 from sae_lens_atm.errors import SAEBenchError, SettingsError
+from sae_lens_atm.files import read_json
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.sae.inference import ATMSAE
 from sae_lens_atm.saebench.environment import python_of
@@ -25,6 +27,7 @@ from sae_lens_atm.training.preflight.model_facts import is_path
 EVALS = tuple(SCORES)
 DEFAULT_EVALS = tuple(name for name in EVALS if name != "sae_probes")
 QUICK_WORDS, QUICK_TASKS = 2000, 3
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,18 @@ def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def run_evals(request: EvalRequest, environment: Path) -> dict[str, Any]:
+def run_evals(
+    request: EvalRequest, environment: Path, on_results: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Run the evals in the environment, and return their results in SAEBench's format.
 
     The output of the process goes to this process' terminal.
 
+    Args:
+        on_results: called with the results so far after each eval, also if a later one is stopped.
+
     Raises:
-        SAEBenchError: no eval was run.
+        SAEBenchError: the process failed.
     """
     with tempfile.TemporaryDirectory(prefix="saebench-") as folder:
         home = Path(folder)
@@ -128,14 +136,37 @@ def run_evals(request: EvalRequest, environment: Path) -> dict[str, Any]:
         child = subprocess.Popen(
             command(environment), cwd=home, env=child_environment(), stdin=subprocess.PIPE
         )
+        written = Written(home / "results.json", on_results)
         with child:
             try:
-                child.wait()  # the process ends itself when this end of its stdin is closed
+                while child.poll() is None:
+                    written.look()
+                    time.sleep(_POLL_SECONDS)
             except BaseException:
-                child.kill()
+                child.kill()  # it also ends itself when this end of its stdin is closed
                 child.wait()  # after a KeyboardInterrupt the `with` doesn't
                 raise
+            finally:
+                written.look()
         return read_results(home / "results.json", child.returncode)
+
+
+@dataclass
+class Written:
+    """The file with the results so far, which the process replaces after each eval."""
+
+    file: Path
+    on_results: Callable[[dict[str, Any]], None]
+    seen: int = 0
+
+    def look(self) -> None:
+        """Report the results if there are new ones."""
+        if not self.file.exists():
+            return
+        time_ns, results = self.file.stat().st_mtime_ns, read_json(self.file)
+        if time_ns > self.seen and "error" not in results:
+            self.seen = time_ns
+            self.on_results(results)
 
 
 def as_stock_sae(sae: SAE[Any]) -> SAE[Any]:
@@ -181,7 +212,7 @@ def read_results(file: Path, returncode: int) -> dict[str, Any]:
         if returncode < 0:
             how = f"killed by {signal.Signals(-returncode).name}"
         raise SAEBenchError(f"SAEBench failed, {how}: see its output above")
-    results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    results = read_json(file)
     if "error" in results:
         raise SAEBenchError(f"SAEBench: {results['error']}")
     return results

@@ -73,18 +73,27 @@ def pip(monkeypatch):
     return call
 
 
+WRITE = """
+import json, os, sys, time
+def write(results):
+    with open("part", "w") as file:
+        json.dump(results, file)
+    os.replace("part", sys.argv[-1])
+"""
+
+
 def stand_in(folder, program):
     """An environment whose Python runs `program` instead of SAEBench."""
     python = folder / "bin/python"
     python.parent.mkdir(parents=True)
-    python.write_text(f"#!{sys.executable}\nimport json, os, sys, time\n{program}")
+    python.write_text(f"#!{sys.executable}\n{WRITE}\n{program}")
     python.chmod(0o755)
     (folder / environment.REQUIREMENTS).write_text(environment._listed())
     return folder
 
 
 def answers(found):
-    return f"open(sys.argv[-1], 'w').write({json.dumps(json.dumps({'evals': found}))})"
+    return f"write({{'evals': json.loads({json.dumps(found)!r})}})"
 
 
 def test_an_environment_is_made_once(tmp_path, pip):
@@ -251,11 +260,11 @@ def test_what_the_process_is_given(tmp_path, sae_folder, text_folder):
 job = json.load(open(sys.argv[3]))
 config = json.load(open(job["sae"] + "/cfg.json"))
 seen = [sys.argv[1:], job, config["architecture"], os.environ["PYTHONPATH"]]
-open(sys.argv[4], "w").write(json.dumps({"evals": {}, "seen": seen}))
+write({"evals": {}, "seen": seen})
 """
     env = stand_in(tmp_path / "env", program)
     request = saebench.plan_evals(str(sae_folder), "core", text=os.path.relpath(text_folder))
-    argv, job, architecture, path = saebench.run_evals(request, env)["seen"]
+    argv, job, architecture, path = saebench.run_evals(request, env, lambda _: None)["seen"]
     assert argv == ["-m", "inside.run", "job.json", "results.json"]
     assert (architecture, path) == ("jumprelu", str(INSIDE))
     assert job["model"] == "gpt2"
@@ -269,7 +278,7 @@ open(sys.argv[4], "w").write(json.dumps({"evals": {}, "seen": seen}))
     [
         ("sys.exit(3)", "exit code 3"),
         ("os.kill(os.getpid(), 9)", "killed by SIGKILL"),
-        ("open(sys.argv[-1], 'w').write('{\"error\": \"no such model\"}')", "no such model"),
+        ("write({'error': 'no such model'})", "no such model"),
     ],
 )
 def test_a_process_that_fails_is_one_line(tmp_path, sae_folder, program, message):
@@ -314,6 +323,25 @@ def test_scores_are_shown_and_kept_with_their_direction(tmp_path, sae_folder):
     assert kept["saebench"]["evals"] == found
 
 
+@pytest.mark.parametrize("stop", [True, False])
+def test_finished_evals_are_kept_if_a_later_one_is_stopped(tmp_path, sae_folder, stop):
+    found = {"absorption": {"eval_result_metrics": ABSORPTION}}
+    then = "time.sleep(300)" if stop else "os.kill(os.getpid(), 9)"
+    env = stand_in(tmp_path / "env", f"{answers(found)}\n{then}")
+    kept = tmp_path / "found.json"
+    command = [sys.executable, "-m", "sae_lens_atm", "saebench", str(sae_folder)]
+    command += ["--env", str(env), "--json", str(kept)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not kept.exists():
+            assert process.poll() is None or kept.exists()
+            time.sleep(0.05)
+        if stop:
+            process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=180)
+    assert ("error: stopped" if stop else "killed by SIGKILL") in errors
+    assert json.loads(kept.read_text())["saebench"]["evals"] == found
+
+
 def sleeper(tmp_path):
     """An environment whose Python sleeps, and ends with its parent as SAEBench's process does."""
     return stand_in(
@@ -349,7 +377,7 @@ def test_and_leaves_no_dead_process_behind(tmp_path, sae_folder):
     try:
         Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt) as stopped:
-            saebench.run_evals(request, sleeper(tmp_path))
+            saebench.run_evals(request, sleeper(tmp_path), lambda _: None)
     finally:
         signal.signal(signal.SIGINT, before)
     with pytest.raises(ProcessLookupError):

@@ -10,7 +10,7 @@ import json
 import random
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -275,14 +275,16 @@ def subject_of(job: dict[str, Any]) -> Subject:
     )
 
 
-def all_evals(job: dict[str, Any]) -> dict[str, Any]:
-    """Run all evals of a job. Return their results, or the error of each that failed."""
+def all_evals(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Run all evals of a job. Yield the results so far after each, or the error if it failed."""
     results: dict[str, Any] = {}
     try:
         subject = subject_of(job)
     except Exception as error:
         traceback.print_exc()
-        return {"error": f"cannot load {job['model']} or the SAE: {reason(error)}"}
+        yield {"error": f"cannot load {job['model']} or the SAE: {reason(error)}"}
+        return
+    versions = {name: version(name) for name in ("sae-bench", "sae-probes", "sae-lens", "torch")}
     for name in job["evals"]:
         print(f"--- SAEBench: {name}", flush=True)
         try:
@@ -292,16 +294,17 @@ def all_evals(job: dict[str, Any]) -> dict[str, Any]:
         except Exception as error:
             traceback.print_exc()
             results[name] = {"error": reason(error)}
-    versions = {name: version(name) for name in ("sae-bench", "sae-probes", "sae-lens", "torch")}
-    return {"device": subject.device, "versions": versions, "evals": results}
+        yield {"device": subject.device, "versions": versions, "evals": results}
 
 
 def main() -> None:
-    """Read a job, run it, and write its results."""
+    """Read a job, run it, and write its results after each eval."""
     job, output = map(Path, sys.argv[1:])
     end_with_parent()
-    results = all_evals(json.loads(job.read_text(encoding="utf-8")))
-    output.write_text(to_json(results), encoding="utf-8")
+    unfinished = output.with_suffix(".part")
+    for results in all_evals(json.loads(job.read_text(encoding="utf-8"))):
+        unfinished.write_text(to_json(results), encoding="utf-8")
+        unfinished.replace(output)  # the parent reads it at any time
 
 
 if __name__ == "__main__":
