@@ -16,12 +16,11 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from sae_lens_atm.errors import RankLostError, SaveError, SettingsError, one_line
+from sae_lens_atm.errors import RankLostError, SaveError, SettingsError, one_line, shown
 
 MANIFEST_FILENAME = "manifest.json"
 LOCK_FILENAME = ".lock"
 _CHUNK = 2**20
-_LONGEST = 300  # characters of a path in a message
 
 
 def existing_parent(folder: Path) -> Path:
@@ -42,8 +41,9 @@ def check_writable(name: str, folder: Path) -> None:
     try:
         existing = existing_parent(folder)
     except (OSError, ValueError) as error:  # not a path: too long, or with a null character
-        shown = str(folder) if len(str(folder)) < _LONGEST else f"{str(folder)[:_LONGEST]}..."
-        raise SettingsError(f"{name} {shown!r} cannot be written: {error.args[-1]}") from error
+        raise SettingsError(
+            f"{name} {shown(str(folder))} cannot be written: {error.args[-1]}"
+        ) from error
     if not existing.is_dir():
         raise SettingsError(f"{name} {folder} cannot be written: {existing} is no folder")
     if not os.access(existing, os.W_OK):
@@ -221,8 +221,17 @@ def restore_replaced(base: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file, or an empty dictionary if there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """Return the content of a JSON file, or an empty dictionary if there is no such file.
+
+    Raises:
+        SettingsError: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise SettingsError(
+            f"{path} is not JSON ({one_line(error)}): replace or remove it"
+        ) from error
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

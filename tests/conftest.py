@@ -2,6 +2,7 @@ import os
 import random
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+os.environ["TQDM_DISABLE"] = "1"  # tests look at what is on stderr
 
 import pytest
 import torch

@@ -91,6 +91,12 @@ def test_a_replacement_that_did_not_end_is_undone(tmp_path):
     restore_replaced(tmp_path / "absent")
 
 
+def test_a_damaged_json_file_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1')
+    with pytest.raises(SettingsError, match=r"a\.json is not JSON \(.*\): replace or remove it"):
+        read_json(tmp_path / "a.json")
+
+
 def test_json_has_null_for_what_is_not_finite_and_short_lists(tmp_path):
     path = tmp_path / "a.json"
     assert read_json(path) == {}

@@ -49,10 +49,13 @@ def train(
     held_out = draw_batch(model, HELD_OUT, seed, -1)
 
     def batches() -> Iterator[Tensor]:
+        k = high
         for step in range(10**9):
-            share = min(max(step - first, 0) / (last - first), 1)
-            k = high * (low / high) ** share if step < last else answer(curve)
-            if first < step <= last and step % EVERY == 0:
+            if step < last:
+                k = high * (low / high) ** (max(step - first, 0) / (last - first))
+            elif step == last:
+                k = answer(curve)
+            if first < step < last and step % EVERY == 0:
                 sae.eval()
                 curve.append((k, bits_saved_by(sae, held_out)))
                 sae.train()

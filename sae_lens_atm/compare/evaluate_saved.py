@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from sae_lens import SAE
 
+from sae_lens_atm.compare.plan.any_file import with_any_l0
 from sae_lens_atm.compare.plan.comparison_file import is_comparison, parse_comparison
-from sae_lens_atm.compare.plan.l0_target import ANY_L0
 from sae_lens_atm.compare.plan.planned_run import spelling_lm_folder
 from sae_lens_atm.compare.plan.sweep_file import as_comparison
 from sae_lens_atm.compare.run.batch_pool import batch_seed
@@ -37,6 +37,7 @@ from sae_lens_atm.evaluation.sae_probes import Probing, probe_sae
 from sae_lens_atm.evaluation.synthetic import evaluate
 from sae_lens_atm.evaluation.task_store import SaeProbesConfig, TaskStore
 from sae_lens_atm.hub.loading import load_sae
+from sae_lens_atm.hub.same_activations import check_sae
 from sae_lens_atm.metrics.word_figures import Interval
 from sae_lens_atm.training.cached_run import held_out_tokens, open_cache
 from sae_lens_atm.training.preflight.checks import check_dataset_exists, check_devices
@@ -87,10 +88,9 @@ def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
     content = apply_overrides(read_yaml(path), overrides)
     if content.pop("sweep", None) is not None and not is_comparison(content):
         content = as_comparison(content)
+    content = with_any_l0(content)
     if not is_comparison(content):
-        return EvaluationData(parse_run(_with_any_k(content)))
-    if isinstance(content.get("l0"), str):  # `found`
-        content["l0"] = [ANY_L0]
+        return EvaluationData(parse_run(content))
     comparison = parse_comparison(content, Path(path).stem)
     first = comparison.planned[0]
     if first.lm is not None:
@@ -99,14 +99,6 @@ def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
     stored = letters is not None or probes is not None
     folder = activations_folder(first, comparison.output) if stored else None
     return EvaluationData(first.run, letters, probes, first.contrastive_stories, folder)
-
-
-def _with_any_k(content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content with a number for `k: found`. Saved SAEs have their own L0."""
-    sae = content.get("sae")
-    if not isinstance(sae, dict) or not isinstance(cast(dict[str, Any], sae).get("k"), str):
-        return content
-    return {**content, "sae": {**cast(dict[str, Any], sae), "k": ANY_L0}}
 
 
 def evaluate_saved(
@@ -126,18 +118,16 @@ def evaluate_saved(
         on_tokens: is called before each batch of held-out tokens, with numbers for all SAEs.
 
     Raises:
-        SettingsError: an SAE cannot be loaded, its `d_in` does not fit the data, or
-            `first_letters.match_l0` is true: saved SAEs have no target L0.
+        SettingsError: an SAE cannot be loaded, is of other activations, or `first_letters.match_l0`
+            is true: saved SAEs have no target L0.
     """
     run, letters = data.run, data.first_letters
     check_devices(run)
     if letters is not None:
         matched_l0(letters, None)
     saes = {reference: load_sae(reference) for reference in references}
-    d_in = run.runner.sae.d_in
     for reference, sae in saes.items():
-        if sae.cfg.d_in != d_in:
-            raise SettingsError(f"d_in of {reference} must be {d_in}, got {sae.cfg.d_in}")
+        check_sae(reference, sae, run)
         sae.to(run.runner.device)
     if isinstance(run, SyntheticRun):
         return _evaluate_on_synthetic_data(saes, run)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.evaluation.first_letters import matched_l0
-from sae_lens_atm.explore.checks import check_sae
 from sae_lens_atm.explore.content import Described, Material, Subject, describe, write_page
 from sae_lens_atm.explore.examples import WINDOW
 from sae_lens_atm.explore.found_parents import found_in_training
@@ -33,6 +32,7 @@ from sae_lens_atm.explore.strings import Strings
 from sae_lens_atm.explore.text import text_of, tokens_of
 from sae_lens_atm.explore.wording import SAMPLES, TEXT
 from sae_lens_atm.hub.loading import load_sae
+from sae_lens_atm.hub.same_activations import check_sae
 from sae_lens_atm.training.before_first_step import OnPhase, Phase, unseen
 from sae_lens_atm.training.cached_run import open_cache
 from sae_lens_atm.training.preflight.checks import check_dataset_exists, check_devices

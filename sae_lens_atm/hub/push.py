@@ -95,7 +95,7 @@ def prepare(
     if sae_id is not None and not re.fullmatch(f"{_FOLDER}(/{_FOLDER})*", sae_id):
         raise SettingsError(f"--id must be folders of letters, digits and _-.=, got {sae_id!r}")
     folder = find_save(path)
-    sae = load_checked(folder)
+    sae = load_inference(folder)
     files: dict[str, bytes | Path] = {}
     read = {name: _read(folder / name) for name in (SAE_CFG_FILENAME, RUNNER_CFG_FILENAME)}
     for name, value in (read[SAE_CFG_FILENAME].get("metadata") or {}).items():
@@ -187,23 +187,19 @@ def find_save(path: str | Path) -> Path:
     raise SettingsError(f"{folder} holds no {SAE_CFG_FILENAME}: it is not a saved SAE")
 
 
-def load_checked(folder: Path) -> SAE[Any]:
-    """Load an SAE that can be pushed: in an inference format, with finite values.
-
-    Checkpoints are refused: their training may not be over, and only this package loads them.
+def load_inference(folder: Path) -> SAE[Any]:
+    """Load an SAE in an inference format.
 
     Raises:
-        SettingsError: the SAE cannot be pushed. The message says why.
+        SettingsError: it cannot be loaded, or it is a checkpoint. The training of a checkpoint may
+            not be over, and only this package loads it.
     """
-    sae = load_sae(str(folder))  # this checks all shapes
+    sae = load_sae(str(folder))
     if sae.cfg.architecture() == "atm" or is_checkpoint(folder):
         raise SettingsError(
             f"{folder} is a training checkpoint: push the output_path of a finished run, or a "
             "folder written by sae.save_inference_model"
         )
-    for name, tensor in sae.state_dict().items():
-        if not bool(tensor.isfinite().all()):
-            raise SettingsError(f"{folder}: {name} holds NaN or Inf values")
     return sae
 
 

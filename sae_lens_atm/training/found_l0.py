@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sae_lens_atm.data.model_identity import source_identity
 from sae_lens_atm.errors import SettingsError, shown
 from sae_lens_atm.files import hash_of, read_json
 from sae_lens_atm.torchrun import rank
@@ -17,10 +18,10 @@ FILENAME = "found_l0.json"
 FOUND = "found"
 SCHEMA = 2
 """Answers of schema 1 have the L0 at which `c_dec` was least."""
-# What the L0 depends on, beside the architecture. Paths, devices and lengths are left out.
+# What the L0 depends on, beside the architecture. Devices and lengths are left out.
 _DATA_FIELDS = (
     *("hierarchy_model", "synthetic_model", "model_name", "hook_name", "hook_head_index"),
-    *("dataset_path", "context_size"),
+    *("dataset_path", "context_size", "exclude_special_tokens", "seqpos_slice", "prepend_bos"),
 )
 
 
@@ -39,7 +40,9 @@ def key_of(content: Mapping[str, Any], architecture: str) -> str:
     """
     sae = content.get("sae")
     widths = [sae.get(name) for name in ("d_in", "d_sae")] if isinstance(sae, dict) else []
-    return hash_of([architecture, widths, [content.get(name) for name in _DATA_FIELDS]])
+    values = [content.get(name) for name in _DATA_FIELDS]
+    data = [source_identity(value) if isinstance(value, str) else value for value in values]
+    return hash_of([architecture, widths, data])
 
 
 def with_fields_of(content: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_a_complete_cache_gives_the_tokens_and_more_activations(
 
 def test_an_sae_of_another_width_is_an_error(synthetic_yaml, tmp_path):
     make_sae(d_in=8).save_model(tmp_path / "narrow")
-    with pytest.raises(SettingsError, match=r"d_in of .*narrow must be 16, got 8"):
+    with pytest.raises(SettingsError, match=r"d_in of .*narrow must be 16, as in the file, got 8"):
         evaluate_saved([str(tmp_path / "narrow")], data_of(str(synthetic_yaml)))
 
 
@@ -84,6 +84,8 @@ def test_no_samples_are_refused(synthetic_yaml, tmp_path):
 def test_a_run_file_whose_k_is_still_to_be_found(synthetic_yaml):
     run = data_of(str(synthetic_yaml), ["sae.k=found"]).run
     assert run.runner.sae.d_in == 16
+    (run,) = runs_in(str(synthetic_yaml), ["sae.k=found"])
+    assert run.runner.output_path == "out"
 
 
 def test_the_data_of_a_run_file_with_a_sweep(synthetic_yaml):

@@ -11,8 +11,7 @@ import pytest
 import torch
 from sae_lens import SAE, JumpReLUSAE, JumpReLUSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from sae_lens_atm import saebench
@@ -23,7 +22,6 @@ from sae_lens_atm.saebench.inside.models import (
     hooked_name,
     load_model,
     load_sae,
-    save_hooked_transformer,
 )
 from tests.helpers import make_sae, train
 
@@ -200,18 +198,6 @@ def test_the_layer_that_a_hook_is_renamed_to_is_the_same(gemma_folder):
     theirs = AutoModelForCausalLM.from_pretrained(gemma_folder)(tokens, output_hidden_states=True)
     torch.testing.assert_close(cache[name], theirs.hidden_states[1])
     assert model.cfg.model_name == gemma_folder.name
-
-
-def test_a_hooked_transformer_is_saved_whole(tmp_path, gemma_folder):
-    tokenizer = AutoTokenizer.from_pretrained(gemma_folder)
-    size = {"n_layers": 1, "d_model": 16, "n_ctx": 32, "d_head": 8, "d_vocab": 64}
-    cfg = HookedTransformerConfig(**size, act_fn="gelu", device="cpu", model_name="mine")
-    model = HookedTransformer(cfg, tokenizer=tokenizer)
-    save_hooked_transformer(model, tmp_path / "model")
-    again = load_model(str(tmp_path / "model"), "cpu", torch.float32)
-    text = ["w1 w2 w3", "w4 w5 w6"]
-    assert again.to_tokens(text).tolist() == [[0, 5, 6, 7], [0, 8, 9, 10]]
-    torch.testing.assert_close(again(text), model(text), rtol=0, atol=0)
 
 
 def test_decoder_rows_are_brought_to_length_one(tmp_path, sae_folder):

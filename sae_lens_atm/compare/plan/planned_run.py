@@ -3,6 +3,7 @@
 import math
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sae_lens_atm.compare.plan.l0_target import L0Parameter
 from sae_lens_atm.compare.report.results import FOUND_LEVEL, Role
+from sae_lens_atm.data.model_identity import source_identity
 from sae_lens_atm.data.spelling.model import TOKENS, SpellingLMConfig
 from sae_lens_atm.evaluation.contrastive_stories import ContrastiveStoriesConfig
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
@@ -97,10 +99,10 @@ class PlannedRun:
         """Name of the run in messages."""
         return f"{self.entry}, L0 {self.l0:g}, {self.seeds}"
 
-    @property
+    @cached_property
     def training_key(self) -> str:
         """Hash of everything that affects the trained SAE."""
-        config = run_config(self.run)
+        config = _with_content_of_paths(run_config(self.run))
         if self.lm is not None:  # the config of the model, not its path
             config |= {"model_name": asdict(self.lm), "dataset_path": TOKENS}
         # On a language model, training starts after the tokens that are held out for evaluation.
@@ -127,7 +129,7 @@ class PlannedRun:
     @property
     def data_key(self) -> str:
         """Hash of everything that affects the training batches."""
-        config = run_config(self.run)
+        config = _with_content_of_paths(run_config(self.run))
         names = ("hierarchy_model", "synthetic_model", "batch_size", "seed")
         different = min(self.pool_batches or math.inf, self.run.runner.total_training_steps)
         return hash_of([{name: config.get(name) for name in names}, different])
@@ -142,6 +144,13 @@ class PlannedRun:
     def folder(self) -> str:
         """Folder of the run, relative to the comparison's folder."""
         return f"runs/{self.name}"
+
+
+def _with_content_of_paths(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the fingerprints of local data in place of their paths."""
+    sources = ("model_name", "dataset_path", "synthetic_model")
+    paths = {name: config[name] for name in sources if isinstance(config.get(name), str)}
+    return config | {name: source_identity(path) for name, path in paths.items()}
 
 
 def spelling_lm_folder(output: Path, lm: SpellingLMConfig) -> Path:

@@ -33,7 +33,7 @@ from sae_lens_atm.compare.run.ray import run_jobs_on_ray
 from sae_lens_atm.compare.run.stored_run import (
     FIGURES,
     TRAINING,
-    has_sae,
+    has_decoder,
     is_evaluated,
     is_trained,
     load_decoder,
@@ -212,7 +212,7 @@ def _stability(done: list[PlannedRun], folder: Path) -> dict[tuple[str, float], 
             seeds = [
                 p
                 for p in done
-                if (p.entry, p.level, p.model_seed) == (*key, model) and has_sae(p, folder)
+                if (p.entry, p.level, p.model_seed) == (*key, model) and has_decoder(p, folder)
             ]
             if len(seeds) < 2 or seeds[0].run.runner.sae.d_sae > _MAX_LATENTS:
                 continue

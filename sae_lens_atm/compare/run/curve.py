@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from sae_lens import SAETrainer
 from sae_lens.evals import ExplainedVarianceCalculator
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.synthetic import SyntheticModel
+from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.util import cosine_similarities
 from torch import Tensor
 from typing_extensions import override
@@ -57,14 +57,15 @@ class HeldOutBatch:
         self._children = children_of(hierarchy) if hierarchy is not None else {}
 
     @torch.no_grad()
-    def evaluate(self, sae: Any, scale: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def evaluate(self, sae: Any, scaler: ActivationScaler) -> dict[str, float]:
         """Return explained variance, saved bits and, if the true hierarchy is known, absorption.
 
         Args:
             sae: the SAE, in training.
-            scale: scales the samples as those of training.
+            scaler: scales the samples as those of training. Whitened, they have other directions
+                than the features, and absorption is left out.
         """
-        training, x = sae.training, scale(self.x)
+        training, x = sae.training, scaler(self.x)
         sae.eval()
         acts = sae.encode(x).to_dense()
         calculator = ExplainedVarianceCalculator()
@@ -72,14 +73,17 @@ class HeldOutBatch:
         figures = {"explained_variance": calculator.compute()}
         if sae.cfg.reshape_activations == "none":
             figures["saved_bits"] = bits_saved_by(sae, x, acts)
-        if self._children and self._model is not None and self._features is not None:
+        if self._model is not None and self._features is not None and self._has_truth(scaler):
             vectors = self._model.feature_dict.feature_vectors
             decoder, signed = decoder_of_activations(sae), is_signed(sae)
             metric = Absorption(decoder, vectors, self._children, signed=signed)
-            metric.update(acts, self._features)
+            metric.update(acts, self._features * (scaler.scaling_factor or 1.0))
             figures["absorption_fraction"] = metric.compute().fraction
         sae.train(training)
         return figures
+
+    def _has_truth(self, scaler: ActivationScaler) -> bool:
+        return bool(self._children) and scaler.whitening is None
 
 
 class CurveRecorder(Hook):

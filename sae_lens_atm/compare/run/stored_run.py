@@ -34,6 +34,11 @@ def has_sae(planned: PlannedRun, folder: Path) -> bool:
     return (folder / planned.folder / "sae" / SAE_CFG_FILENAME).exists()
 
 
+def has_decoder(planned: PlannedRun, folder: Path) -> bool:
+    """Return whether the files of `load_decoder` are stored."""
+    return has_sae(planned, folder) and (folder / planned.folder / MEASURED).exists()
+
+
 def is_evaluated(planned: PlannedRun, folder: Path, with_map: bool) -> bool:
     """Return whether the figures are stored, measured with the present settings.
 

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from sae_lens_atm.compare import load_comparison
@@ -38,6 +40,33 @@ def test_evaluation_and_filing_do_not_change_what_is_trained(comparison_yaml):
         assert evaluated[label][0] == training
         assert evaluated[label][1] != evaluation
         assert moved[label] == (training, evaluation)
+
+
+def test_other_content_at_a_path_changes_all_keys(
+    language_model_comparison_yaml, gemma_folder, tmp_path
+):
+    model = shutil.copytree(gemma_folder, tmp_path / "model")
+    override = f"model_name={model}"
+    before = keys(language_model_comparison_yaml, override)
+    assert keys(language_model_comparison_yaml) == before  # the same files
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    after = keys(language_model_comparison_yaml, override)
+    assert all(before[label][0] != after[label][0] for label in before)
+
+
+def test_another_synthetic_model_in_a_folder_has_other_batches(comparison_yaml, tmp_path):
+    def planned():
+        overrides = ["hierarchy_model=null", f"synthetic_model={tmp_path / 'model'}"]
+        return load_comparison(comparison_yaml, overrides).planned[0]
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/a").write_text("1")
+    before = planned().data_key, planned().training_key
+    (tmp_path / "model/a").write_text("2")
+    after = planned().data_key, planned().training_key
+    assert before[0] != after[0]
+    assert before[1] != after[1]
 
 
 def test_more_seeds_leave_the_others_alone(comparison_yaml):

@@ -177,6 +177,10 @@ def test_results_stay_when_the_saes_are_removed(results, finished, comparison_ya
     # The picture of another run cannot be drawn without its SAE, and is not asked for.
     fewer = load_comparison(comparison_yaml, [f"output_path={output}", "l0=[3]"])
     assert planned_jobs(fewer) == []
+    # Stability needs more than the SAEs.
+    for run in results.runs:
+        shutil.copytree(finished / run.folder / "sae", output / run.folder / "sae")
+    assert not any("stability" in row.figures for row in summarise(comparison, {}).rows)
 
 
 def test_nothing_is_left_to_do_and_nothing_changes(results, finished, comparison_yaml):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.config import SAETrainerConfig
+from sae_lens.training.activation_scaler import ActivationScaler
 
 from sae_lens_atm.compare.plan.l0_target import L0Parameter
 from sae_lens_atm.compare.report.results import Curve
@@ -74,7 +75,7 @@ def test_explained_variance_and_saved_bits_of_a_held_out_batch_by_hand():
     x = torch.tensor([[3.0, 1.0], [1.0, 3.0]])
     # reconstructed (3, 0) and (0, 3): residuals 1 and 1; about the mean (2, 2) variance 2 and 2
     sae.train()
-    assert HeldOutBatch(x).evaluate(sae, lambda x: x) == {
+    assert HeldOutBatch(x).evaluate(sae, ActivationScaler()) == {
         "explained_variance": pytest.approx(1 - 2 / 4),
         # V 2, E 1, d 2 and L0 1. Both latents fire half of the time, at the same level.
         "saved_bits": pytest.approx(math.log2(2 / 1.5) - 2),
@@ -93,9 +94,21 @@ def test_absorption_of_a_held_out_batch():
         sae.W_enc.copy_(torch.linalg.pinv(vectors))
         sae.b_enc.zero_()
         sae.b_dec.copy_(model.feature_dict.bias)
-    seen = HeldOutBatch(x, features.to_dense(), model).evaluate(sae, lambda x: x)
+    batch = HeldOutBatch(x, features.to_dense(), model)
+    seen = batch.evaluate(sae, ActivationScaler())
     assert seen["explained_variance"] > 0.99
     assert seen["absorption_fraction"] < 0.02
+    with torch.no_grad():
+        sae.W_enc[:, 0] -= 3 * sae.W_enc[:, 1]  # child 1 absorbs its parent 0
+        sae.W_dec[1] += vectors[0]
+        seen = batch.evaluate(sae, ActivationScaler())
+        sae.b_dec.mul_(4)  # a power of two, so that nothing is rounded differently
+    assert seen["absorption_fraction"] > 0.02
+    scaled = batch.evaluate(sae, ActivationScaler(scaling_factor=4.0))
+    assert scaled["absorption_fraction"] == pytest.approx(seen["absorption_fraction"])
+    scaler = ActivationScaler()
+    scaler.estimate_whitening(16, iter([x, x]), 2)
+    assert "absorption_fraction" not in batch.evaluate(sae, scaler)
 
 
 def trained(steps=20, architecture="atm", **fields):

@@ -8,6 +8,7 @@ from sae_lens_atm.compare.run.stored_run import (
     FIGURES,
     MEASURED,
     TRAINING,
+    has_decoder,
     has_sae,
     is_evaluated,
     is_trained,
@@ -59,7 +60,9 @@ def test_a_decoder_comes_with_the_latents_that_fired(planned, home, tmp_path):
     sae = TrainingSAE.from_dict({"architecture": "topk", "d_in": 4, "d_sae": 6, "k": 2})
     sae.save_inference_model(home / "sae")
     alive = torch.tensor([True, False] * 3)
+    assert not has_decoder(planned, tmp_path)
     save_file({"alive": alive}, home / MEASURED)
+    assert has_decoder(planned, tmp_path)
     decoder, fired = load_decoder(planned, tmp_path)
     assert decoder.shape == (6, 4)
     assert not decoder.requires_grad

@@ -1,9 +1,10 @@
-"""Check that an SAE was trained on the activations on which it is shown."""
+"""Check that an SAE was trained on the activations on which it is evaluated or shown."""
 
 from pathlib import Path
 from typing import Any
 
 from sae_lens import SAE
+from transformer_lens.loading_from_pretrained import get_official_model_name
 
 from sae_lens_atm.data.model_identity import source_identity
 from sae_lens_atm.errors import SettingsError
@@ -42,7 +43,16 @@ def check_sae(name: str, sae: SAE[Any], run: Run) -> None:
 
 def _is_same_model(one: str, other: str) -> bool:
     """Return whether two names or folders are the same model, as far as that can be known."""
-    if one == other or Path(one).name.lower() == Path(other).name.lower():
+    names = [Path(_official(name)).name.lower() for name in (one, other)]
+    if one == other or names[0] == names[1]:
         return True
     # The same folder may have been moved or linked.
     return Path(one).exists() and source_identity(one) == source_identity(other)
+
+
+def _official(name: str) -> str:
+    """Return the Hub's name of a model for one of TransformerLens' names, or else the name."""
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        return name

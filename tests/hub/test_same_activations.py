@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.explore.checks import check_sae
+from sae_lens_atm.hub.same_activations import check_sae
 from sae_lens_atm.training.run_file import load_run
 from tests.explore.sample import linear_sae
 
@@ -34,6 +34,12 @@ def test_an_sae_of_other_activations_is_refused(sae, language_model_yaml, field,
     setattr(sae.cfg.metadata, field, value)
     with pytest.raises(SettingsError, match=f"{field} of it must be .*, got {value}"):
         check_sae("it", sae, load_run(language_model_yaml))
+
+
+def test_short_names_of_a_model_are_accepted(sae, language_model_yaml):
+    run = load_run(language_model_yaml)
+    run.runner.model_name, sae.cfg.metadata.model_name = "gpt2-small", "openai-community/gpt2"
+    check_sae("it", sae, run)
 
 
 def test_another_width_is_refused(language_model_yaml):
