@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
 from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import torch
 import typer
@@ -21,7 +22,7 @@ from sae_lens.util import temporary_seed
 from sae_lens_atm.compare.plan.comparison_file import load_comparison
 from sae_lens_atm.compare.run.batch_pool import batch_seed, draw_batch, synthetic_model
 from sae_lens_atm.evaluation.synthetic import evaluate_closely
-from sae_lens_atm.files import to_json
+from sae_lens_atm.files import check_writable_file, to_json
 from sae_lens_atm.training.run_file import SyntheticRun
 
 
@@ -60,8 +61,14 @@ def with_true_activations(run: SyntheticRun, l0: float) -> float:
     return 1 - float((x - parts).var(dim=0).sum() / x.var(dim=0).sum())
 
 
-def main(config: Path, output: Path, l0: float = 4, seeds: int = 3) -> None:
+def main(
+    config: Path,
+    output: Path,
+    l0: float = 4,
+    seeds: Annotated[int, typer.Option(min=2)] = 3,
+) -> None:
     """Train and evaluate each seed; write the figures, their means and standard deviations."""
+    check_writable_file("OUTPUT", output)
     torch.set_num_threads(1)
     run = load_comparison(config).planned[0].run
     assert isinstance(run, SyntheticRun)

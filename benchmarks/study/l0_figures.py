@@ -6,6 +6,7 @@ commands `found_l0.py` prints.
     python benchmarks/study/l0_figures.py runs l0_figures.json
 """
 
+import re
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
@@ -61,11 +62,17 @@ def curves(folder: Path, x: Tensor) -> dict[int, dict[str, dict[float, float]]]:
     """Return the mean over seeds of each figure, by number of steps and by L0."""
     values: dict[tuple[int, float], list[dict[str, float]]] = defaultdict(list)
     decoders: dict[tuple[int, float], list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    seen: set[tuple[int, float, int]] = set()
     for finished in sorted((folder / "runs").glob(f"{ENTRY}-l0-*/sae/cfg.json")):
         home = finished.parents[1]
         sae = SAE.load_from_disk(home / "sae")
         steps = read_json(home / "training.json")["curve"]["steps"][-1]
-        l0 = float(home.name.removeprefix(f"{ENTRY}-l0-").split("-")[0])
+        name = re.fullmatch(rf"{ENTRY}-l0-(.*)-seed-(\d+)-.*", home.name)
+        assert name is not None
+        l0, seed = float(name[1]), int(name[2])
+        if (steps, l0, seed) in seen:
+            raise ValueError(f"{folder} has two SAEs of {steps} steps, L0 {l0:g}, seed {seed}")
+        seen.add((steps, l0, seed))
         values[steps, l0].append(figures(sae, x))
         decoders[steps, l0].append((sae.W_dec.detach(), (sae.encode(x) > 0).any(0)))
     found: dict[int, dict[str, dict[float, float]]] = defaultdict(lambda: defaultdict(dict))

@@ -59,7 +59,7 @@ class Target(NamedTuple):
     than: str = ""
     """The entry to compare with; empty: the best baseline."""
     errors: int = 0
-    """So many standard errors of the difference are added."""
+    """By so many standard errors of the difference ATM must be better than the bound."""
 
     def __str__(self) -> str:
         sign = "≤" if figure(self.name).better < 0 else "≥"
@@ -117,16 +117,26 @@ def _mean(row: Row, name: str) -> float | None:
     return None if found is None else found.mean
 
 
-def best_baseline(results: Results, name: str, one_step: bool) -> Row | None:
-    """Return the baseline with the best mean of a figure.
+def at_l0(results: Results, l0: float) -> Results:
+    """Return the results at one target L0."""
+    rows = [row for row in results.rows if row.l0_target == l0]
+    return results.model_copy(update={"rows": rows})
 
-    With `one_step`, baselines that encode in several steps do not count.
+
+def best_baseline(results: Results, name: str, one_step: bool, than: str = "") -> Row | None:
+    """Return the baseline with the best mean of a figure. It is within 5% of the target's L0.
+
+    Args:
+        results: the results at one L0.
+        name: the figure.
+        one_step: leave out baselines that encode in several steps.
+        than: take this entry.
     """
     better = figure(name).better
     rows = [
         row
         for row in results.rows
-        if results.entries[row.entry].role == "baseline"
+        if (row.entry == than if than else results.entries[row.entry].role == "baseline")
         and row.matched
         and _mean(row, name) is not None
         and not (one_step and results.entries[row.entry].architecture in SEVERAL_STEPS)
@@ -137,17 +147,14 @@ def best_baseline(results: Results, name: str, one_step: bool) -> Row | None:
 def table(results: Results, candidate: str = "atm") -> str:
     """Return a table with one line for each target: baseline, bound, ATM's figure, met or not."""
     ours = next(row for row in results.rows if row.entry == candidate)
+    results = at_l0(results, ours.l0_target)
     targets = FOR_DICTIONARIES if "absorption_full" in results.not_ranked else FOR_ABSORPTION
     several = any(e.architecture in SEVERAL_STEPS for e in results.entries.values())
     head = ["", "target", "baseline", "bound", f"ATM, {len(ours.seeds)} seeds", "met"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|---|--:|--:|---|"]
     for target in targets:
         for one_step in (True, False) if several and not target.than else (True,):
-            against = (
-                next((row for row in results.rows if row.entry == target.than), None)
-                if target.than
-                else best_baseline(results, target.name, one_step)
-            )
+            against = best_baseline(results, target.name, one_step, target.than)
             better = figure(target.name).better
             theirs, reached = against and _mean(against, target.name), _mean(ours, target.name)
             if against is None or theirs is None or reached is None:
@@ -181,10 +188,9 @@ def language_model_targets(results: Results) -> str:
 
 
 def _language_model_cell(results: Results, l0: float, target: Target) -> str:
-    rows = [row for row in results.rows if row.l0_target == l0]
-    at_l0 = results.model_copy(update={"rows": rows})
-    entries = {row.entry: row for row in rows}
-    against = entries.get(target.than) or best_baseline(at_l0, target.name, one_step=True)
+    results = at_l0(results, l0)
+    entries = {row.entry: row for row in results.rows}
+    against = best_baseline(results, target.name, True, target.than)
     if against is None:
         return "-"
     ours, theirs = (row.figures[target.name] for row in (entries[ON_LANGUAGE_MODELS], against))
@@ -192,7 +198,7 @@ def _language_model_cell(results: Results, l0: float, target: Target) -> str:
         return "-"
     error = math.sqrt(sum((one.sd or 0) ** 2 / one.n for one in (ours, theirs)))
     better, digits = figure(target.name).better, figure(target.name).digits
-    bound = target.factor * theirs.mean + target.offset + target.errors * error
+    bound = target.factor * theirs.mean + target.offset + better * target.errors * error
     reached = f"{ours.mean:.{digits}f}"
     if better * ours.mean >= better * bound:
         reached = f"**{reached}**"
@@ -204,31 +210,35 @@ def summary_table() -> str:
     heads = (figure(name).label + ARROWS[figure(name).better] for name in SUMMARY_FIGURES)
     lines = [f"| data | true L0 | L0 | {' | '.join(heads)} |", "|---|--:|--:|---|---|---|"]
     for label, path, l0 in SUMMARY:
-        results = read_results(ROOT / path)
-        rows = [row for row in results.rows if row.l0_target == l0]
-        results = results.model_copy(update={"rows": rows})
+        results = at_l0(read_results(ROOT / path), l0)
         cells = (_summary_cell(results, name) for name in SUMMARY_FIGURES)
-        true = rows[0].figures["true_l0"].mean
+        true = results.rows[0].figures["true_l0"].mean
         lines.append(f"| {label} | {true:.1f} | {l0 or 'own'} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def language_model_table() -> str:
-    """Return the README's second table, ATM / BatchTopK in each cell."""
+    """Return the README's second table, ATM / BatchTopK in each cell.
+
+    A row in which one of them is more than 5% off the target L0 is marked and has nothing in bold.
+    """
     figures = [figure(name) for name in LANGUAGE_MODEL_FIGURES]
     heads = " | ".join(one.label + ARROWS[one.better] for one in figures)
     lines = [f"| model | L0 | {heads} |", "|---|--:" + "|---" * len(figures) + "|"]
     for label, path in LANGUAGE_MODELS:
-        rows = read_results(ROOT / path).rows
-        of = {row.entry: row.figures for row in rows if row.l0_target == THEIR_L0}
+        rows = at_l0(read_results(ROOT / path), THEIR_L0).rows
+        of = {row.entry: row.figures for row in rows}
+        compared = (ON_LANGUAGE_MODELS, "batchtopk")
+        matched = all(row.matched for row in rows if row.entry in compared)
         cells: list[str] = []
         for name, one in zip(LANGUAGE_MODEL_FIGURES, figures, strict=True):
-            values = (of[entry][name].mean for entry in (ON_LANGUAGE_MODELS, "batchtopk"))
+            values = (of[entry][name].mean for entry in compared)
             ours, theirs = (f"{value:.{one.digits}f}" for value in values)
-            lead = one.better * (float(ours) - float(theirs))
+            lead = one.better * (float(ours) - float(theirs)) if matched else 0.0
             shown = f"**{ours}**" if lead > 0 else ours
             cells.append(f"{shown} / {f'**{theirs}**' if lead < 0 else theirs}")
-        lines.append(f"| {label} | {THEIR_L0} | {' | '.join(cells)} |")
+        mark = "" if matched else " *"
+        lines.append(f"| {label}{mark} | {THEIR_L0} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
