@@ -11,7 +11,7 @@ from sae_lens_atm.cli.terminal import config_path, console
 from sae_lens_atm.cli.threads import use_threads
 from sae_lens_atm.compare.evaluate_saved import data_of
 from sae_lens_atm.explore import LetterSource, explore
-from sae_lens_atm.training.before_first_step import Phase
+from sae_lens_atm.training.phases import Phase
 from sae_lens_atm.training.quiet import silence_saelens
 
 

@@ -24,8 +24,8 @@ from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.metrics.figures import ARROWS
 from sae_lens_atm.metrics.figures import figure as figure_info
 from sae_lens_atm.metrics.word_figures import Interval
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.history import step_figures
+from sae_lens_atm.training.phases import Phase
 from sae_lens_atm.training.preflight.timing import time_left
 
 _REFRESH = 20  # steps between two readings, each of which waits for the device

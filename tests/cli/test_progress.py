@@ -9,7 +9,7 @@ from rich.console import Console
 from sae_lens_atm.cli import progress
 from sae_lens_atm.cli.progress import BatchesProgress, Progress, RunsProgress, figures_table
 from sae_lens_atm.compare.run.processes import Job
-from sae_lens_atm.training.before_first_step import Phase
+from sae_lens_atm.training.phases import Phase
 
 
 def console(terminal=False):

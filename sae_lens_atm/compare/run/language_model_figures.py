@@ -29,8 +29,8 @@ from sae_lens_atm.evaluation.language_model import (
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.synthetic import is_signed
 from sae_lens_atm.files import write_json
-from sae_lens_atm.training.before_first_step import OnPhase, Phase
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import OnPhase, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 

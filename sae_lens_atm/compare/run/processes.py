@@ -20,8 +20,8 @@ import torch
 from sae_lens import SAETrainer
 
 from sae_lens_atm.errors import Interrupted, with_type
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import Phase
 from sae_lens_atm.training.quiet import silence_saelens
 
 _REPORT_EVERY = 25  # steps

@@ -19,7 +19,7 @@ from sae_lens_atm.compare.run.language_model import train_group
 from sae_lens_atm.compare.run.letters import letter_jobs
 from sae_lens_atm.compare.run.probing import probing_jobs
 from sae_lens_atm.compare.run.processes import Job, OnProgress, StepCounter
-from sae_lens_atm.compare.run.reading import LOADING, stop_if_requested
+from sae_lens_atm.compare.run.reading import stop_if_requested
 from sae_lens_atm.compare.run.stored_run import (
     has_sae,
     has_training,
@@ -33,9 +33,9 @@ from sae_lens_atm.data.spelling.model import (
     is_spelling_lm,
     make_spelling_lm,
 )
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.cached_run import open_cache
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import LOADING_MODEL, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun, training_steps
 
 
@@ -83,7 +83,7 @@ def _run_one(
 
 def _make_cache(planned: tuple[PlannedRun, ...], on_progress: OnProgress, stop: StopFlag) -> None:
     before = 0
-    on_progress(Phase(LOADING))
+    on_progress(Phase(LOADING_MODEL))
 
     def count(done: int, contexts: int) -> None:
         nonlocal before
