@@ -125,8 +125,7 @@ def run_jobs(
                 events.is_in(job, message)
             else:
                 events.advanced(job, message)
-    if stop.signal_number is not None:
-        raise Interrupted(None, stop.signal_number)
+    stop.check()
     return failed
 
 

@@ -19,7 +19,6 @@ from sae_lens_atm.compare.run.language_model import train_group
 from sae_lens_atm.compare.run.letters import letter_jobs
 from sae_lens_atm.compare.run.probing import probing_jobs
 from sae_lens_atm.compare.run.processes import Job, OnProgress, StepCounter
-from sae_lens_atm.compare.run.reading import stop_if_requested
 from sae_lens_atm.compare.run.stored_run import (
     has_sae,
     has_training,
@@ -52,7 +51,7 @@ def _make_language_model(
 
     def on_step(_loss: float) -> None:
         counter.count()
-        stop_if_requested(stop)
+        stop.check()
 
     make_spelling_lm(lm, folder, on_step)
 
@@ -63,7 +62,7 @@ def _draw_pool(planned: PlannedRun, folder: Path, on_progress: OnProgress, stop:
     counter = StepCounter(on_progress)
     for _ in pool_of(planned, folder).draw(model, planned.seed):
         counter.count()
-        stop_if_requested(stop)
+        stop.check()
 
 
 def _run_one(
@@ -90,7 +89,7 @@ def _make_cache(planned: tuple[PlannedRun, ...], on_progress: OnProgress, stop: 
         on_progress(done - before)
         before = done
         on_progress(Phase("caching", done, contexts, "contexts"))
-        stop_if_requested(stop)
+        stop.check()
 
     make_cache(planned, count)
 
