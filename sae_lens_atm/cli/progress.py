@@ -8,12 +8,12 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    Progress,
     TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
@@ -61,7 +61,7 @@ class PhaseLines:
         return is_new
 
 
-class Progress:
+class TrainingProgress:
     """Shows the figures and the remaining time of a training run.
 
     They are those of its history. A log file gets a line every few seconds.
@@ -74,7 +74,7 @@ class Progress:
     def __init__(self, console: Console, steps: int) -> None:
         self._console = console
         self._steps = steps
-        self._bar = RichProgress(
+        self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
@@ -163,7 +163,7 @@ class RunsProgress:
         self._ended = 0
         self._start = 0.0
         self._started: dict[str, float] = {}
-        self._bar = RichProgress(
+        self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             TaskProgressColumn(),
@@ -240,7 +240,7 @@ class BatchesProgress:
         self._console = console
         self._what, self._unit = what, "batches"
         self._tenths = 0
-        self._bar = RichProgress(
+        self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),

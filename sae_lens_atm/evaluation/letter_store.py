@@ -24,7 +24,7 @@ from sae_lens_atm.evaluation.first_letters import (
     train_letter_probes,
     with_probes,
 )
-from sae_lens_atm.evaluation.hooked_reading import Hook
+from sae_lens_atm.evaluation.hooked_reading import ModelHook
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig, Split
 from sae_lens_atm.evaluation.recovered_loss import OnBatch, ignore_batch
 from sae_lens_atm.files import (
@@ -66,7 +66,7 @@ def first_letters_of(
         SettingsError: the vocabulary has too few words, or the folder cannot be written.
     """
     if folder is None:
-        found = read_letter_activations(load(), Hook.of(run), cfg, on_batch)
+        found = read_letter_activations(load(), ModelHook.of(run), cfg, on_batch)
         return with_probes(found, train_letter_probes(found, cfg), cfg).to(run.device)
     check_writable("the folder for first letters", folder)
     key = _key_of(run, cfg)
@@ -106,7 +106,7 @@ def _activations(
     on_batch: OnBatch,
 ) -> LetterActivations:
     if not _is_whole(folder):
-        found = read_letter_activations(load(), Hook.of(run), cfg, on_batch)
+        found = read_letter_activations(load(), ModelHook.of(run), cfg, on_batch)
         tensors = {
             "train": found.train.x,
             "train_letter": found.train.letter,
