@@ -22,7 +22,6 @@ from typing_extensions import Self, override
 
 from sae_lens_atm.compare.run.processes import Job
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
-from sae_lens_atm.metrics.figures import ARROWS
 from sae_lens_atm.metrics.figures import figure as figure_info
 from sae_lens_atm.metrics.word_figures import Interval
 from sae_lens_atm.training.history import step_figures
@@ -318,5 +317,5 @@ def figures_table(
             text = f"{value:,d}" if isinstance(value, int) else f"{value:.4g}"
             low, high = (intervals or {}).get(name, {}).get(figure, (None, None))
             cells.append(text if low is None else f"{text} [{low:.4g}, {high:.4g}]")
-        table.add_row(figure + ARROWS[figure_info(figure).better], *cells)
+        table.add_row(figure + figure_info(figure).arrow, *cells)
     return table

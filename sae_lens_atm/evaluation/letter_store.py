@@ -20,6 +20,7 @@ from sae_lens_atm.data.model_identity import model_identity
 from sae_lens_atm.evaluation.first_letters import (
     FirstLetters,
     LetterActivations,
+    look_at_first_letters,
     read_letter_activations,
     train_letter_probes,
     with_probes,
@@ -66,8 +67,7 @@ def first_letters_of(
         SettingsError: the vocabulary has too few words, or the folder cannot be written.
     """
     if folder is None:
-        found = read_letter_activations(load(), ModelHook.of(run), cfg, on_batch)
-        return with_probes(found, train_letter_probes(found, cfg), cfg).to(run.device)
+        return look_at_first_letters(load(), ModelHook.of(run), cfg, on_batch).to(run.device)
     check_writable("the folder for first letters", folder)
     key = _key_of(run, cfg)
     home = folder / LETTERS_FOLDER
