@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 
 from sae_lens_atm.evaluation.first_letters import (
     SMALL_MODEL,
-    Hook,
     look_at_first_letters,
     residual_stream,
 )
+from sae_lens_atm.evaluation.hooked_reading import ModelHook
 from sae_lens_atm.evaluation.letter_words import letter_of
 from sae_lens_atm.metrics.first_letter import PROBE_F1, absorbed, first_letter_scores
 from sae_lens_atm.metrics.probes import Probe, Words, f1_scores
@@ -48,7 +48,7 @@ def give(model_folder, words_file, probe_file, hook):
 
 
 def main(model_folder, sae_folder, words_file, probe_file, found_file=None):
-    hook = Hook(hooked_name(SAE.load_from_disk(sae_folder).cfg.metadata.hook_name))
+    hook = ModelHook(hooked_name(SAE.load_from_disk(sae_folder).cfg.metadata.hook_name))
     if found_file is None:
         give(model_folder, words_file, probe_file, hook)
         return

@@ -22,7 +22,7 @@ from sae_lens_atm.compare.find_l0 import FoundL0
 from sae_lens_atm.compare.find_l0.peak import mean_curve
 from sae_lens_atm.compare.report.tables import markdown
 from sae_lens_atm.compare.report.wording import show_l0
-from sae_lens_atm.metrics.figures import ARROWS, FIGURES, figure
+from sae_lens_atm.metrics.figures import FIGURES, figure
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "benchmarks/study")]
@@ -160,7 +160,7 @@ def spelling(_: str) -> str:
 
 def glossary(_: str) -> str:
     """Return the definitions of all figures."""
-    rows = [f"| {f.label}{ARROWS[f.better]} | `{n}` | {f.meaning} |" for n, f in FIGURES.items()]
+    rows = [f"| {f.heading} | `{n}` | {f.meaning} |" for n, f in FIGURES.items()]
     return "\n".join(["| figure | in results.json | definition |", "|---|---|---|", *rows])
 
 
@@ -170,7 +170,7 @@ def weights(path: str) -> str:
     rows = read_results(ROOT / path).rows
     several = len({row.l0_target for row in rows}) > 1
     lines = [
-        f"| variant | {' | '.join(figure(n).label + ARROWS[figure(n).better] for n in names)} |",
+        f"| variant | {' | '.join(figure(n).heading for n in names)} |",
         "|---" + "|--:" * len(names) + "|",
     ]
     for row in rows:
@@ -183,7 +183,7 @@ def weights(path: str) -> str:
 
 def over_l0(path: str) -> str:
     """Return a row for each architecture and L0 of a results.json on synthetic data."""
-    heads = [figure(name).label + ARROWS[figure(name).better] for name in OVER_L0]
+    heads = [figure(name).heading for name in OVER_L0]
     lines = [f"| | L0 | {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) + 1) + "|"]
     for row in sorted(complete(path).rows, key=lambda row: (row.entry, row.l0_target)):
         cells = [f"{row.figures[name].mean:.{figure(name).digits}f}" for name in OVER_L0]
@@ -208,7 +208,7 @@ def found_l0(path: str) -> str:
 def evaluated(path: str) -> str:
     """Return a row for each SAE of a file of `evaluate --json`, in rising order of L0."""
     names = [n for n in (*ON_A_LANGUAGE_MODEL, "saved_bits") if n != "stability"]
-    heads = [figure(name).label + ARROWS[figure(name).better] for name in names]
+    heads = [figure(name).heading for name in names]
     lines = [f"| SAE | {' | '.join(heads)} |", "|---" + "|--:" * len(names) + "|"]
     for folder, figures in sorted(load(path).items(), key=lambda item: item[1]["l0"]):
         home = Path(folder).parent if Path(folder).name == "sae" else Path(folder)

@@ -32,8 +32,8 @@ from sae_lens_atm.explore.reading import Reading, Tokens, read_tokens
 from sae_lens_atm.explore.text import text_of, tokens_of
 from sae_lens_atm.files import to_json
 from sae_lens_atm.hub.loading import load_sae
-from sae_lens_atm.training.before_first_step import unseen
 from sae_lens_atm.training.latent_history import read_latent_history
+from sae_lens_atm.training.phases import ignore_phase
 from sae_lens_atm.training.run_file import LanguageModelRun, load_run
 
 mpl.use("Agg")
@@ -204,7 +204,7 @@ def main(
         raise SystemExit(f"{folder} has no record of its latents, or no checkpoint with parents")
     model = load_language_model(run.runner)
     read = tokens_of(run, model, tokens)
-    reading = read_tokens([load_sae(str(folder))], read, unseen)[0]
+    reading = read_tokens([load_sae(str(folder))], read, ignore_phase)[0]
     frequency = reading.signals.frequency.numpy()
     found = describe_pairs(reading, parents.parents, choose=False)
     of_masks = masking(history, frequency)

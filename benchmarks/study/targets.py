@@ -15,7 +15,7 @@ import typer
 from sae_lens_atm.compare import read_results
 from sae_lens_atm.compare.report.results import Results, Row
 from sae_lens_atm.compare.report.wording import show_spread
-from sae_lens_atm.metrics.figures import ARROWS, figure
+from sae_lens_atm.metrics.figures import figure
 
 ROOT = Path(__file__).parents[2]
 STUDY = "benchmarks/study/results"
@@ -207,7 +207,7 @@ def _language_model_cell(results: Results, l0: float, target: Target) -> str:
 
 def summary_table() -> str:
     """Return the README's table, ATM / ATM without masks / the best baseline in each cell."""
-    heads = (figure(name).label + ARROWS[figure(name).better] for name in SUMMARY_FIGURES)
+    heads = (figure(name).heading for name in SUMMARY_FIGURES)
     lines = [f"| data | true L0 | L0 | {' | '.join(heads)} |", "|---|--:|--:|---|---|---|"]
     for label, path, l0 in SUMMARY:
         results = at_l0(read_results(ROOT / path), l0)
@@ -223,7 +223,7 @@ def language_model_table() -> str:
     A row in which one of them is more than 5% off the target L0 is marked and has nothing in bold.
     """
     figures = [figure(name) for name in LANGUAGE_MODEL_FIGURES]
-    heads = " | ".join(one.label + ARROWS[one.better] for one in figures)
+    heads = " | ".join(one.heading for one in figures)
     lines = [f"| model | L0 | {heads} |", "|---|--:" + "|---" * len(figures) + "|"]
     for label, path in LANGUAGE_MODELS:
         rows = at_l0(read_results(ROOT / path), THEIR_L0).rows

@@ -21,7 +21,7 @@ from sae_lens_atm.data.cache_writer import (
     is_complete,
     plan_cache,
 )
-from sae_lens_atm.errors import Interrupted, SettingsError
+from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.files import manifest_mismatch
 from sae_lens_atm.training.cached_run import cache_activations, open_cache
 from sae_lens_atm.training.hooks import StopFlag
@@ -114,8 +114,7 @@ def _write(run: LanguageModelRun) -> None:
 
         def on_progress(done: int, contexts: int) -> None:
             nonlocal last, begun
-            if stop.signal_number is not None:
-                raise Interrupted(None, stop.signal_number)
+            stop.check()
             now = time.monotonic()
             begun = begun or (now, done)
             bar.update(task, description="contexts", completed=done, total=contexts)

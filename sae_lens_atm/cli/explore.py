@@ -3,15 +3,12 @@
 from pathlib import Path
 
 from huggingface_hub.utils import logging as hub_logging
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
-from sae_lens_atm.cli.progress import PhaseLines
+from sae_lens_atm.cli.progress import PhasesProgress
 from sae_lens_atm.cli.terminal import config_path, console
 from sae_lens_atm.cli.threads import use_threads
 from sae_lens_atm.compare.evaluate_saved import data_of
 from sae_lens_atm.explore import LetterSource, explore
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.quiet import silence_saelens
 
 
@@ -34,18 +31,9 @@ def explore_on_file(
     letters = None
     if data.first_letters is not None:
         letters = LetterSource(data.first_letters, data.folder)
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn())
-    lines = PhaseLines(console)
-    with RichProgress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def on_phase(phase: Phase) -> None:
-            if lines.show(phase):
-                bar.reset(task, description=phase.what)
-            bar.update(task, completed=phase.done, total=phase.total or None)
-
+    with PhasesProgress(console) as bar:
         path = explore(
-            sae, data.run, output, tokens, megabytes, letters, beside, neuronpedia, on_phase
+            sae, data.run, output, tokens, megabytes, letters, beside, neuronpedia, bar.on_phase
         )
     console.print(f"wrote {path}, {path.stat().st_size / 1e6:.1f} MB", highlight=False)
     if neuronpedia is not None:

@@ -10,7 +10,7 @@ from sae_lens_atm.cli.progress import BatchesProgress
 from sae_lens_atm.cli.terminal import console
 from sae_lens_atm.data.spelling.model import HOOK, TOKENS, SpellingLMConfig, make_spelling_lm
 from sae_lens_atm.evaluation.first_letters import SMALL_MODEL, look_at_first_letters
-from sae_lens_atm.evaluation.hooked_reading import Hook
+from sae_lens_atm.evaluation.hooked_reading import ModelHook
 from sae_lens_atm.training.quiet import silence_saelens
 from sae_lens_atm.training.schema import parse_fields
 
@@ -30,7 +30,7 @@ def make_and_probe(folder: Path, values: dict[str, Any]) -> None:
     silence_saelens()
     model = load_model("AutoModelForCausalLM", str(folder), "cpu", hook_names=[HOOK])
     with BatchesProgress(console, "first letters") as progress:
-        letters = look_at_first_letters(model, Hook(HOOK), SMALL_MODEL, progress.on_batch)
+        letters = look_at_first_letters(model, ModelHook(HOOK), SMALL_MODEL, progress.on_batch)
     console.print(
         f"saved {folder}: hook {HOOK}, d_in {cfg.d_model}, tokens in {folder / TOKENS}\n"
         f"letter probes on held-out words: mean F1 {letters.probe_f1.mean():.3f}, "

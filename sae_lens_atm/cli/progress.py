@@ -8,24 +8,24 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
     TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.progress import Progress as RichProgress
 from rich.table import Table
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from sae_lens_atm.compare.run.processes import Job
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
-from sae_lens_atm.metrics.figures import ARROWS
 from sae_lens_atm.metrics.figures import figure as figure_info
 from sae_lens_atm.metrics.word_figures import Interval
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.history import step_figures
+from sae_lens_atm.training.phases import Phase
 from sae_lens_atm.training.preflight.timing import time_left
 
 _REFRESH = 20  # steps between two readings, each of which waits for the device
@@ -61,7 +61,63 @@ class PhaseLines:
         return is_new
 
 
-class Progress:
+class _Bars:
+    """Bars on a terminal, shown in a `with` statement. A log file gets none.
+
+    Args:
+        console: where to print.
+        columns: what is shown behind each bar.
+        transient: whether the bars vanish at the end.
+    """
+
+    def __init__(self, console: Console, *columns: ProgressColumn, transient: bool = False) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            *columns,
+            console=console,
+            disable=not console.is_terminal,
+            transient=transient,
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+
+class PhasesProgress(_Bars):
+    """Shows the phases of some work, one after the other in the same bar.
+
+    Args:
+        console: where to print.
+        columns: what is shown behind the bar; by default the time left.
+        start: what the bar shows before the first phase.
+        total: the length of the bar before the first phase; None if it is unknown.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *columns: ProgressColumn,
+        start: str = "starting",
+        total: int | None = None,
+    ) -> None:
+        super().__init__(console, *(columns or (TimeRemainingColumn(),)))
+        self._lines = PhaseLines(console)
+        self._task = self._bar.add_task(start, total=total, figures="")
+
+    def on_phase(self, phase: Phase) -> None:
+        """Show a phase."""
+        if self._lines.show(phase):
+            self._bar.reset(self._task, description=phase.what)
+        self._bar.update(self._task, completed=phase.done, total=phase.total or None)
+
+
+class TrainingProgress(PhasesProgress):
     """Shows the figures and the remaining time of a training run.
 
     They are those of its history. A log file gets a line every few seconds.
@@ -72,35 +128,21 @@ class Progress:
     """
 
     def __init__(self, console: Console, steps: int) -> None:
-        self._console = console
+        figures = TextColumn("{task.fields[figures]}")
+        columns = (MofNCompleteColumn(), TimeRemainingColumn(), figures)
+        super().__init__(console, *columns, start="before step 1", total=steps)
         self._steps = steps
-        self._bar = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("before step 1", total=steps, figures="")
-        self._lines, self._in_phase = PhaseLines(console), False
+        self._in_phase = False
         self._printed = 0.0
         self._begun: tuple[float, int] | None = None  # time and number of the first step
 
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
+    @override
     def on_phase(self, phase: Phase) -> None:
         """Show work before or after training."""
-        if self._lines.show(phase) or not self._in_phase:
+        if not self._in_phase:
             self._bar.reset(self._task, description=phase.what, figures="")
         self._in_phase = True
-        self._bar.update(self._task, completed=phase.done, total=phase.total or None)
+        super().on_phase(phase)
 
     def on_step(self, trainer: SAETrainer[Any, Any], output: TrainStepOutput) -> None:
         """Show a completed step."""
@@ -146,7 +188,7 @@ def shown_figures(figures: Mapping[str, float]) -> str:
     return "  ".join(parts)
 
 
-class RunsProgress:
+class RunsProgress(_Bars):
     """Shows the progress of the runs of a comparison.
 
     Args:
@@ -156,31 +198,16 @@ class RunsProgress:
     """
 
     def __init__(self, console: Console, jobs: Sequence[Job]) -> None:
-        self._console = console
+        super().__init__(console, TaskProgressColumn(), TimeRemainingColumn())
         self._runs = len(jobs)
         self._steps = max(sum(job.steps for job in jobs if not job.needed), 1)
         self._done = 0
         self._ended = 0
         self._start = 0.0
         self._started: dict[str, float] = {}
-        self._bar = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
         self._all = self._bar.add_task("all", total=self._steps)
         self._tasks: dict[str, TaskID] = {}
         self._lines: dict[str, PhaseLines] = {}
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def started(self, job: Job) -> None:
         """Add a bar for a run. In a log file, a line says that the first one has started."""
@@ -228,7 +255,7 @@ class RunsProgress:
         self._console.print(text, highlight=False)
 
 
-class BatchesProgress:
+class BatchesProgress(_Bars):
     """Shows the progress of work whose number of batches is known only once it has begun.
 
     Args:
@@ -237,26 +264,10 @@ class BatchesProgress:
     """
 
     def __init__(self, console: Console, what: str) -> None:
-        self._console = console
+        super().__init__(console, MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
         self._what, self._unit = what, "batches"
         self._tenths = 0
-        self._bar = RichProgress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
         self._task: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
 
     def on_batch(self, done: int, batches: int) -> None:
         """Show that a batch begins, after `done` of them."""
@@ -306,5 +317,5 @@ def figures_table(
             text = f"{value:,d}" if isinstance(value, int) else f"{value:.4g}"
             low, high = (intervals or {}).get(name, {}).get(figure, (None, None))
             cells.append(text if low is None else f"{text} [{low:.4g}, {high:.4g}]")
-        table.add_row(figure + ARROWS[figure_info(figure).better], *cells)
+        table.add_row(figure + figure_info(figure).arrow, *cells)
     return table

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from sae_lens_atm.cli.progress import Progress, figures_table
+from sae_lens_atm.cli.progress import TrainingProgress, figures_table
 from sae_lens_atm.cli.terminal import (
     config_path,
     console,
@@ -79,7 +79,7 @@ def train_from_file(
     warn_if_busy(run.runner.device, torch.get_num_threads())
     with (
         resume_hint(run, command, checkpoint),
-        Progress(console, training_steps(run)) as progress,
+        TrainingProgress(console, training_steps(run)) as progress,
     ):
         result = train_checked(
             run,

@@ -32,7 +32,7 @@ from sae_lens_atm.evaluation.language_model import (
 )
 from sae_lens_atm.evaluation.letter_store import first_letters_of
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
-from sae_lens_atm.evaluation.recovered_loss import OnBatch
+from sae_lens_atm.evaluation.recovered_loss import OnBatch, ignore_batch
 from sae_lens_atm.evaluation.sae_probes import Probing, probe_sae
 from sae_lens_atm.evaluation.synthetic import evaluate
 from sae_lens_atm.evaluation.task_store import SaeProbesConfig, TaskStore
@@ -104,9 +104,9 @@ def data_of(path: str, overrides: Sequence[str] = ()) -> EvaluationData:
 def evaluate_saved(
     references: Sequence[str],
     data: EvaluationData,
-    on_batch: OnBatch | None = None,
-    on_text: OnBatch = lambda _done, _every: None,
-    on_tokens: OnBatch = lambda _done, _every: None,
+    on_batch: OnBatch = ignore_batch,
+    on_text: OnBatch = ignore_batch,
+    on_tokens: OnBatch = ignore_batch,
 ) -> dict[str, Evaluated]:
     """Evaluate SAEs on the same samples, and return the figures of each.
 

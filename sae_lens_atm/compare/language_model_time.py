@@ -11,6 +11,7 @@ from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.cached import contexts_to_cache
 from sae_lens_atm.compare.run.letters import has_letters
 from sae_lens_atm.compare.run.stored_run import is_evaluated, is_trained
+from sae_lens_atm.training.phases import LOADING_MODEL
 from sae_lens_atm.training.preflight.amounts import estimation_batches, llm_batches_of
 from sae_lens_atm.training.preflight.timed_model import TimedModel
 from sae_lens_atm.training.preflight.timing import NotTimed, Report, duration
@@ -52,7 +53,7 @@ def time_language_model(
         return ModelTime({}, 0)  # the SAEs are trained on stored activations
     if left[0].lm is not None and not Path(run.runner.model_name).is_dir():
         raise NotTimed("the comparison makes it first")
-    report("loading the language model")
+    report(LOADING_MODEL)
     model = TimedModel.load(run.runner)
     jobs = [job for one in unfinished for job in _jobs(one)]
     parts = _batches(jobs, output, model, report)

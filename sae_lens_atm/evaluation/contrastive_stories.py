@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sae_lens_atm.data.language_model import saved_dataset
 from sae_lens_atm.errors import SettingsError, with_type
-from sae_lens_atm.evaluation.hooked_reading import Hook, activations_of
-from sae_lens_atm.evaluation.recovered_loss import OnBatch
+from sae_lens_atm.evaluation.hooked_reading import ModelHook, activations_of
+from sae_lens_atm.evaluation.recovered_loss import OnBatch, ignore_batch
 from sae_lens_atm.evaluation.task_activations import batches_by_length, context_of
 from sae_lens_atm.metrics import ContrastiveScore
 
@@ -79,7 +79,7 @@ def story_activations(
     model: Any,
     run: LanguageModelSAERunnerConfig[Any],
     stories: Sequence[StoryPair],
-    on_batch: OnBatch = lambda _done, _every: None,
+    on_batch: OnBatch = ignore_batch,
 ) -> StoryActivations:
     """Return the activations of pairs of stories.
 
@@ -94,7 +94,7 @@ def story_activations(
     """
     if not stories:
         return []
-    hook, context = Hook.of(run), context_of(model)
+    hook, context = ModelHook.of(run), context_of(model)
     every: list[list[int]] = model.tokenizer([t for pair in stories for t in pair])["input_ids"]
     rows = [tokens[:context] or [0] for tokens in every]
     found: dict[int, Tensor] = {}

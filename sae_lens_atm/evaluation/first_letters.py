@@ -15,7 +15,7 @@ from torch.nn import functional
 from typing_extensions import Self
 
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.evaluation.hooked_reading import Hook, activations_at
+from sae_lens_atm.evaluation.hooked_reading import ModelHook, activations_at
 from sae_lens_atm.evaluation.letter_words import (
     LETTERS,
     PROMPTS_IN_BATCH,
@@ -25,7 +25,7 @@ from sae_lens_atm.evaluation.letter_words import (
     letter_of,
     split_and_prompts,
 )
-from sae_lens_atm.evaluation.recovered_loss import OnBatch
+from sae_lens_atm.evaluation.recovered_loss import OnBatch, ignore_batch
 from sae_lens_atm.evaluation.synthetic import decoder_of_activations
 from sae_lens_atm.metrics.first_letter import (
     METRIC,
@@ -109,7 +109,7 @@ class FirstLetters(NamedTuple):
 
 @torch.no_grad()
 def residual_stream(
-    model: Any, hook: Hook, prompts: Sequence[str], on_batch: Callable[[], None] | None = None
+    model: Any, hook: ModelHook, prompts: Sequence[str], on_batch: Callable[[], None] | None = None
 ) -> Tensor:
     """Return the activations on the last token of the word in question, ``(prompts, d_in)``.
 
@@ -152,7 +152,7 @@ def _tokens_of_template(tokenizer: Any, prompt_ids: Sequence[int]) -> int:
 
 
 def read_letter_activations(
-    model: Any, hook: Hook, cfg: FirstLetterConfig, on_batch: OnBatch | None = None
+    model: Any, hook: ModelHook, cfg: FirstLetterConfig, on_batch: OnBatch = ignore_batch
 ) -> LetterActivations:
     """Split the words, and compute their activations in the prompts.
 
@@ -171,8 +171,7 @@ def read_letter_activations(
 
     def count() -> None:
         nonlocal done
-        if on_batch is not None:
-            on_batch(done, batches)
+        on_batch(done, batches)
         done += 1
 
     train, test, asked = (residual_stream(model, hook, part, count) for part in prompts)
@@ -204,7 +203,7 @@ def with_probes(
 
 
 def look_at_first_letters(
-    model: Any, hook: Hook, cfg: FirstLetterConfig, on_batch: OnBatch | None = None
+    model: Any, hook: ModelHook, cfg: FirstLetterConfig, on_batch: OnBatch = ignore_batch
 ) -> FirstLetters:
     """Compute the activations of the words, and train the letter probes.
 

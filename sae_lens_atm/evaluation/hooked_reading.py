@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 
-class Hook(NamedTuple):
+class ModelHook(NamedTuple):
     """Where and how the activations of a model are read."""
 
     name: str
@@ -26,7 +26,7 @@ class Hook(NamedTuple):
 
 
 def activations_at(
-    model: Any, hook: Hook, rows: Sequence[Sequence[int]], places: Sequence[int]
+    model: Any, hook: ModelHook, rows: Sequence[Sequence[int]], places: Sequence[int]
 ) -> Tensor:
     """Return the activation of each row at one of its tokens, ``(rows, d_in)``, on the CPU.
 
@@ -43,7 +43,7 @@ def activations_at(
     return stream[torch.arange(len(at), device=stream.device), at].cpu()
 
 
-def activations_of(model: Any, hook: Hook, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+def activations_of(model: Any, hook: ModelHook, rows: Sequence[Sequence[int]]) -> list[Tensor]:
     """Return the activations of each row at all its tokens, ``(tokens, d_in)``, on the CPU.
 
     The model runs up to the hook.
@@ -58,7 +58,7 @@ def activations_of(model: Any, hook: Hook, rows: Sequence[Sequence[int]]) -> lis
 
 
 @torch.no_grad()
-def _stream(model: Any, hook: Hook, rows: Sequence[Sequence[int]]) -> Tensor:
+def _stream(model: Any, hook: ModelHook, rows: Sequence[Sequence[int]]) -> Tensor:
     """Return the activations at all tokens of the rows and of their padding."""
     device = next(model.parameters()).device
     # Padding follows the text, and attention is causal.

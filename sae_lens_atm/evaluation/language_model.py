@@ -18,7 +18,7 @@ from sae_lens_atm.data.language_model import saved_dataset
 from sae_lens_atm.errors import SettingsError, with_type
 from sae_lens_atm.evaluation.model_from_hook import model_from_hook
 from sae_lens_atm.evaluation.next_token_loss import TOKENS
-from sae_lens_atm.evaluation.recovered_loss import HookPoint, OnBatch, SharedPasses
+from sae_lens_atm.evaluation.recovered_loss import HookPoint, OnBatch, SharedPasses, ignore_batch
 from sae_lens_atm.evaluation.synthetic import decoder_figures
 from sae_lens_atm.metrics.hierarchy import FEWEST_SAMPLES, HierarchyScore
 
@@ -97,7 +97,7 @@ def language_model_figures(
     model: Any,
     tokens: HeldOutTokens,
     cfg: LanguageModelSAERunnerConfig[Any],
-    on_batch: OnBatch = lambda done, total: None,  # noqa: ARG005
+    on_batch: OnBatch = ignore_batch,
 ) -> tuple[dict[str, float], Tensor]:
     """Return SAELens' figures of an SAE, and which latents fire on the tokens, shape ``(d_sae,)``.
 

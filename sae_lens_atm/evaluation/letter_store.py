@@ -20,13 +20,14 @@ from sae_lens_atm.data.model_identity import model_identity
 from sae_lens_atm.evaluation.first_letters import (
     FirstLetters,
     LetterActivations,
+    look_at_first_letters,
     read_letter_activations,
     train_letter_probes,
     with_probes,
 )
-from sae_lens_atm.evaluation.hooked_reading import Hook
+from sae_lens_atm.evaluation.hooked_reading import ModelHook
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig, Split
-from sae_lens_atm.evaluation.recovered_loss import OnBatch
+from sae_lens_atm.evaluation.recovered_loss import OnBatch, ignore_batch
 from sae_lens_atm.files import (
     MANIFEST_FILENAME,
     check_writable,
@@ -49,7 +50,7 @@ def first_letters_of(
     cfg: FirstLetterConfig,
     load: Callable[[], Any],
     folder: Path | None = None,
-    on_batch: OnBatch | None = None,
+    on_batch: OnBatch = ignore_batch,
 ) -> FirstLetters:
     """Return words, activations and probes of a run's model, from disk if they are there.
 
@@ -66,18 +67,12 @@ def first_letters_of(
         SettingsError: the vocabulary has too few words, or the folder cannot be written.
     """
     if folder is None:
-        found = read_letter_activations(load(), Hook.of(run), cfg, on_batch)
-        return with_probes(found, train_letter_probes(found, cfg), cfg).to(run.device)
+        return look_at_first_letters(load(), ModelHook.of(run), cfg, on_batch).to(run.device)
     check_writable("the folder for first letters", folder)
     key = _key_of(run, cfg)
     home = folder / LETTERS_FOLDER
     home.mkdir(parents=True, exist_ok=True)
-
-    def on_wait() -> None:
-        if on_batch is not None:
-            on_batch(0, 0)
-
-    with turn(home / f".{key}.lock", on_wait):
+    with turn(home / f".{key}.lock", lambda: on_batch(0, 0)):
         found = _activations(home / f"activations-{key}", run, cfg, load, on_batch)
         probe = _probes(_probes_folder(home, key, cfg), found, cfg)
     return with_probes(found, probe, cfg).to(run.device)
@@ -108,10 +103,10 @@ def _activations(
     run: LanguageModelSAERunnerConfig[Any],
     cfg: FirstLetterConfig,
     load: Callable[[], Any],
-    on_batch: OnBatch | None,
+    on_batch: OnBatch,
 ) -> LetterActivations:
     if not _is_whole(folder):
-        found = read_letter_activations(load(), Hook.of(run), cfg, on_batch)
+        found = read_letter_activations(load(), ModelHook.of(run), cfg, on_batch)
         tensors = {
             "train": found.train.x,
             "train_letter": found.train.letter,

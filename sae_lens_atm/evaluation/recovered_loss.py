@@ -22,10 +22,14 @@ from sae_lens_atm.evaluation.next_token_loss import (
     original_predictions,
 )
 
+_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")  # hooks with a dimension of heads
 OnBatch = Callable[[int, int], None]
 """Is called before each batch, with the number of finished batches and of all. An exception stops
 the evaluation."""
-_HEADS = ("hook_q", "hook_k", "hook_v", "hook_z")  # hooks with a dimension of heads
+
+
+def ignore_batch(_done: int, _every: int) -> None:
+    """Do nothing."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Sparse probing of an SAE on the tasks of sae-probes, and a probe of the model's activations."""
 
-from collections.abc import Callable
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import torch
 from sae_lens import SAE
 from torch import Tensor
 
+from sae_lens_atm.evaluation.recovered_loss import OnBatch, ignore_batch
 from sae_lens_atm.evaluation.task_store import TaskStore
 from sae_lens_atm.metrics.sparse_probing import (
     ProbeScores,
@@ -38,9 +38,7 @@ class Probing(NamedTuple):
         return {name: interval_over_tasks(self.by_task[name], self.seed) for name in self.figures}
 
 
-def probe_sae(
-    sae: SAE[Any], store: TaskStore, on_task: Callable[[int, int], None] | None = None
-) -> Probing:
+def probe_sae(sae: SAE[Any], store: TaskStore, on_task: OnBatch = ignore_batch) -> Probing:
     """Probe an SAE on all tasks of a store.
 
     Args:
@@ -50,8 +48,7 @@ def probe_sae(
     """
     by_task: dict[str, list[float]] = {}
     for done, task in enumerate(store.tasks):
-        if on_task is not None:
-            on_task(done, len(store.tasks))
+        on_task(done, len(store.tasks))
         scores = {f"k{k}": found for k, found in _probes_of_latents(sae, store, task).items()}
         for which, found in {**scores, "raw": store.raw_scores(task)}.items():
             for score, value in found._asdict().items():

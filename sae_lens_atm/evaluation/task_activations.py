@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae_lens_atm.evaluation.hooked_reading import Hook, activations_at
+from sae_lens_atm.evaluation.hooked_reading import ModelHook, activations_at
 
 _TOKENS_IN_BATCH = 2048
 
 
 def last_token_activations(
     model: Any,
-    hook: Hook,
+    hook: ModelHook,
     texts: Sequence[str],
     max_tokens: int,
     on_texts: Callable[[Sequence[int]], None],

@@ -22,8 +22,8 @@ from torch import Tensor
 from sae_lens_atm.data.activation_cache import TASKS_FOLDER
 from sae_lens_atm.data.model_identity import model_identity
 from sae_lens_atm.data.probing_tasks import choose_tasks, installed_version, read_task
-from sae_lens_atm.evaluation.hooked_reading import Hook
-from sae_lens_atm.evaluation.recovered_loss import OnBatch
+from sae_lens_atm.evaluation.hooked_reading import ModelHook
+from sae_lens_atm.evaluation.recovered_loss import OnBatch, ignore_batch
 from sae_lens_atm.evaluation.task_activations import last_token_activations
 from sae_lens_atm.files import check_writable, hash_of, read_json, saving, turn, write_json
 from sae_lens_atm.metrics.sparse_probing import (
@@ -110,7 +110,7 @@ class TaskStore:
         """Return the tasks that are not stored."""
         return [task for task in self.tasks if not _is_whole(self._file(task))]
 
-    def fill(self, load: Callable[[], Any], on_batch: OnBatch = lambda _done, _every: None) -> None:
+    def fill(self, load: Callable[[], Any], on_batch: OnBatch = ignore_batch) -> None:
         """Compute and store what is missing.
 
         Args:
@@ -141,7 +141,7 @@ class TaskStore:
             texts[name] = [task.texts[row] for row in (*train, *test)]
             labels[name] = task.labels[train], task.labels[test]
         longest = _CHARACTERS_IN_TOKEN * self.cfg.max_tokens
-        hook = Hook.of(self._run)
+        hook = ModelHook.of(self._run)
         every = sum(min(len(text), longest) for rows in texts.values() for text in rows)
         done = 0
         for name, (train_labels, test_labels) in labels.items():

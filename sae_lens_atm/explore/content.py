@@ -33,7 +33,7 @@ from sae_lens_atm.explore.wording import (
 )
 from sae_lens_atm.files import write_text
 from sae_lens_atm.method.importance import Signals
-from sae_lens_atm.training.before_first_step import OnPhase, Phase
+from sae_lens_atm.training.phases import OnPhase, Phase
 
 _AMOUNTS = (
     *(Amount(10, 2, 4), Amount(8, 1, 3), Amount(5, 1, 2), Amount(4, 1, 1)),

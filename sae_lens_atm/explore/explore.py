@@ -33,8 +33,8 @@ from sae_lens_atm.explore.text import text_of, tokens_of
 from sae_lens_atm.explore.wording import SAMPLES, TEXT
 from sae_lens_atm.hub.loading import load_sae
 from sae_lens_atm.hub.same_activations import check_sae
-from sae_lens_atm.training.before_first_step import OnPhase, Phase, unseen
 from sae_lens_atm.training.cached_run import open_cache
+from sae_lens_atm.training.phases import LOADING_MODEL, OnPhase, Phase, ignore_phase
 from sae_lens_atm.training.preflight.checks import check_dataset_exists, check_devices
 from sae_lens_atm.training.preflight.lookups import check_files
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun
@@ -54,7 +54,7 @@ def explore(
     letters: LetterSource | None = None,
     beside: str | SAE[Any] | None = None,
     neuronpedia: str | Path | None = None,
-    on_phase: OnPhase = unseen,
+    on_phase: OnPhase = ignore_phase,
 ) -> Path:
     """Write the page of an SAE, and return its path.
 
@@ -135,7 +135,7 @@ def _on_text(
     else:
         open_cache(run)  # before the model is loaded
     check_files(cfg)
-    on_phase(Phase("loading the language model"))
+    on_phase(Phase(LOADING_MODEL))
     model = load_language_model(cfg)
     tokens = tokens_of(run, model, number)
     readings = read_tokens([subject.sae for subject in subjects], tokens, on_phase)

@@ -13,7 +13,7 @@ from sae_lens_atm.evaluation.first_letters import FirstLetters, latents_on_words
 from sae_lens_atm.evaluation.letter_store import first_letters_of
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.metrics.first_letter import absorbed
-from sae_lens_atm.training.before_first_step import OnPhase, Phase
+from sae_lens_atm.training.phases import OnPhase, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 MOST_WORDS = 60

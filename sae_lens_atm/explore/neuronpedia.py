@@ -23,7 +23,7 @@ from sae_lens_atm.explore.latents import Latents
 from sae_lens_atm.explore.promoted import Promoted
 from sae_lens_atm.explore.reading import Reading
 from sae_lens_atm.files import check_new_folder
-from sae_lens_atm.training.before_first_step import OnPhase, Phase
+from sae_lens_atm.training.phases import OnPhase, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun, Run, SyntheticRun
 
 BATCH = 128

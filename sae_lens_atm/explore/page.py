@@ -1,7 +1,6 @@
 """The HTML of the page. It is one file that loads nothing from elsewhere."""
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from typing import Any
 
 from markupsafe import Markup
@@ -10,8 +9,9 @@ from sae_lens_atm.explore.beside import SAME
 from sae_lens_atm.explore.packing import pack
 from sae_lens_atm.explore.wording import Words, meanings
 from sae_lens_atm.metrics.absorption import ABSORBED_SHARE
-from sae_lens_atm.page import templates, theme_css, theme_script
+from sae_lens_atm.page import part, templates
 
+_PACKAGE = "sae_lens_atm.explore"
 _SCRIPTS = ("data", "table", "latent", "tree", "letters", "beside", "main")
 _SECTIONS = (
     ("latents", "All latents"),
@@ -42,16 +42,14 @@ def page_html(
     has_letters = any(sae["letters"] is not None for sae in data["saes"])
     extra = [("letters", "First letters")] if has_letters else []
     extra += [("beside", "Side by side")] if len(names) > 1 else []
-    environment = templates("sae_lens_atm.explore")
+    environment = templates(_PACKAGE)
     text = meanings(words)
     if len(names) == 1:
         del text["match"]
     packed = pack({**data, "words": words, "meanings": text})
     return environment.get_template("page.html.j2").render(
-        theme_css=theme_css,
-        theme_script=theme_script,
-        styles=_part("styles.css"),
-        scripts=Markup("\n").join(_part(f"scripts/{name}.js") for name in _SCRIPTS),
+        styles=part(_PACKAGE, "styles.css"),
+        scripts=Markup("\n").join(part(_PACKAGE, f"scripts/{name}.js") for name in _SCRIPTS),
         title=title,
         facts={**facts, "size": f"{len(packed) / 1e6:.1f} MB of data in this file"},
         notices=notices,
@@ -64,7 +62,3 @@ def page_html(
         meanings=text,
         data=packed,
     )
-
-
-def _part(name: str) -> Markup:
-    return Markup((files("sae_lens_atm.explore") / name).read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sae_lens_atm.evaluation.model_from_hook import ModelFromHook
-from sae_lens_atm.training.before_first_step import OnPhase, Phase
+from sae_lens_atm.training.phases import OnPhase, Phase
 
 MOST = 8
 _LOGITS = 2**25  # logits in memory at a time

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae_lens_atm.evaluation.synthetic import decoder_of_activations
 from sae_lens_atm.method.importance import Signals, batch_signals
-from sae_lens_atm.training.before_first_step import OnPhase, Phase
+from sae_lens_atm.training.phases import OnPhase, Phase
 
 MOST_FIRINGS = 50_000_000
 """Number of activations above 0 of an SAE at which the reading ends: 600 MB."""

@@ -15,6 +15,16 @@ class Figure(NamedTuple):
     digits: int = 3
     """Digits after the decimal point."""
 
+    @property
+    def arrow(self) -> str:
+        """A space and an arrow to better values; nothing if neither direction is better."""
+        return {1: " ↑", -1: " ↓", 0: ""}[self.better]
+
+    @property
+    def heading(self) -> str:
+        """The label and the arrow."""
+        return self.label + self.arrow
+
 
 def _on_tasks(score: str, k: int | None) -> Figure:
     """Return the display settings of a score of probes on tasks; None: on all dimensions."""
@@ -37,9 +47,6 @@ def _on_tasks(score: str, k: int | None) -> Figure:
         "task, averaged over tasks of sae-probes.",
     )
 
-
-ARROWS = {1: " ↑", -1: " ↓", 0: ""}
-"""Arrows to better values, by `Figure.better`."""
 
 FIGURES: dict[str, Figure] = {
     "l0": Figure(

@@ -2,6 +2,7 @@
 
 from functools import cache
 from importlib.resources import files
+from typing import Any, cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -10,30 +11,27 @@ from markupsafe import Markup
 def templates(package: str, autoescape: bool = True) -> Environment:
     """Return the templates of a package. A name that a template lacks is an error.
 
+    Every template has `theme_css`, the style sheet of both themes and of the parts that all pages
+    have, and `theme_script`, which sets the theme before the page is painted.
+
     Args:
         package: the package with the files.
         autoescape: whether values are escaped, as HTML needs.
     """
-    return Environment(
+    environment = Environment(
         loader=PackageLoader(package, ""),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    shared = cast(dict[str, Any], environment.globals)
+    shared["theme_css"] = part(__name__, "theme.css")
+    shared["theme_script"] = part(__name__, "theme.js")
+    return environment
 
 
 @cache
-def theme_css() -> Markup:
-    """Return the style sheet of both themes and of the parts that all pages have."""
-    return _part("theme.css")
-
-
-@cache
-def theme_script() -> Markup:
-    """Return the script that sets the theme before the page is painted."""
-    return _part("theme.js")
-
-
-def _part(name: str) -> Markup:
-    return Markup((files("sae_lens_atm.page") / name).read_text(encoding="utf-8"))
+def part(package: str, name: str) -> Markup:
+    """Return a file of a package as a part of a page. It is not escaped."""
+    return Markup((files(package) / name).read_text(encoding="utf-8"))

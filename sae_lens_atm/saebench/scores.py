@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from sae_lens_atm.metrics.figures import ARROWS, Figure
+from sae_lens_atm.metrics.figures import Figure
 
 SCORES: dict[str, dict[str, Figure]] = {
     "absorption": {
@@ -76,8 +76,7 @@ def table(title: str, evals: Mapping[str, Any]) -> Table:
         for path, figure in SCORES[name].items():
             value = _value(results, path)
             if value is not None:
-                label = figure.label + ARROWS[figure.better]
-                rows.add_row(name, label, f"{value:.{figure.digits}f}")
+                rows.add_row(name, figure.heading, f"{value:.{figure.digits}f}")
     return rows
 
 

@@ -1,6 +1,6 @@
 """The work before the first step: it is shown, and stops when requested."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from threading import Lock
 from typing import Any, NamedTuple
@@ -12,40 +12,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_lens_atm.training.hooks import StopRequest, StopRequested
+from sae_lens_atm.training.phases import OnPhase, Phase, ignore_phase
 from sae_lens_atm.training.supervise import Hook, Step, replace_attribute
 
-
-class Phase(NamedTuple):
-    """How far some work has come that is no training step."""
-
-    what: str
-    done: int = 0
-    total: int = 0
-    """0 if it is unknown."""
-    unit: str = ""
-    """What is counted."""
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all of it is done."""
-        return 0 < self.total <= self.done
-
-    def __str__(self) -> str:
-        if not self.total:
-            return self.what
-        done = "" if self.is_finished else f"{self.done:,} of "
-        return f"{self.what}: {done}{self.total:,} {self.unit}"
-
-
-OnPhase = Callable[[Phase], None]
-"""Is called often with the phase at the time."""
-LOADING = "loading the language model and the dataset"
 FILLING = "filling the activation buffer"
 ESTIMATING = "estimating the scale of the activations"
-
-
-def unseen(_: Phase) -> None:
-    """Ignore a phase."""
 
 
 class ModelBatches(NamedTuple):
@@ -80,7 +51,7 @@ class BeforeFirstStep(Hook):
         self,
         trainer: SAETrainer[Any, Any],
         stop: StopRequest,
-        on_phase: OnPhase = unseen,
+        on_phase: OnPhase = ignore_phase,
         model: ModelBatches | None = None,
     ) -> None:
         self.started = False

@@ -23,9 +23,9 @@ from sae_lens_atm.evaluation.language_model import (
 )
 from sae_lens_atm.evaluation.next_token_loss import TOKENS
 from sae_lens_atm.files import locked
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.fit import PreparedRun, RunContext
 from sae_lens_atm.training.language_model_run import SupervisedRunner, figures_of_saved
+from sae_lens_atm.training.phases import LOADING_MODEL, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 _DEAD_WINDOW = 50_000
@@ -99,7 +99,7 @@ def prepare_cached(run: LanguageModelRun, context: RunContext) -> PreparedRun:
     def final_evaluation(_: TrainingSAE[Any]) -> dict[str, float]:
         if cfg.n_eval_batches <= 0:
             return {}
-        context.on_phase(Phase("loading the language model"))
+        context.on_phase(Phase(LOADING_MODEL))
         model = load_language_model(cfg)
         return figures_of_saved(run, model, held_out_tokens(cache, run), context.on_phase)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sae_lens_atm.files import write_text
-from sae_lens_atm.page import templates, theme_css, theme_script
+from sae_lens_atm.page import templates
 from sae_lens_atm.training.history import HISTORY_FILENAME
 
 CURVES_FILENAME = "training.html"
@@ -115,8 +115,6 @@ def curves_html(title: str, facts: Mapping[str, str], rows: Sequence[Mapping[str
     environment = templates("sae_lens_atm.training")
     charts = [chart for name in CURVES if (chart := draw_chart(name, rows)) is not None]
     return environment.get_template("curves.html.j2").render(
-        theme_css=theme_css,
-        theme_script=theme_script,
         title=title,
         facts=facts,
         charts=charts,

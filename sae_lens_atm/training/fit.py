@@ -10,14 +10,9 @@ from sae_lens import SAETrainer, TrainingSAE
 from sae_lens.constants import SAE_CFG_FILENAME
 
 from sae_lens_atm.data.random_state import load_random_state
-from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, RankLostError
+from sae_lens_atm.errors import Interrupted, NonFiniteBatchError, RankLostError, with_type
 from sae_lens_atm.files import read_json, to_json, write_text
-from sae_lens_atm.training.before_first_step import (
-    BeforeFirstStep,
-    ModelBatches,
-    OnPhase,
-    unseen,
-)
+from sae_lens_atm.training.before_first_step import BeforeFirstStep, ModelBatches
 from sae_lens_atm.training.checkpointer import Checkpointer
 from sae_lens_atm.training.checkpoints import (
     CHANGED_BY_FOLDING,
@@ -36,6 +31,7 @@ from sae_lens_atm.training.hooks import (
 )
 from sae_lens_atm.training.latent_history import LatentHistory, curve_points
 from sae_lens_atm.training.parallel import AcrossRanks, RankExchange
+from sae_lens_atm.training.phases import OnPhase, ignore_phase
 from sae_lens_atm.training.ranks import Ranks
 from sae_lens_atm.training.run_file import Run
 from sae_lens_atm.training.supervise import Hook, supervise
@@ -52,7 +48,7 @@ def fit(
     config: dict[str, Any] | None = None,
     ranks: Ranks | None = None,
     restores_random_state: bool = True,
-    on_phase: OnPhase = unseen,
+    on_phase: OnPhase = ignore_phase,
     model_batches: ModelBatches | None = None,
 ) -> int:
     """Train to the end, and return the number of bad batches that were skipped.
@@ -84,6 +80,9 @@ def fit(
     exchange = [] if ranks is None or context is None else [RankExchange(trainer, ranks, context)]
     stop_request = StopRequest(stop, max_over_ranks)
     watched = model_batches if ranks is None else None
+    before_step_1 = BeforeFirstStep(
+        trainer, stop_request, on_phase if writes else ignore_phase, watched
+    )
     supervision: list[Hook] = [
         *hooks,
         *exchange,
@@ -91,7 +90,7 @@ def fit(
         DeferredUpdates(trainer, context),
         stop_request,
         Checkpointer(trainer, keep, config, lambda: {"skipped_batches": guard.skipped}, writes),
-        BeforeFirstStep(trainer, stop_request, on_phase if writes else unseen, watched),
+        before_step_1,
     ]
     if writes:
         supervision.append(CollapseWarning(trainer))
@@ -101,7 +100,7 @@ def fit(
             load_random_state(checkpoint)
 
     def save() -> Path | None:
-        if not guard.has_started:
+        if not before_step_1.started:
             return checkpoint
         stop.saving = True
         trainer.save_checkpoint(str(trainer.n_training_samples))
@@ -165,7 +164,7 @@ class RunContext(NamedTuple):
     keep: int | None
     ranks: Ranks | None
     last_batch: LastBatch
-    on_phase: OnPhase = unseen
+    on_phase: OnPhase = ignore_phase
 
     @property
     def writes(self) -> bool:
@@ -231,6 +230,7 @@ class PreparedRun(NamedTuple):
             if figures:
                 write_text(output / "eval_stats.json", to_json(figures))
         except Exception as error:  # Catch any error, because the trained SAE must not be lost.
-            reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"the SAE is saved, but evaluating it failed ({reason})", stacklevel=2)
+            warnings.warn(
+                f"the SAE is saved, but evaluating it failed ({with_type(error)})", stacklevel=2
+            )
         return figures, saved_l0

@@ -59,8 +59,6 @@ class BadBatchGuard(Hook):
             skipped: number of batches skipped before, in a run that is resumed.
         """
         self.skipped = skipped
-        self.has_started = False
-        """Whether a step was taken or tried."""
         self._trainer, self._max_bad_batches = trainer, max_bad_batches
         self._max_over_ranks = max_over_ranks
         self._in_a_row = 0
@@ -105,7 +103,6 @@ class BadBatchGuard(Hook):
         trainer = self._trainer
 
         def step_on_good_batch(batch: Tensor) -> TrainStepOutput:
-            self.has_started = True
             while True:
                 counts = trainer.n_training_samples, trainer.n_frac_active_samples
                 self._copy()

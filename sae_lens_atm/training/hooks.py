@@ -17,6 +17,7 @@ from sae_lens.saes.sae import TrainStepOutput
 from torch import Tensor
 from typing_extensions import override
 
+from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.method.importance import effective_latents
 from sae_lens_atm.sae.atm_sae import ATMTrainingSAE
 from sae_lens_atm.training.guard import MaxOverRanks
@@ -46,6 +47,11 @@ class StopFlag:
     def request(self, signal_number: int = signal.SIGINT) -> None:
         """Request a stop."""
         self.signal_number = signal_number
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a stop is requested. There is nothing to save."""
+        if self.signal_number is not None:
+            raise Interrupted(None, self.signal_number)
 
     @contextmanager
     def on_signals(self) -> Generator[None]:

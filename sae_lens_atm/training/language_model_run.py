@@ -18,16 +18,11 @@ from sae_lens_atm.evaluation.language_model import (
     language_model_figures,
 )
 from sae_lens_atm.files import saved_at_once
-from sae_lens_atm.training.before_first_step import (
-    LOADING,
-    ModelBatches,
-    OnPhase,
-    Phase,
-    unseen,
-)
+from sae_lens_atm.training.before_first_step import ModelBatches
 from sae_lens_atm.training.checkpoints import reading
 from sae_lens_atm.training.fit import PreparedRun, RunContext
 from sae_lens_atm.training.parallel import share_store
+from sae_lens_atm.training.phases import LOADING_MODEL_AND_DATASET, OnPhase, Phase, ignore_phase
 from sae_lens_atm.training.preflight.amounts import estimation_batches, llm_batches_of
 from sae_lens_atm.training.run_file import LanguageModelRun
 from sae_lens_atm.training.supervise import Hook, Step
@@ -100,8 +95,8 @@ def prepare_language_model(run: LanguageModelRun, context: RunContext) -> Prepar
             "activations.cache"
         )
     cfg.resume_from_checkpoint = None if context.checkpoint is None else str(context.checkpoint)
-    on_phase = context.on_phase if context.writes else unseen
-    on_phase(Phase(LOADING))
+    on_phase = context.on_phase if context.writes else ignore_phase
+    on_phase(Phase(LOADING_MODEL_AND_DATASET))
     model = load_language_model(cfg)
     try:
         dataset = saved_dataset(cfg.dataset_path)

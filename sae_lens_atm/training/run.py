@@ -13,7 +13,6 @@ from torch.random import fork_rng
 
 from sae_lens_atm.files import locked
 from sae_lens_atm.torchrun import rank
-from sae_lens_atm.training.before_first_step import OnPhase, unseen
 from sae_lens_atm.training.cached_run import prepare_cached
 from sae_lens_atm.training.checkpoints import extended, newest_checkpoint
 from sae_lens_atm.training.curves_page import write_curves
@@ -21,6 +20,7 @@ from sae_lens_atm.training.fit import RunContext
 from sae_lens_atm.training.history import LastBatch
 from sae_lens_atm.training.hooks import OnStep, StopFlag
 from sae_lens_atm.training.language_model_run import prepare_language_model
+from sae_lens_atm.training.phases import OnPhase, ignore_phase
 from sae_lens_atm.training.preflight.checks import check_devices, check_output, check_run
 from sae_lens_atm.training.ranks import gpu_settings, joined
 from sae_lens_atm.training.run_file import Run, SyntheticRun
@@ -51,7 +51,7 @@ def train(
     stop: StopFlag | None = None,
     keep: int | None = None,
     extend: int = 0,
-    on_phase: OnPhase = unseen,
+    on_phase: OnPhase = ignore_phase,
 ) -> Result:
     """Train a run to its end and save the SAE in its `output_path`.
 
@@ -88,7 +88,7 @@ def train_checked(
     stop: StopFlag | None = None,
     keep: int | None = None,
     extend: int = 0,
-    on_phase: OnPhase = unseen,
+    on_phase: OnPhase = ignore_phase,
 ) -> Result:
     """Train as `train`, after `newest_checkpoint` and `check_run` were called."""
     check_devices(run)

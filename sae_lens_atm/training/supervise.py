@@ -92,6 +92,7 @@ def supervise(trainer: SAETrainer[Any, Any], hooks: Sequence[Hook]) -> Generator
         return output
 
     def supervised_forward(step_input: TrainStepInput) -> TrainStepOutput:
+        # SAELens passes it by keyword. Wrappers may call it as they like.
         return wrapped_forward(step_input)
 
     def supervised_reset() -> dict[str, Any]:

@@ -7,9 +7,9 @@ import torch
 from rich.console import Console
 
 from sae_lens_atm.cli import progress
-from sae_lens_atm.cli.progress import BatchesProgress, Progress, RunsProgress, figures_table
+from sae_lens_atm.cli.progress import BatchesProgress, RunsProgress, TrainingProgress, figures_table
 from sae_lens_atm.compare.run.processes import Job
-from sae_lens_atm.training.before_first_step import Phase
+from sae_lens_atm.training.phases import Phase
 
 
 def console(terminal=False):
@@ -45,7 +45,7 @@ def test_a_log_gets_a_line_every_few_seconds(monkeypatch):
     clock = itertools.count(0, 2)  # a step takes 2 seconds
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
     log = console()
-    train(Progress(log, 10), 10, {"masked_fraction": lambda: torch.tensor(0.25)})
+    train(TrainingProgress(log, 10), 10, {"masked_fraction": lambda: torch.tensor(0.25)})
     lines = [line.split() for line in text_of(log).splitlines()]
     assert [line[1] for line in lines] == ["1/10", "4/10", "7/10", "10/10"]
     assert lines[0] == ["step", "1/10", *FIGURES, "masked", "25%"]
@@ -55,13 +55,13 @@ def test_a_log_gets_a_line_every_few_seconds(monkeypatch):
 
 def test_other_architectures_have_no_masks():
     log = console()
-    train(Progress(log, 1), 1, {})
+    train(TrainingProgress(log, 1), 1, {})
     assert text_of(log).split() == ["step", "1/1", *FIGURES]
 
 
 def test_a_terminal_gets_a_bar():
     screen = console(terminal=True)
-    train(Progress(screen, 40), 40, {})
+    train(TrainingProgress(screen, 40), 40, {})
     assert "before step 1" in text_of(screen)
     assert "40/40" in text_of(screen)
     assert "step 40" not in text_of(screen)
@@ -71,7 +71,7 @@ def test_sparse_activations_have_an_l0_too():
     log = console()
     sparse = output({})
     sparse.feature_acts = sparse.feature_acts.to_sparse()
-    Progress(log, 1).on_step(trainer_at(0), sparse)
+    TrainingProgress(log, 1).on_step(trainer_at(0), sparse)
     assert "L0 1.5" in text_of(log)
 
 
@@ -137,7 +137,7 @@ def show_phases(bar):
 @pytest.mark.usefixtures("clock")
 def test_a_log_gets_a_line_every_few_seconds_before_step_1():
     log = console()
-    show_phases(Progress(log, 1))
+    show_phases(TrainingProgress(log, 1))
     lines = text_of(log).splitlines()
     assert lines[0] == "loading"
     assert lines[1] == "filling: 0 of 8 batches"
@@ -149,7 +149,7 @@ def test_a_log_gets_a_line_every_few_seconds_before_step_1():
 
 def test_a_terminal_gets_a_bar_before_step_1():
     screen = console(terminal=True)
-    show_phases(Progress(screen, 40))
+    show_phases(TrainingProgress(screen, 40))
     text = text_of(screen)
     assert "filling: 8 batches, 0 s" in text
     assert "filling: 5 of 8" not in text

@@ -15,12 +15,12 @@ from sae_lens_atm.evaluation.first_letters import (
     residual_stream,
     scores_of,
 )
-from sae_lens_atm.evaluation.hooked_reading import Hook
+from sae_lens_atm.evaluation.hooked_reading import ModelHook
 from sae_lens_atm.evaluation.letter_words import words_of
 from tests.data.spelling.lm import few_words, tiny_lm
 from tests.helpers import make_sae
 
-HOOK = Hook("transformer.h.0")
+HOOK = ModelHook("transformer.h.0")
 
 
 @pytest.fixture(scope="module")

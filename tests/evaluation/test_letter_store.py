@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.evaluation.first_letters import look_at_first_letters
-from sae_lens_atm.evaluation.hooked_reading import Hook
+from sae_lens_atm.evaluation.hooked_reading import ModelHook
 from sae_lens_atm.evaluation.letter_store import are_stored, first_letters_of
 from sae_lens_atm.evaluation.letter_words import FirstLetterConfig
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
@@ -57,7 +57,7 @@ def test_the_model_is_loaded_once(run, load, tmp_path):
     assert are_stored(run, CFG, tmp_path)
     same(first, first_letters_of(run, CFG, load, tmp_path))
     assert load.calls == 1
-    same(first, look_at_first_letters(load(), Hook("transformer.h.0"), CFG))
+    same(first, look_at_first_letters(load(), ModelHook("transformer.h.0"), CFG))
     same(first, first_letters_of(run, CFG, load))
     assert load.calls == 3
 

@@ -3,7 +3,7 @@ import torch
 from sae_lens.load_model import load_model
 
 from sae_lens_atm.data.language_model import load_language_model
-from sae_lens_atm.evaluation.hooked_reading import Hook
+from sae_lens_atm.evaluation.hooked_reading import ModelHook
 from sae_lens_atm.evaluation.task_activations import last_token_activations
 from sae_lens_atm.training.run_file import load_run
 
@@ -22,7 +22,7 @@ def model(run):
 
 def read(model, run, texts, max_tokens=128):
     places = []
-    x = last_token_activations(model, Hook.of(run), texts, max_tokens, places.extend)
+    x = last_token_activations(model, ModelHook.of(run), texts, max_tokens, places.extend)
     assert sorted(places) == list(range(len(texts)))
     return x
 

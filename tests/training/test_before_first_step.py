@@ -10,14 +10,9 @@ from sae_lens.training.prefetch import PrefetchingIterator
 
 from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.files import read_json
-from sae_lens_atm.training.before_first_step import (
-    ESTIMATING,
-    FILLING,
-    LOADING,
-    BeforeFirstStep,
-    Phase,
-)
+from sae_lens_atm.training.before_first_step import ESTIMATING, FILLING, BeforeFirstStep
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import LOADING_MODEL_AND_DATASET, Phase
 from sae_lens_atm.training.run import train
 from sae_lens_atm.training.run_file import load_run
 from tests.helpers import state_equal
@@ -76,17 +71,17 @@ def test_a_phase_as_text():
 
 def test_every_model_batch_is_shown_before_it_is_computed(language_model_yaml):
     phases = phases_of(load_run(language_model_yaml, BUFFER))
-    assert phases[0] == Phase(LOADING)
+    assert phases[0] == Phase(LOADING_MODEL_AND_DATASET)
     filling = [phase for phase in phases[1:] if phase.what == FILLING]
     assert [phase[1:] for phase in filling] == [(i, 4, "model batches") for i in range(5)]
-    assert phases == [Phase(LOADING), *filling]
+    assert phases == [Phase(LOADING_MODEL_AND_DATASET), *filling]
 
 
 def test_the_estimate_is_shown_with_its_largest_number(language_model_yaml):
     run = load_run(language_model_yaml, [*SCALED, "n_batches_for_norm_estimate=6"])
     phases = phases_of(run)
     names = list(dict.fromkeys(phase.what for phase in phases))
-    assert names == [LOADING, FILLING, ESTIMATING]
+    assert names == [LOADING_MODEL_AND_DATASET, FILLING, ESTIMATING]
     # Half of the buffer is served: two batches of it, then two more for each further two.
     assert phases[-1] == Phase(ESTIMATING, 6, 6, "training batches")
     totals = {p.total for p in phases if p.what == ESTIMATING and p != phases[-1]}

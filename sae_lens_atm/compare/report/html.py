@@ -64,7 +64,7 @@ from sae_lens_atm.compare.report.wording import (
 )
 from sae_lens_atm.files import write_text
 from sae_lens_atm.metrics.figures import FIGURES, figure
-from sae_lens_atm.page import templates, theme_css, theme_script
+from sae_lens_atm.page import templates
 
 
 class Line(NamedTuple):
@@ -195,7 +195,6 @@ def report_html(results: Results) -> str:
             show_l0,
         ),
         *(has_numbers, show_p, show_value, sweep_styles, swept_fields, training_window, verdict),
-        *(theme_css, theme_script),
     )
     return environment.get_template("report.html.j2").render(
         {function.__name__: function for function in functions},

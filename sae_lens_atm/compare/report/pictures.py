@@ -15,6 +15,7 @@ from sae_lens_atm.compare.report.styles import (
     entry_styles,
     is_logarithmic,
 )
+from sae_lens_atm.compare.report.sweep import has_numbers, swept_fields
 from sae_lens_atm.compare.report.wording import count_latents, show_l0
 from sae_lens_atm.metrics.figures import figure
 
@@ -164,15 +165,15 @@ def _draw_importance(axes: Any, importance: Importance) -> None:
 
 def _draw_sweep(results: Results, sweep: Sweep, path: Path) -> Path:
     """Draw the objective against each swept field."""
-    keys = list(dict.fromkeys(key for point in sweep.points.values() for key in point.values))
+    keys = swept_fields(sweep)
     levels = list(dict.fromkeys(row.l0_target for row in results.rows))
     kinds = list(dict.fromkeys(point.entry for point in sweep.points.values()))
     picture, grid = _figure(len(levels), len(keys), (4.2 * len(keys), 3.6 * len(levels)))
     for line, l0 in zip(grid, levels, strict=True):
         for axes, key in zip(line, keys, strict=True):
-            values = [p.values[key] for p in sweep.points.values() if key in p.values]
-            text = any(type(value) not in (int, float) for value in values)
+            text = not has_numbers(sweep, key)
             if not text:
+                values = [p.values[key] for p in sweep.points.values() if key in p.values]
                 _set_scale(axes, values)
             for kind, colour in zip(kinds, cycle(PALETTE)):
                 _draw_points(axes, results, sweep, (l0, key, kind, text), colour)

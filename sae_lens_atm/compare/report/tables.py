@@ -20,7 +20,7 @@ from sae_lens_atm.compare.report.wording import (
     show_spread,
     training_window,
 )
-from sae_lens_atm.metrics.figures import ARROWS, figure
+from sae_lens_atm.metrics.figures import figure
 
 _SHOWN = {
     "l0": "L0",
@@ -54,9 +54,7 @@ def row_tables(results: Results) -> Iterator[Table]:
         longest = max(len(row.entry + signs(row)) for row in rows)
         table.add_column("", no_wrap=True, min_width=longest)
         for name in names:
-            table.add_column(
-                _SHOWN[name] + ARROWS[figure(name).better], justify="right", no_wrap=True
-            )
+            table.add_column(_SHOWN[name] + figure(name).arrow, justify="right", no_wrap=True)
         best = {name: best_rows(results, name) for name in names}
         for row in rows:
             role = results.entries[row.entry].role
@@ -114,7 +112,7 @@ def markdown(results: Results, figures: Sequence[str] = ()) -> str:
         names = [name for name in wanted if any(name in row.figures for row in rows)]
         if "k1_f1" in names and not figures:
             names.insert(names.index("parents_learned"), "absorption_fraction_learned")
-        heads = [figure(name).label + ARROWS[figure(name).better] for name in names]
+        heads = [figure(name).heading for name in names]
         best = {name: best_rows(results, name) for name in names}
         lines = ["| " + " | ".join([f"L0 {show_l0(l0)}", *heads]) + " |"]
         lines.append("|---" + "|--:" * len(names) + "|")
@@ -240,7 +238,7 @@ def sweep_tables(results: Results, most: int = 10) -> Iterator[Table]:
             table.add_column("", no_wrap=True)
         for key in keys:
             table.add_column(key.removeprefix("sae."), justify="right", no_wrap=True)
-        heads = {"l0": _SHOWN["l0"], sweep.objective: shown.label + ARROWS[shown.better]}
+        heads = {"l0": _SHOWN["l0"], sweep.objective: shown.heading}
         for head in heads.values():
             table.add_column(head, justify="right", no_wrap=True)
         for row in rows[:most]:

@@ -93,9 +93,9 @@ def number(value: float | None, text: str, best: bool = False, interval: str = "
 
 
 def heading(name: str) -> str:
-    """Return a figure's label, with an arrow up or down to its better values."""
-    arrow = ("\N{NO-BREAK SPACE}↓", "", "\N{NO-BREAK SPACE}↑")[figure(name).better + 1]
-    return figure(name).label + arrow
+    """Return a figure's label and an arrow to its better values, which stay in one line."""
+    shown = figure(name)
+    return shown.label + shown.arrow.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def training_window(results: Results) -> str:

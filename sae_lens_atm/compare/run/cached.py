@@ -11,7 +11,6 @@ from torch import Tensor
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.curve import HELD_OUT_SAMPLES, HeldOutBatch
 from sae_lens_atm.compare.run.language_model_figures import evaluate_group
-from sae_lens_atm.compare.run.reading import LOADING
 from sae_lens_atm.data.activation_cache import (
     ActivationCache,
     CachedBatches,
@@ -20,9 +19,9 @@ from sae_lens_atm.data.activation_cache import (
 )
 from sae_lens_atm.data.cache_writer import check_cache_folder, is_complete, plan_cache
 from sae_lens_atm.data.language_model import load_language_model
-from sae_lens_atm.training.before_first_step import OnPhase, Phase
 from sae_lens_atm.training.cached_run import cache_activations, held_out_tokens, open_cache
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import LOADING_MODEL, OnPhase, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 
@@ -88,7 +87,7 @@ def evaluate_cached(
 ) -> None:
     """Evaluate saved SAEs, with one load of the model, as `evaluate_group` does."""
     run = cast(LanguageModelRun, group[0].run)
-    on_phase(Phase(LOADING))
+    on_phase(Phase(LOADING_MODEL))
     model = load_language_model(run.runner)
     tokens = held_out_tokens(open_cache(run), run)
     evaluate_group(group, folder, model, tokens, stop, on_phase, on_sae)

@@ -23,7 +23,7 @@ from sae_lens_atm.compare.run.l0_controller import L0Controller
 from sae_lens_atm.data.random_state import load_random_state, save_random_state
 from sae_lens_atm.errors import Interrupted, NonFiniteBatchError
 from sae_lens_atm.files import replace_folder
-from sae_lens_atm.training.before_first_step import BeforeFirstStep, ModelBatches, OnPhase
+from sae_lens_atm.training.before_first_step import BeforeFirstStep, ModelBatches
 from sae_lens_atm.training.guard import BadBatchGuard, DeferredUpdates
 from sae_lens_atm.training.history import History
 from sae_lens_atm.training.hooks import (
@@ -36,6 +36,7 @@ from sae_lens_atm.training.hooks import (
     StopRequested,
 )
 from sae_lens_atm.training.latent_history import LatentHistory
+from sae_lens_atm.training.phases import OnPhase
 from sae_lens_atm.training.preflight.amounts import estimation_batches, llm_batches_of
 from sae_lens_atm.training.run_file import LanguageModelRun
 from sae_lens_atm.training.supervise import Hook, Step, replace_attribute, supervise

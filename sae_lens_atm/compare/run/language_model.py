@@ -20,13 +20,13 @@ from sae_lens_atm.compare.run.stored_run import TRAINING, is_trained
 from sae_lens_atm.data.language_model import load_language_model, saved_dataset, set_metadata
 from sae_lens_atm.evaluation.language_model import HeldOutTokens, hold_out, make_store
 from sae_lens_atm.files import saved_at_once, write_json
-from sae_lens_atm.training.before_first_step import LOADING, OnPhase, Phase, unseen
 from sae_lens_atm.training.curves_page import write_curves
 from sae_lens_atm.training.hooks import (
     OnStep,
     StopFlag,
 )
 from sae_lens_atm.training.latent_history import curve_points
+from sae_lens_atm.training.phases import LOADING_MODEL_AND_DATASET, OnPhase, Phase, ignore_phase
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 
@@ -36,7 +36,7 @@ def train_group(
     points: int,
     on_step: OnStep,
     stop: StopFlag,
-    on_phase: OnPhase = unseen,
+    on_phase: OnPhase = ignore_phase,
     evaluate: bool = True,
 ) -> None:
     """Train and evaluate the runs of one seed that are not saved yet.
@@ -55,7 +55,7 @@ def train_group(
             SAELens' buffer are skipped then.
     """
     cfg = cast(LanguageModelRun, group[0].run).runner
-    on_phase(Phase(LOADING))
+    on_phase(Phase(LOADING_MODEL_AND_DATASET))
     model = load_language_model(cfg)
     pending = [p for p in group if not is_trained(p, folder)]
     held_out: HeldOutTokens | None = None

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.letters import first_letters
 from sae_lens_atm.compare.run.probing import add_probing
-from sae_lens_atm.compare.run.reading import stop_if_requested
 from sae_lens_atm.compare.run.stored_run import FIGURES, MEASURED, is_evaluated, is_trained
 from sae_lens_atm.evaluation.contrastive_stories import (
     StoryActivations,
@@ -29,8 +28,8 @@ from sae_lens_atm.evaluation.language_model import (
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
 from sae_lens_atm.evaluation.synthetic import is_signed
 from sae_lens_atm.files import write_json
-from sae_lens_atm.training.before_first_step import OnPhase, Phase
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import OnPhase, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 
@@ -59,7 +58,7 @@ def evaluate_group(
     """
 
     def on_batch(what: str, done: int, total: int, unit: str = "batches") -> None:
-        stop_if_requested(stop)
+        stop.check()
         on_phase(Phase(what, done, total, unit))
 
     letters: FirstLetters | None = None

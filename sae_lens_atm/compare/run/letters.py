@@ -11,7 +11,7 @@ from sae_lens_atm.compare.run.reading import activations_folder, jobs_of_models,
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.evaluation.first_letters import FirstLetters
 from sae_lens_atm.evaluation.letter_store import are_stored, first_letters_of
-from sae_lens_atm.evaluation.recovered_loss import OnBatch
+from sae_lens_atm.evaluation.recovered_loss import OnBatch, ignore_batch
 from sae_lens_atm.training.hooks import StopFlag
 from sae_lens_atm.training.run_file import LanguageModelRun
 
@@ -46,7 +46,7 @@ def first_letters(
     planned: PlannedRun,
     folder: Path,
     load: Callable[[], Any] | None = None,
-    on_batch: OnBatch | None = None,
+    on_batch: OnBatch = ignore_batch,
 ) -> FirstLetters | None:
     """Return the first letters of a run's language model, or None if the run needs none.
 

@@ -20,8 +20,8 @@ import torch
 from sae_lens import SAETrainer
 
 from sae_lens_atm.errors import Interrupted, with_type
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import Phase
 from sae_lens_atm.training.quiet import silence_saelens
 
 _REPORT_EVERY = 25  # steps
@@ -125,8 +125,7 @@ def run_jobs(
                 events.is_in(job, message)
             else:
                 events.advanced(job, message)
-    if stop.signal_number is not None:
-        raise Interrupted(None, stop.signal_number)
+    stop.check()
     return failed
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from sae_lens_atm.compare.run.processes import Job, JobEvents, prepare_process
-from sae_lens_atm.errors import Interrupted, SettingsError, one_line, with_type
-from sae_lens_atm.training.before_first_step import Phase
+from sae_lens_atm.errors import SettingsError, one_line, with_type
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import Phase
 
 LOCAL = "local"
 """Address that starts a cluster of this machine alone, for the time of the jobs."""
@@ -74,8 +74,7 @@ def run_jobs_on_ray(
     finally:
         if connected_here:
             ray.shutdown()
-    if stop.signal_number is not None:
-        raise Interrupted(None, stop.signal_number)
+    stop.check()
     return failed
 
 

@@ -6,15 +6,13 @@ from typing import cast
 
 from sae_lens_atm.compare.plan.planned_run import PlannedRun
 from sae_lens_atm.compare.run.processes import Job, OnProgress, Work
-from sae_lens_atm.errors import Interrupted
 from sae_lens_atm.evaluation.recovered_loss import OnBatch
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import LOADING_MODEL, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun
 
 PERCENT = 100
 """Steps of such a job. Its number of batches is not known before the texts are read."""
-LOADING = "loading the language model"
 
 
 def activations_folder(planned: PlannedRun, folder: Path) -> Path:
@@ -47,16 +45,6 @@ def jobs_of_models(
     ]
 
 
-def stop_if_requested(stop: StopFlag) -> None:
-    """Stop a job.
-
-    Raises:
-        Interrupted: `stop` requests it.
-    """
-    if stop.signal_number is not None:
-        raise Interrupted(None, stop.signal_number)
-
-
 def watched(on_progress: OnProgress, stop: StopFlag, unit: str) -> OnBatch:
     """Return a callback for batches that reports the progress and stops on request.
 
@@ -66,7 +54,7 @@ def watched(on_progress: OnProgress, stop: StopFlag, unit: str) -> OnBatch:
         unit: what the batches are counted in.
     """
     reported = 0
-    on_progress(Phase(LOADING))
+    on_progress(Phase(LOADING_MODEL))
 
     def on_batch(done: int, every: int) -> None:
         nonlocal reported
@@ -75,6 +63,6 @@ def watched(on_progress: OnProgress, stop: StopFlag, unit: str) -> OnBatch:
             on_progress(percent - reported)
             reported = percent
         on_progress(Phase("reading", done, every, unit))
-        stop_if_requested(stop)
+        stop.check()
 
     return on_batch

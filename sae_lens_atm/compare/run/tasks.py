@@ -19,7 +19,6 @@ from sae_lens_atm.compare.run.language_model import train_group
 from sae_lens_atm.compare.run.letters import letter_jobs
 from sae_lens_atm.compare.run.probing import probing_jobs
 from sae_lens_atm.compare.run.processes import Job, OnProgress, StepCounter
-from sae_lens_atm.compare.run.reading import LOADING, stop_if_requested
 from sae_lens_atm.compare.run.stored_run import (
     has_sae,
     has_training,
@@ -33,9 +32,9 @@ from sae_lens_atm.data.spelling.model import (
     is_spelling_lm,
     make_spelling_lm,
 )
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.cached_run import open_cache
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import LOADING_MODEL, Phase
 from sae_lens_atm.training.run_file import LanguageModelRun, SyntheticRun, training_steps
 
 
@@ -52,7 +51,7 @@ def _make_language_model(
 
     def on_step(_loss: float) -> None:
         counter.count()
-        stop_if_requested(stop)
+        stop.check()
 
     make_spelling_lm(lm, folder, on_step)
 
@@ -63,7 +62,7 @@ def _draw_pool(planned: PlannedRun, folder: Path, on_progress: OnProgress, stop:
     counter = StepCounter(on_progress)
     for _ in pool_of(planned, folder).draw(model, planned.seed):
         counter.count()
-        stop_if_requested(stop)
+        stop.check()
 
 
 def _run_one(
@@ -83,14 +82,14 @@ def _run_one(
 
 def _make_cache(planned: tuple[PlannedRun, ...], on_progress: OnProgress, stop: StopFlag) -> None:
     before = 0
-    on_progress(Phase(LOADING))
+    on_progress(Phase(LOADING_MODEL))
 
     def count(done: int, contexts: int) -> None:
         nonlocal before
         on_progress(done - before)
         before = done
         on_progress(Phase("caching", done, contexts, "contexts"))
-        stop_if_requested(stop)
+        stop.check()
 
     make_cache(planned, count)
 

@@ -7,17 +7,16 @@ from typing import Any
 from sae_lens import LanguageModelSAERunnerConfig
 
 from sae_lens_atm.sae.config import ATMTrainingSAEConfig
+from sae_lens_atm.training.checkpoints import ESTIMATED_SCALES
 from sae_lens_atm.training.run_file import LanguageModelRun, Run
 
 SCALED = "expected_average_only_in"
-ESTIMATING = (SCALED, "covariance_whitening")
-"""Values of `normalize_activations` for which SAELens reads batches before step 1."""
 _COUNTED = 100_000
 
 
 def estimation_batches(run: Run) -> int:
     """Return how many batches are read before step 1 at most, to estimate the scale."""
-    if run.runner.sae.normalize_activations not in ESTIMATING:
+    if run.runner.sae.normalize_activations not in ESTIMATED_SCALES:
         return 0
     return run.runner.n_batches_for_norm_estimate
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae_lens_atm.evaluation.language_model import HeldOutTokens
 from sae_lens_atm.training.hooks import synchronize
+from sae_lens_atm.training.phases import LOADING_MODEL
 from sae_lens_atm.training.preflight.amounts import (
     SCALED,
     estimation_batches,
@@ -52,7 +53,7 @@ def language_model_entries(
     try:
         if cfg.use_cached_activations:
             raise NotTimed("the run reads cached activations")
-        report("loading the language model")
+        report(LOADING_MODEL)
         timed_model = TimedModel.load(cfg)
     except NotTimed as reason:
         return [Entry(TRAINING, "language model and evaluation", None, str(reason))]

@@ -10,7 +10,8 @@ from typing_extensions import Self
 
 from sae_lens_atm.data.language_model import load_language_model
 from sae_lens_atm.errors import SettingsError
-from sae_lens_atm.evaluation.first_letters import Hook, residual_stream
+from sae_lens_atm.evaluation.first_letters import residual_stream
+from sae_lens_atm.evaluation.hooked_reading import ModelHook
 from sae_lens_atm.evaluation.language_model import (
     HeldOutTokens,
     language_model_figures,
@@ -143,7 +144,7 @@ class TimedModel(NamedTuple):
         number, sample = sum(map(len, prompts)), prompts.asked[:PROMPTS_IN_BATCH]
 
         def ask(size: int) -> None:
-            residual_stream(self.model, Hook.of(self.cfg), sample[:size])
+            residual_stream(self.model, ModelHook.of(self.cfg), sample[:size])
             self.wait()
 
         sizes = sorted({1, min(8, len(sample)), len(sample)})

@@ -10,8 +10,8 @@ from sae_lens_atm.compare.run.language_model import train_group
 from sae_lens_atm.compare.run.probing import add_probing, probing_jobs, task_store
 from sae_lens_atm.data import probing_tasks
 from sae_lens_atm.errors import Interrupted, SettingsError
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import Phase
 from tests.probing_package import NAMES, install
 
 PROBES = "sae_probes={tasks: all, max_samples: 300, k: [1, 3]}"

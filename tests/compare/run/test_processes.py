@@ -9,8 +9,8 @@ import torch
 
 from sae_lens_atm.compare.run.processes import Job, StepCounter, run_jobs, threads_per_job
 from sae_lens_atm.errors import Interrupted
-from sae_lens_atm.training.before_first_step import Phase
 from sae_lens_atm.training.hooks import StopFlag
+from sae_lens_atm.training.phases import Phase
 
 
 class Events:
