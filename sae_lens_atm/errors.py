@@ -21,7 +21,8 @@ class CheckpointError(ValueError):
 class Interrupted(Exception):
     """Training stopped because a signal or the caller asked for it.
 
-    Its state is in `checkpoint`, which is None where several runs were trained at once.
+    Its state is in `checkpoint`. It is None before the first step, for several runs that are
+    trained at once, and for work other than training.
     """
 
     def __init__(self, checkpoint: Path | None, signal_number: int) -> None:

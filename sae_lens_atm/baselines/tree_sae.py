@@ -14,12 +14,12 @@ Var(x) instead, for the scale of SAELens' losses. alpha_1 is 1/32.
 
 Parents are drawn at random and then reallocated. Each step divides the loss by the number of
 possible parents that fired, the root included, and adds it to the capacity C_p of each of them. A
-reallocation shares
-the s_l latents of a layer among the living possible parents p, k_p each, so that the smallest
-C_p / k_p is as large as possible (algorithm 1). Dead children of parents with more than k_p then
-move to parents with fewer (algorithm 2). The paper reallocates after 3,000 steps, then after twice
-the interval, at most 10,000 steps. After 50,000 steps, half of its run, it moves all dead children
-to the root, and stops. Here these are shares .03, .1 and .5 of `schedule_steps`.
+reallocation shares the s_l latents of a layer among the living possible parents p, k_p each, so
+that the smallest C_p / k_p is as large as possible (algorithm 1). Dead children of parents with
+more than k_p then move to parents with fewer (algorithm 2). The paper reallocates after 3,000
+steps, then after twice the interval, at most 10,000 steps. After 50,000 steps, half of its run, it
+moves all dead children to the root, and stops. Here these are shares .03, .1 and .5 of
+`schedule_steps`.
 
 Not in the parts of the paper and code that we have, and chosen here:
 

@@ -51,7 +51,9 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         Path | None,
-        typer.Option(help="Resume a run, from the newest checkpoint in its folder or from this."),
+        typer.Option(
+            help="A run's folder, to resume from its newest checkpoint, or one checkpoint."
+        ),
     ] = None,
     dry_run: Annotated[
         bool,
@@ -70,8 +72,8 @@ def train(
 ) -> None:
     """Train an SAE from a run file.
 
-    Ctrl-C saves a checkpoint after the current step, and prints the command that resumes. The run
-    goes on in its folder, unless output_path is set.
+    Ctrl-C saves a checkpoint after the current step, and prints the command that resumes. A
+    resumed run writes into its own folder, unless --set changes output_path.
 
     --dry-run times a few steps on this machine, for about 20 seconds.
     """
@@ -202,7 +204,7 @@ def find_l0(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     longest: Annotated[
         float,
-        typer.Option(help="Longest training, in units of the file's, if the answer still moves."),
+        typer.Option(help="Longest training, as a multiple of the file's."),
     ] = 2.0,
     jobs: Jobs = 1,
     only_plan: Annotated[
@@ -276,7 +278,10 @@ def explore(
         int, typer.Option(min=1, help="About how many tokens or samples are read.")
     ] = 200_000,
     max_size: Annotated[
-        float, typer.Option(min=1, help="Largest size of the file in MB. It decides the contexts.")
+        float,
+        typer.Option(
+            min=1, help="Largest size of the file in MB. Smaller files show fewer contexts."
+        ),
     ] = 20.0,
     neuronpedia: Annotated[
         Path | None,

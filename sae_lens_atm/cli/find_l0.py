@@ -61,7 +61,7 @@ def find_l0_of_file(
         console.print(f"not sure: {line}", highlight=False, markup=False)
     draw(found, searches.output / PICTURE)
     advice = (
-        "`found` refuses an L0 at the edge."
+        "`found` cannot use these answers: each is the lowest or highest L0 that was tried."
         if all(answer.at_edge for answer in found.values())
         else "`k: found` under `sae` of the run file, or `l0: found` in the comparison file, "
         "trains at this L0."

@@ -25,7 +25,7 @@ _SMALL_BATCH, _BATCH = 128, 4096
 
 @dataclass(frozen=True)
 class FirstLetterConfig:
-    """Settings for first letters. All but `words` and `sparse_batch_size` are SAEBench's.
+    """Settings for first letters. The defaults of `min_f1` and of the probes are SAEBench's.
 
     Args:
         words: number of words; None for all of the vocabulary, as in SAEBench. Words with a leading

@@ -147,8 +147,8 @@ def read_tokens(
         tokens: the tokens.
         on_phase: is called before each batch.
         longest: see `LONGEST`; None reads all tokens. Such activations are at the first tokens of
-            some contexts. They would decide over means, maxima and parents. The median is that of
-            the first batch.
+            some contexts. They would dominate means, maxima and the search for parents. The median
+            is taken over the first batch.
     """
     readers = [_Reader(sae) for sae in saes]
     places: list[NDArray[Any]] = []

@@ -20,6 +20,8 @@ from sae_lens_atm.errors import SettingsError
 from sae_lens_atm.metrics.figures import FIGURES
 from sae_lens_atm.metrics.figures import figure as figure_info
 from sae_lens_atm.page import templates
+from sae_lens_atm.sae.active import active_settings
+from sae_lens_atm.sae.config import ATMTrainingSAEConfig
 
 _HEAD = """
 # Sparse autoencoders
@@ -40,26 +42,6 @@ _TRAINING = {
     "adam_beta2": "Adam's beta 2",
     "seed": "seed",
 }
-_ATM = (
-    "activation",
-    "masked_weight",
-    "mask_rate",
-    "c_start",
-    "c_end",
-    "mask_end",
-    "schedule_steps",
-    "importance_decay",
-    "parent_weight",
-    "parent_start",
-    "parent_tau",
-    "parent_chance",
-    "frequency_penalty",
-    "frequency_penalty_end",
-    "budget_weight",
-    "budget_end",
-    "per_sample_end",
-    "aux_negative_slope",
-)
 _BETTER = {1: "more", -1: "less", 0: "-"}
 # Figures of SAELens on language models that a comparison does not report.
 _SAELENS_BETTER = {
@@ -136,7 +118,7 @@ def section(described: Described, repo_id: str, revision: str, sae_id: str) -> s
         revision=revision,
         facts=_without_none(facts),
         training=_without_none(training),
-        atm={k: details[k] for k in _ATM if k in details} if trained_as == "atm" else None,
+        atm=_settings_of_atm(details) if trained_as == "atm" else None,
         figures=_figures(described.figures),
         figures_from=described.figures_from,
         package=package,
@@ -226,6 +208,12 @@ def _synthetic(runner: Mapping[str, Any]) -> str | None:
     return (
         f"a synthetic model of {model['num_features']} features in {model['hidden_dim']} dimensions"
     )
+
+
+def _settings_of_atm(details: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that ATM adds to SAELens', as far as they have an effect."""
+    active = active_settings(details)
+    return {k: active[k] for k in ATMTrainingSAEConfig.__annotations__ if k in active}
 
 
 def _without_none(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,12 +45,9 @@ def mask_probability(importance: Tensor, threshold: Tensor, r: float) -> Tensor:
     return torch.where(maskable, -torch.expm1(-r * gap), 0.0)
 
 
-def ramp(step: Tensor, start: int, length: int) -> Tensor:
-    """Return 0 up to step ``start``, then a linear rise to 1 over ``length`` steps.
-
-    If ``length`` is 0 it is 1 from step ``start`` on.
-    """
-    return ((step - start) / max(length, 1)).clamp(0, 1) if length else (step >= start).float()
+def ramp(step: Tensor, length: int) -> Tensor:
+    """Return a linear rise from 0 at step 0 to 1 over ``length`` steps. If that is 0, return 1."""
+    return (step / length).clamp(max=1) if length else torch.ones_like(step, dtype=torch.float32)
 
 
 def sample_mask(probability: Tensor, uniform: Tensor) -> Tensor:

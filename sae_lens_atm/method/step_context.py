@@ -1,4 +1,4 @@
-"""What a training step does with the other parts of its batch, in other processes."""
+"""The operations of a step that depend on other processes, or wait for the end of the step."""
 
 from collections.abc import Callable
 

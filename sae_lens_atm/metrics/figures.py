@@ -131,8 +131,8 @@ FIGURES: dict[str, Figure] = {
     "hierarchy_score": Figure(
         "hierarchy",
         1,
-        "Share of pairs of latents, the second firing mostly with the first, whose decoder rows "
-        "are both among the five nearest to a probe for the second (Tree SAE's hierarchy score).",
+        "Share of pairs of a latent and a child, which fires mostly with it, whose decoder rows "
+        "are both among the five nearest to a probe for the child (Tree SAE's hierarchy score).",
     ),
     "mcc": Figure(
         "MCC",

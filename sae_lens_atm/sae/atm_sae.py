@@ -50,9 +50,9 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     """An SAE trained with Adaptive Temporal Masking.
 
     Each training step passes the batch through the full SAE. While masks are active it also passes
-    the batch through the SAE without the masked latents. The loss is
-    ``(1 - masked_weight) L_full + masked_weight L_masked``. Later in training `parent_loss` is
-    added, a penalty on children.
+    the batch through the SAE without the masked latents. With ``w = masked_weight`` the loss is
+    ``(1 - w) (L_full + L_budget) + w L_masked + L_revival + L_parent + L_frequency``: see
+    `weighted_loss`, `budget_loss`, `parent_loss` and `frequency_loss`.
 
     In eval mode nothing is masked or updated, and the SAE equals the one that
     `save_inference_model` saves.
@@ -135,9 +135,13 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
         return full.feature_acts * keep, full.hidden_pre * keep
 
     def weighted_loss(self, full: dict[str, Tensor], masked: dict[str, Tensor]) -> Tensor:
-        """Return ``(1 - w) L_full + w L_masked``, with ``w = cfg.masked_weight``.
+        """Return ``(1 - w) (L_full + L_budget) + w L_masked + L_revival``.
 
         Dead latents are revived by the full pass alone, at full weight.
+
+        Args:
+            full: the losses of the full pass, with the loss on smaller budgets if it is on.
+            masked: the losses of the masked pass.
         """
         w = self.cfg.masked_weight
         revival = sum(value for name, value in full.items() if name in REVIVAL_LOSSES)
@@ -179,7 +183,7 @@ class ATMTrainingSAE(ExactBuffers, TrainingSAE[ATMTrainingSAEConfig]):
     def draw_mask(self) -> Mask:
         """Draw the mask of this step. It keeps all latents while masks are not active."""
         cfg, steps, importance = self.cfg, self.tracker.steps, self.importance
-        c = cfg.c_start + (cfg.c_end - cfg.c_start) * ramp(steps, 0, cfg.mask_end_step)
+        c = cfg.c_start + (cfg.c_end - cfg.c_start) * ramp(steps, cfg.mask_end_step)
         threshold = importance_threshold(importance, c)
         probability = mask_probability(importance, threshold, cfg.mask_rate)
         probability = probability * (steps >= cfg.mask_warm_up_steps)

@@ -64,8 +64,9 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             (ours, see `method.sparsity`). At 0 it is off.
         frequency_penalty_end: share of `schedule_steps` after which that loss ends, in [0, 1].
         budget_weight: weight of a loss on smaller budgets (ours, see `method.budgets`), in [0, 1].
-            It needs activation "batchtopk". At 0 it is off. On a language model try 1, with
-            `parent_weight` 0 and `mask_rate` 0.
+            It needs activation "batchtopk". At 0 it is off. While masks are active it is
+            multiplied by ``1 - masked_weight``. On a language model try 1, with `parent_weight` 0
+            and `mask_rate` 0.
         budget_end: share of `schedule_steps` after which that loss ends, in [0, 1].
         per_sample_end: share of `schedule_steps` until which each sample keeps its own k largest
             activations, in [0, 1) (ours). After it the batch keeps the largest, k per sample on
@@ -120,6 +121,7 @@ class ATMTrainingSAEConfig(BatchTopKTrainingSAEConfig, StandardTrainingSAEConfig
             "parent_weight": 0.0,
             "frequency_penalty": 0.0,
             "budget_weight": 0.0,
+            "per_sample_end": 0.0,
         }
         return cls(d_in=d_in, d_sae=d_sae, **{**literal, **overrides})
 

@@ -1,4 +1,4 @@
-"""The work before the first step: it is shown, and stops when requested."""
+"""A hook for the work before the first step: shows its progress, and stops it on request."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack

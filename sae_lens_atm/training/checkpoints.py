@@ -305,7 +305,7 @@ _BEFORE = {
     "budget_weight": 0.0,
     "per_sample_end": 0.0,
 }
-"""What an ATM SAE does whose checkpoint is older than the field."""
+"""Fields that older checkpoints of ATM lack, with values at which an SAE trains as it did then."""
 
 
 def _compare(

@@ -21,7 +21,7 @@ MaxOverRanks = Callable[[int], int]
 
 
 _DIVERGED = 1
-"""The number that a bad step reads, if its batch is finite. Otherwise it is 2."""
+"""What marks a step whose loss or gradients are not finite. 2: its batch is not finite, too."""
 
 
 class _Rejected(Exception):

@@ -86,7 +86,7 @@ _LIMITS: dict[str, _Limit] = {
 
 
 def check_limits(values: dict[str, Any]) -> None:
-    """Check each value of a run file alone.
+    """Check each value of a run file against its own limits.
 
     Args:
         values: the run file, with the types of its schema.

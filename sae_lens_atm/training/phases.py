@@ -1,4 +1,4 @@
-"""The phases of work that is no training step, for those who show its progress."""
+"""The progress of work other than training steps: loading, filling, evaluating, writing."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -8,7 +8,7 @@ LOADING_MODEL_AND_DATASET = "loading the language model and the dataset"
 
 
 class Phase(NamedTuple):
-    """How far some work has come that is no training step."""
+    """The progress of some work other than training steps."""
 
     what: str
     done: int = 0

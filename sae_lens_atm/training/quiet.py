@@ -20,7 +20,7 @@ def silence_saelens() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    # SAELens says so of every model and dataset that it has not loaded itself.
+    # SAELens logs "override" for each model and dataset that is passed to it.
     return "override" not in record.getMessage()
 
 

@@ -68,7 +68,8 @@ def train(
         on_phase: is called with the progress of the work before and after training.
 
     Raises:
-        Interrupted: a signal or `stop` requested it. A checkpoint is saved.
+        Interrupted: a signal or `stop` requested it. A checkpoint is saved, unless there is no step
+            yet.
         SettingsError, CheckpointError: run, data or checkpoint do not fit, or another process
             writes to `output_path`. Nothing was trained.
         SaveError: the disk is full, for example. The newest complete checkpoint is intact.

@@ -16,7 +16,7 @@ def mean_norm(batches: Iterator[Tensor], at_most: int) -> float:
     """Return the mean norm of activations, from as many batches as it needs.
 
     The estimate ends when its standard error, from the spread of the means of the batches, is at
-    most `ACCURACY` of it. It is SAELens' estimate from the batches that were taken.
+    most `ACCURACY` of it. On the same batches SAELens' estimate is equal.
 
     Args:
         batches: batches of activations, all of one size.

@@ -58,7 +58,7 @@ def schema_of(
 
 
 def _whole(value: object) -> object:
-    """Return text such as "1e5" as the whole number that it is. YAML reads it as text."""
+    """Convert text such as "1e5" to an int. YAML reads such numbers as text."""
     try:
         number = float(value) if isinstance(value, str) else math.nan
     except ValueError:

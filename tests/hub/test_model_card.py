@@ -30,6 +30,7 @@ def test_settings_of_atm_are_listed(described):
     text = text_of(described)
     for row in ("| activation | batchtopk |", "| masked_weight | 0.5 |", "| k | 3 |"):
         assert row in text
+    assert "budget_end" not in text  # it has no effect without budget_weight
     assert "schedule |" not in text  # an option that was removed
 
 

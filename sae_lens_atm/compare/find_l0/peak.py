@@ -14,8 +14,8 @@ FINEST = 1.25
 """Ratio of neighbouring L0s around the peak."""
 CONFIDENCE = 0.95
 ROUND = 0.25
-"""Share of an interval. If lines cross further from the highest point on both sides, a curve is
-round. On both sides of a parabola they cross in the middle."""
+"""Share of an interval between L0s. A curve is round if the lines through its points cross at least
+so far from the highest point on both sides. Those of a parabola cross in the middle."""
 RESOLUTION = 0.25
 """Least half-width of an interval, in units of log(FINEST): what the curve can resolve."""
 Point = tuple[float, float]

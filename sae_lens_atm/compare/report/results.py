@@ -4,6 +4,7 @@ The file is read back through this schema. A report can be drawn from the file a
 """
 
 import csv
+import io
 import json
 import math
 import re
@@ -232,40 +233,24 @@ def results_json(results: Results) -> str:
 def write_results(results: Results, folder: Path) -> list[Path]:
     """Write `results.json` and `results.csv`, and return their paths."""
     json_path, csv_path = folder / "results.json", folder / "results.csv"
-    write_text(json_path, results_json(results))
-    with (folder / ".results.csv.partial").open("w", newline="", encoding="utf-8") as file:
-        figures = list(dict.fromkeys(name for run in results.runs for name in run.figures))
-        table = csv.writer(file)
-        head = [
-            "entry",
-            "role",
-            "architecture",
-            "l0_target",
-            "model_seed",
-            "seed",
-            "matched",
-            "moving",
-        ]
-        measured = list(dict.fromkeys(name for run in results.runs for name in run.intervals))
-        ends = [f"{name}_{end}" for name in measured for end in ("low", "high")]
-        table.writerow([*head, *figures, *ends])
-        for run in results.runs:
-            entry = results.entries[run.entry]
-            facts = [
-                run.entry,
-                entry.role,
-                entry.architecture,
-                run.l0_target,
-                run.model_seed,
-                run.seed,
-            ]
-            values = [_or_none(run.figures.get(name)) for name in figures]
-            values += [
-                _or_none(end) for n in measured for end in run.intervals.get(n, (None, None))
-            ]
-            table.writerow([*facts, run.matched, run.moving, *values])
-    (folder / ".results.csv.partial").replace(csv_path)
-    return [json_path, csv_path]
+    return [write_text(json_path, results_json(results)), write_text(csv_path, _csv(results))]
+
+
+def _csv(results: Results) -> str:
+    figures = list(dict.fromkeys(name for run in results.runs for name in run.figures))
+    measured = list(dict.fromkeys(name for run in results.runs for name in run.intervals))
+    ends = [f"{name}_{end}" for name in measured for end in ("low", "high")]
+    head = ("entry", "role", "architecture", "l0_target", "model_seed", "seed", "matched", "moving")
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*head, *figures, *ends])
+    for run in results.runs:
+        entry = results.entries[run.entry]
+        facts = [run.entry, entry.role, entry.architecture, run.l0_target, run.model_seed]
+        values = [_or_none(run.figures.get(name)) for name in figures]
+        values += [_or_none(end) for n in measured for end in run.intervals.get(n, (None, None))]
+        table.writerow([*facts, run.seed, run.matched, run.moving, *values])
+    return text.getvalue()
 
 
 def _or_none(value: float | None) -> float | None:

@@ -52,8 +52,8 @@ def check(comparison: Comparison) -> dict[str, str]:
 def look_up_language_models(comparison: Comparison) -> dict[str, str]:
     """Check model, hook, width and dataset of the runs, as `train --dry-run` does.
 
-    A model that the comparison makes itself is not checked. Of what cannot be looked up, for
-    example offline, the result says so.
+    A model that the comparison makes itself is not checked. The result
+    names what could not be looked up, for example offline.
 
     Returns:
         What was checked, for the first of the models.

@@ -33,9 +33,9 @@ HISTORY = "history.pt"
 ALIVE_WINDOW = 100
 """Steps in which a latent must fire to count in `decoder_cosine` of a curve."""
 EV_TOLERANCE = 0.005
-"""A larger change of explained variance in the last tenth of training means not converged."""
+"""Largest change of explained variance in the last tenth of training that counts as converged."""
 DEAD_TOLERANCE = 0.02
-"""So does a larger change of the share of dead latents."""
+"""The same for the share of dead latents."""
 HELD_OUT_SAMPLES = 2048
 """Number of samples on which the curves are measured."""
 

@@ -83,7 +83,7 @@ def train_one(
     """Train one SAE and save it. Resume where an earlier call was stopped.
 
     Raises:
-        Interrupted: `stop` requested it. A checkpoint is saved.
+        Interrupted: `stop` requested it. A checkpoint is saved, unless there is no step yet.
     """
     home = folder / planned.folder
     if is_trained(planned, folder):

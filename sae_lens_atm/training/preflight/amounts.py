@@ -30,9 +30,8 @@ def schedule_parts(cfg: Any, first: int, steps: int) -> list[tuple[int, int]]:
         steps: the number of steps of the whole training.
 
     Returns:
-        The first step and the number of steps of each part. An ATM SAE has a new part where
-        masking starts, where it ends, where the pressure on children starts, where the losses on
-        frequent latents and on smaller budgets end, and where the batch keeps the largest.
+        The first step and the number of steps of each part. For an ATM SAE, a part ends where
+        masks, one of our losses or `per_sample_end` begin or end.
     """
     edges = {first, steps}
     if isinstance(cfg, ATMTrainingSAEConfig):

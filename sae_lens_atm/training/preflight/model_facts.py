@@ -26,6 +26,7 @@ from sae_lens_atm.errors import SettingsError, with_type
 
 _T = TypeVar("_T")
 _HUB_TIMEOUT, _CONFIG_TIMEOUT = 3.0, 15.0  # seconds
+_SHORT = 160  # characters of an error
 
 # From their config.json, for a dry run without a connection.
 PUBLIC_FACTS: dict[str, dict[str, Any]] = {
@@ -261,7 +262,7 @@ def check_hook_without_weights(
     check_hook(on_meta, meta.model)
 
 
-def short(error: BaseException, most: int = 160) -> str:
+def short(error: BaseException) -> str:
     """Return the type and message of an error in one short line."""
     text = with_type(error)
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= _SHORT else f"{text[:_SHORT]}..."
