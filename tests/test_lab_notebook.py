@@ -90,6 +90,31 @@ def test_the_bound_of_a_figure_of_probing_is_two_standard_errors_above_the_best_
     assert "| absorption, full | ≤ 0.5 x batchtopk | 0.060 / 0.050 batchtopk |" in lines
 
 
+def test_where_less_is_better_the_standard_errors_lower_the_bound(monkeypatch):
+    ours, theirs = row(targets.ON_LANGUAGE_MODELS), row("topk")
+    ours.figures["dead_latents"] = Spread(mean=3.0, sd=0.0, n=9)
+    theirs.figures["dead_latents"] = Spread(mean=10.0, sd=3.0, n=9)
+    target = targets.Target("dead_latents", errors=2)
+    monkeypatch.setattr(targets, "FOR_LANGUAGE_MODELS", [target])
+    found = results(ours, theirs)
+    found.entries[ours.entry].role = "candidate"
+    (line,) = targets.language_model_targets(found).splitlines()[2:]
+    assert "best \N{MINUS SIGN} 2 standard errors" in line
+    assert line.endswith("| **3.0** / 8.0 topk |")  # 10 - 2 x 3 / sqrt(9)
+
+
+def test_a_baseline_off_the_target_or_at_another_l0_sets_no_bound():
+    ours = row(targets.ON_LANGUAGE_MODELS, absorption_full=0.1)
+    off = row("batchtopk", matched=False, absorption_full=0.5)
+    lines = targets.language_model_targets(results(ours, off)).splitlines()
+    assert "| absorption, full | ≤ 0.5 x batchtopk | - |" in lines
+    elsewhere = row("topk", f1=0.9).model_copy(update={"l0_target": 8})
+    (line,) = targets.table(
+        results(row("atm", f1=0.8), row("jumprelu", f1=0.6), elsewhere)
+    ).splitlines()[2:]
+    assert "jumprelu" in line
+
+
 def test_where_absorption_is_not_ranked_there_is_no_target_for_it():
     found = results(
         row("atm", explained_variance=0.79, absorption_full=0.1),

@@ -172,7 +172,7 @@ def _cell(answer: dict[str, Any] | None, true: float) -> str:
         return "-"
     found = answer["l0"]
     if answer["at_edge"]:
-        return f"no peak up to {found:g}"
+        return "no peak"
     text = f"{found:.2f} ({100 * (found / true - 1):+.0f}%)".replace("-", "\N{MINUS SIGN}")
     return f"**{text}**" if max(found / true, true / found) <= CLOSE else text
 

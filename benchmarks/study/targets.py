@@ -68,7 +68,8 @@ class Target(NamedTuple):
         offset = (
             "" if not self.offset else f" {'+' if self.offset > 0 else MINUS} {abs(self.offset):g}"
         )
-        errors = f" + {self.errors} standard errors" if self.errors else ""
+        side = MINUS if figure(self.name).better < 0 else "+"
+        errors = f" {side} {self.errors} standard errors" if self.errors else ""
         return f"{sign} {factor}{whom}{offset}{errors}"
 
 

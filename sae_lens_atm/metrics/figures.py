@@ -22,7 +22,7 @@ class Figure(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """The label and the arrow."""
+        """The label, followed by the arrow."""
         return self.label + self.arrow
 
 
@@ -131,8 +131,8 @@ FIGURES: dict[str, Figure] = {
     "hierarchy_score": Figure(
         "hierarchy",
         1,
-        "Share of pairs of a latent and a child, which fires mostly with it, whose decoder rows "
-        "are both among the five nearest to a probe for the child (Tree SAE's hierarchy score).",
+        "Share of parent-child pairs of latents with both decoder rows among the five nearest to "
+        "a probe for the child, which fires mostly with its parent (Tree SAE's hierarchy score).",
     ),
     "mcc": Figure(
         "MCC",

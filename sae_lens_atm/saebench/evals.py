@@ -163,9 +163,12 @@ class Written:
         """Report the results if there are new ones."""
         if not self.file.exists():
             return
-        time_ns, results = self.file.stat().st_mtime_ns, read_json(self.file)
-        if time_ns > self.seen and "error" not in results:
-            self.seen = time_ns
+        written = self.file.stat().st_mtime_ns
+        if written == self.seen:
+            return
+        self.seen = written
+        results = read_json(self.file)
+        if "error" not in results:
             self.on_results(results)
 
 
